@@ -1,0 +1,105 @@
+// What the kernels are asked to do: plain pointers, sizes and strides. Callers have checked every argument.
+//
+// Axes: B batch, H query heads, Hk key/value heads (H a multiple of Hk), M queries, N keys, D query/key width, Dv value
+// width. Strides count elements. Query i sits at slot query_offset + i, key j at slot key_offset + j.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace attnrb {
+
+// A read-only operand [batch, heads, rows, columns].
+struct View {
+  const void* data = nullptr;
+  int64_t strides[4] = {0, 0, 0, 0};
+};
+
+// Which keys a query may see. Every condition that is set must hold.
+struct Visibility {
+  bool causal = true;                   // key slot <= query slot
+  int64_t query_offset = 0;             // slot of query 0
+  int64_t key_offset = 0;               // slot of key 0
+  int64_t window = 0;                   // key slot > query slot - window; 0: no limit
+  const int64_t* key_start = nullptr;   // [B], first visible slot, or null
+  const int64_t* key_end = nullptr;     // [B], one past the last visible slot, or null
+  const bool* mask = nullptr;           // [B, H, M, N] by strides (0 where broadcast), true = visible, or null
+  int64_t mask_strides[4] = {0, 0, 0, 0};
+};
+
+struct Shape {
+  int64_t batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0, width = 0, value_width = 0;
+};
+
+// What turns query·key into a score: score = cap·tanh(scale·query·key / cap), or scale·query·key where softcap is 0.
+struct Scoring {
+  float scale = 1.0f;
+  float softcap = 0.0f;
+  const float* sinks = nullptr;  // [H], join the softmax denominator only, or null
+};
+
+// Fused attention. Emits outlier rows when `emit.indices` is set (source layer), strengthens entries when
+// `boost.indices` is set (layers below), plain attention when neither is.
+struct AttentionProblem {
+  Shape shape;
+  DType dtype = DType::float32;
+  View query, key, value;
+  Visibility visibility;
+  Scoring scoring;
+
+  void* output = nullptr;                  // [B, H, M, Dv] by strides, innermost stride 1, same dtype as query
+  int64_t output_strides[3] = {0, 0, 0};   // B, H, M
+  float* lse = nullptr;                    // [B, H, M] contiguous, or null
+
+  struct Emit {
+    int32_t* indices = nullptr;  // [B, H, M, capacity] contiguous: ascending key slots, then -1
+    int32_t* counts = nullptr;   // [B, H, M] contiguous
+    int64_t capacity = 0;
+    double threshold = 0.01;
+  } emit;
+
+  struct Boost {
+    const int32_t* indices = nullptr;  // [B, H, M, capacity] contiguous: ascending key slots
+    const int32_t* counts = nullptr;   // [B, H, M] contiguous
+    int64_t capacity = 0;
+    const float* gain = nullptr;  // [H]
+    bool normalize = false;
+  } boost;
+};
+
+// received[b, h, j] = mean over the queries that can see key j of the weight they give it; 0 where no query can.
+struct ReceivedProblem {
+  Shape shape;  // value_width unused
+  DType dtype = DType::float32;
+  View query, key;
+  Visibility visibility;
+  Scoring scoring;
+  float* received = nullptr;  // [B, H, N] contiguous
+};
+
+// mask[b, h, i, j] = weights > threshold and j != query_offset + i.
+struct OutlierMaskProblem {
+  Shape shape;  // batch, heads, queries, keys
+  DType dtype = DType::float32;
+  View weights;
+  double threshold = 0.01;
+  int64_t query_offset = 0;
+  bool* mask = nullptr;  // contiguous
+};
+
+// out = weights·(1 + gain[h]) where mask, weights elsewhere; rows divided by their new sum when normalize.
+struct RebalanceProblem {
+  Shape shape;  // batch, heads, queries, keys
+  DType dtype = DType::float32;
+  View weights;
+  View mask;  // bool
+  const float* gain = nullptr;  // [H]
+  bool normalize = false;
+  void* output = nullptr;  // contiguous, dtype of weights
+};
+
+// What a kernel found wrong in data that only it reads.
+enum class Status : int32_t { ok = 0, unsorted_outliers = 1 };
+
+}  // namespace attnrb

@@ -1,0 +1,43 @@
+// The core never starts threads: whoever calls it lends a pool (torch's, or a test's).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace attnrb {
+
+struct ThreadPool {
+  // Calls body(context, worker) once for every worker in [0, workers), in parallel if it can, and returns when all have.
+  using Body = void (*)(void* context, int64_t worker);
+  int64_t workers = 1;
+  void (*run)(int64_t workers, Body body, void* context) = nullptr;
+};
+
+// Runs task(worker, index) for every index in [0, count). Workers take the next index when they are free, so tasks of
+// unequal cost balance; put the heaviest first. Which worker runs a task must not change the task's result.
+template <class Task>
+void for_each_task(const ThreadPool& pool, int64_t count, Task&& task) {
+  if (count <= 0) return;
+  if (pool.workers <= 1 || count == 1 || pool.run == nullptr) {
+    for (int64_t index = 0; index < count; ++index) task(int64_t(0), index);
+    return;
+  }
+  struct Context {
+    std::atomic<int64_t> next{0};
+    int64_t count;
+    Task* task;
+  } context;
+  context.count = count;
+  context.task = &task;
+  const int64_t workers = pool.workers < count ? pool.workers : count;
+  pool.run(
+      workers,
+      [](void* opaque, int64_t worker) {
+        Context& shared = *static_cast<Context*>(opaque);
+        for (int64_t index; (index = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;)
+          (*shared.task)(worker, index);
+      },
+      &context);
+}
+
+}  // namespace attnrb
