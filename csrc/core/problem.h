@@ -100,6 +100,10 @@ struct RebalanceProblem {
 };
 
 // What a kernel found wrong in data that only it reads.
-enum class Status : int32_t { ok = 0, unsorted_outliers = 1 };
+enum class Status : int32_t {
+  ok = 0,
+  unsorted_outliers = 1,  // a row of outlier indices does not ascend strictly
+  outlier_count = 2,      // a count is negative or above the capacity
+};
 
 }  // namespace attnrb

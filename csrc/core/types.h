@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+// Kernels are compiled once per instruction set. A helper that two of them share must never become a symbol of its own:
+// the linker would keep one copy, perhaps the one that the processor at hand cannot run.
+#define ATTNRB_INLINE inline __attribute__((always_inline))
+
 namespace attnrb {
 
 enum class DType : int32_t { float32, bfloat16, float16 };
@@ -16,21 +20,21 @@ struct float16 {
   uint16_t bits;
 };
 
-inline int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+ATTNRB_INLINE int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 template <class To, class From>
-inline To bit_cast(From from) {
+ATTNRB_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of one size");
   To to;
   std::memcpy(&to, &from, sizeof(To));
   return to;
 }
 
-inline float to_float(float x) { return x; }
+ATTNRB_INLINE float to_float(float x) { return x; }
 
-inline float to_float(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+ATTNRB_INLINE float to_float(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
-inline float to_float(float16 x) {
+ATTNRB_INLINE float to_float(float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u)  // infinity and NaN keep their payload
@@ -44,13 +48,13 @@ template <class T>
 T from_float(float x);
 
 template <>
-inline float from_float<float>(float x) {
+ATTNRB_INLINE float from_float<float>(float x) {
   return x;
 }
 
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
 template <>
-inline bfloat16 from_float<bfloat16>(float x) {
+ATTNRB_INLINE bfloat16 from_float<bfloat16>(float x) {
   uint32_t bits = bit_cast<uint32_t>(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t((bits >> 16) | 0x40u)};
   bits += 0x7fffu + ((bits >> 16) & 1u);
@@ -58,7 +62,7 @@ inline bfloat16 from_float<bfloat16>(float x) {
 }
 
 template <>
-inline float16 from_float<float16>(float x) {
+ATTNRB_INLINE float16 from_float<float16>(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;

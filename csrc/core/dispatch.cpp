@@ -1,0 +1,127 @@
+// Chooses the kernel table for the processor the program runs on.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace attnrb {
+
+// Each defined by its translation unit under kernels/.
+extern const Kernels portable_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+extern const Kernels amx_kernels;
+#endif
+
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+void cpuid(unsigned leaf, unsigned subleaf, unsigned registers[4]) {
+  __asm__ volatile("cpuid"
+                   : "=a"(registers[0]), "=b"(registers[1]), "=c"(registers[2]), "=d"(registers[3])
+                   : "a"(leaf), "c"(subleaf));
+}
+
+// Linux gives the 8 KB of tile registers only to a process that asks for them.
+bool kernel_permits_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  if (!has_avx512()) return false;
+  unsigned registers[4];
+  cpuid(0, 0, registers);
+  if (registers[0] < 7) return false;
+  cpuid(7, 0, registers);
+  const bool tiles = (registers[3] >> 24) & 1u, tile_bf16 = (registers[3] >> 22) & 1u;
+  cpuid(7, 1, registers);
+  const bool avx512_bf16 = (registers[0] >> 5) & 1u;
+  return tiles && tile_bf16 && avx512_bf16 && kernel_permits_tiles();
+}
+
+#endif
+
+struct Candidate {
+  const Kernels* kernels;
+  bool (*supported)();
+};
+
+constexpr Candidate kCandidates[] = {
+    {&portable_kernels, always},
+#if defined(__x86_64__)
+    {&avx2_kernels, has_avx2},
+    {&avx512_kernels, has_avx512},
+    {&amx_kernels, has_amx},
+#endif
+};
+constexpr int kCandidateCount = int(sizeof(kCandidates) / sizeof(kCandidates[0]));
+
+struct Available {
+  const Kernels* tables[kCandidateCount] = {};
+  const char* names[kCandidateCount + 1] = {};
+  int count = 0;
+
+  Available() {
+    for (const Candidate& candidate : kCandidates) {
+      if (!candidate.supported()) continue;
+      tables[count] = candidate.kernels;
+      names[count++] = candidate.kernels->name;
+    }
+  }
+};
+
+const Available& available() {
+  static const Available found;
+  return found;
+}
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("ATTNRB_CPU");
+  if (wanted == nullptr || *wanted == '\0') return *available().tables[available().count - 1];
+  if (const Kernels* table = find_kernels(wanted)) return *table;
+  std::string names;
+  for (int i = 0; i < available().count; ++i) names += (i ? ", " : "") + std::string(available().names[i]);
+  throw std::invalid_argument("ATTNRB_CPU: expected one of " + names + ", got '" + wanted + "'");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const Kernels* find_kernels(const char* name) {
+  for (int i = 0; i < available().count; ++i)
+    if (std::strcmp(available().names[i], name) == 0) return available().tables[i];
+  return nullptr;
+}
+
+const char* const* available_kernels() { return available().names; }
+
+}  // namespace attnrb

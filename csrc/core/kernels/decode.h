@@ -1,0 +1,391 @@
+// Attention of few queries: bound by the reading of keys and values, which are used where they lie.
+//
+// The G query heads of a key head (times the queries, if there are a few) are rows of one small product, so that keys
+// and values are read once. Keys are split into spans of fixed length, each a task of its own with a partial softmax;
+// spans are merged in order, so the result does not depend on how many threads there are.
+#pragma once
+
+#include "prefill.h"
+
+namespace attnrb {
+namespace ATTNRB_ISA {
+
+// Products of query rows with key rows, for any input type, in float32.
+template <class T>
+struct FloatDot {
+  using Input = T;
+  using Query = float;
+  using Probability = float;
+  static constexpr int exp2_degree = 6;
+
+  static int64_t query_columns(int64_t width) { return round_up(width, Vec::width); }
+  static void pack_query(Query* out, const T* query, int64_t stride, int64_t width, float factor) {
+    for (int64_t d = 0; d < query_columns(width); ++d) out[d] = d < width ? factor * to_float(query[d * stride]) : 0.0f;
+  }
+
+  // scores[r][0..Keys) for r < Rows with Rows * Keys = Vec::width accumulators in flight.
+  template <int Rows>
+  static ATTNRB_INLINE void dot(const Query* queries, int64_t query_stride, const T* keys, int64_t key_stride,
+                                int64_t width, float* scores, int64_t score_stride) {
+    constexpr int Keys = Vec::width / Rows;
+    Vec sum[Rows * Keys];
+    for (Vec& s : sum) s = Vec::zero();
+    int64_t d = 0;
+    for (; d + Vec::width <= width; d += Vec::width) step<Rows, Keys>(sum, queries + d, query_stride, [&](int k) {
+      return Vec::load(keys + k * key_stride + d);
+    });
+    if (d < width) step<Rows, Keys>(sum, queries + d, query_stride, [&](int k) {
+      return Vec::load(keys + k * key_stride + d, int(width - d));
+    });
+    float total[Vec::width];
+    Vec::sums(sum).store(total);
+    for (int r = 0; r < Rows; ++r)
+      for (int k = 0; k < Keys; ++k) scores[r * score_stride + k] = total[r * Keys + k];
+  }
+
+  // sums[r][0..columns) += probabilities[r][0..count) * values, columns <= 4 vectors.
+  template <int Rows, int Vectors>
+  static ATTNRB_INLINE void mix(const Probability* probabilities, int64_t probability_stride, const T* values,
+                                int64_t value_stride, int64_t count, int64_t columns, float* sums, int64_t sum_stride) {
+    Vec sum[Rows][Vectors];
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec::load(sums + r * sum_stride + v * Vec::width);
+    const bool whole = columns == Vectors * Vec::width;
+    for (int64_t j = 0; j < count; ++j, values += value_stride) {
+      Vec value[Vectors];
+      for (int v = 0; v < Vectors; ++v)
+        value[v] = whole ? Vec::load(values + v * Vec::width)
+                         : columns > v * Vec::width ? Vec::load(values + v * Vec::width, int(columns - v * Vec::width))
+                                                    : Vec::zero();
+      for (int r = 0; r < Rows; ++r) {
+        const Vec p = Vec::set(probabilities[r * probability_stride + j]);
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec::fma(p, value[v], sum[r][v]);
+      }
+    }
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < Vectors; ++v) sum[r][v].store(sums + r * sum_stride + v * Vec::width);
+  }
+
+  static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {
+    a.store(row + key);
+    b.store(row + key + Vec::width);
+  }
+  static ATTNRB_INLINE float load_probability(const Probability* row, int64_t key) { return row[key]; }
+  static ATTNRB_INLINE void scale_probability(Probability* row, int64_t key, float factor) { row[key] *= factor; }
+
+ private:
+  template <int Rows, int Keys, class LoadKey>
+  static ATTNRB_INLINE void step(Vec* sum, const Query* queries, int64_t query_stride, LoadKey&& load_key) {
+    Vec key[Keys];
+    for (int k = 0; k < Keys; ++k) key[k] = load_key(k);
+    for (int r = 0; r < Rows; ++r) {
+      const Vec query = Vec::load(queries + r * query_stride);
+      for (int k = 0; k < Keys; ++k) sum[r * Keys + k] = Vec::fma(query, key[k], sum[r * Keys + k]);
+    }
+  }
+};
+
+template <class Dot>
+class Decode {
+  using Input = typename Dot::Input;
+  using Probability = typename Dot::Probability;
+  static constexpr int kBlockKeys = 128;  // 64 KB of float32 keys at width 128: read once, used from the cache
+  static constexpr int kMaxRowBlock = Vec::width < 4 ? Vec::width : 4;
+  static constexpr int kVectors = 4;
+
+ public:
+  // More rows than this are faster packed.
+  static constexpr int64_t kMaxRows = 16;
+
+  static bool suits(const AttentionProblem& problem) {
+    const Shape& shape = problem.shape;
+    const int64_t group = shape.heads / shape.key_heads;
+    return shape.queries == 1 ||
+           (shape.queries * group <= kMaxRows && problem.key.strides[3] == 1 && problem.value.strides[3] == 1);
+  }
+
+  Decode(const AttentionProblem& problem, const ThreadPool& pool, Scratch& scratch)
+      : problem_(problem),
+        shape_(problem.shape),
+        pool_(pool),
+        scratch_(scratch),
+        rules_(problem),
+        group_(problem.shape.heads / problem.shape.key_heads),
+        rows_(group_ * problem.shape.queries),
+        query_columns_(Dot::query_columns(problem.shape.width)),
+        sum_columns_(round_up(problem.shape.value_width, kVectors * Vec::width)),
+        candidate_capacity_(rules_.candidate_capacity(kBlockKeys)) {
+    // Enough spans for a few tasks a thread on any machine of today, none so short that merging shows.
+    constexpr int64_t kTasks = 32, kShortest = 512;
+    const int64_t heads = shape_.batch * shape_.key_heads;
+    const int64_t wanted = (kTasks + heads - 1) / heads;
+    span_keys_ = round_up((shape_.keys + wanted - 1) / wanted, kBlockKeys);
+    if (span_keys_ < kShortest) span_keys_ = kShortest;
+    spans_ = (shape_.keys + span_keys_ - 1) / span_keys_;
+  }
+
+  Status run() {
+    const int64_t heads = shape_.batch * shape_.key_heads, partials = heads * spans_ * rows_;
+    int64_t bytes = 0;
+    carve_shared(nullptr, partials, &bytes);
+    carve_shared(scratch_.shared.reserve(size_t(bytes)), partials, nullptr);
+    bytes = 0;
+    carve_worker(nullptr, &bytes);
+    if (int64_t(scratch_.workers.size()) < pool_.workers) scratch_.workers.resize(size_t(pool_.workers));
+    for (int64_t w = 0; w < pool_.workers; ++w) scratch_.workers[size_t(w)].reserve(size_t(bytes));
+
+    // The last span to finish merges its key head: no second round of tasks.
+    for (int64_t h = 0; h < heads; ++h) new (&left_[h]) std::atomic<int32_t>(int32_t(spans_));
+    for_each_task(pool_, heads * spans_, [&](int64_t worker, int64_t task) {
+      const int64_t head = task / spans_;
+      attend(worker, head / shape_.key_heads, head % shape_.key_heads, task % spans_);
+      if (left_[head].fetch_sub(1, std::memory_order_acq_rel) == 1)
+        merge(worker, head / shape_.key_heads, head % shape_.key_heads);
+    });
+    return Status(status_.load());
+  }
+
+ private:
+  struct Worker {
+    typename Dot::Query* queries;
+    float* scores;
+    Probability* probabilities;
+    Input* keys;    // a copy of keys or values whose columns do not follow each other
+    float* merged_scores;
+    int32_t* merged;
+  };
+
+  void carve_shared(void* base, int64_t partials, int64_t* bytes) {
+    Carver carver(base);
+    rows_state_ = carver.take<Row>(partials);
+    sums_ = carver.take<float>(partials * sum_columns_);
+    candidate_scores_ = carver.take<float>(partials * candidate_capacity_);
+    candidates_ = carver.take<int32_t>(partials * candidate_capacity_);
+    left_ = carver.take<std::atomic<int32_t>>(shape_.batch * shape_.key_heads);
+    if (bytes != nullptr) *bytes = carver.taken(base);
+  }
+
+  Worker carve_worker(void* base, int64_t* bytes) const {
+    Carver carver(base);
+    Worker worker;
+    worker.queries = carver.take<typename Dot::Query>(rows_ * query_columns_);
+    worker.scores = carver.take<float>(rows_ * kBlockKeys);
+    worker.probabilities = carver.take<Probability>(rows_ * kBlockKeys);
+    const int64_t columns = shape_.width > shape_.value_width ? shape_.width : shape_.value_width;
+    worker.keys = carver.take<Input>(copies() ? kBlockKeys * columns : 0);
+    worker.merged_scores = carver.take<float>(candidate_capacity_ * spans_);
+    worker.merged = carver.take<int32_t>(candidate_capacity_ * spans_);
+    if (bytes != nullptr) *bytes = carver.taken(base);
+    return worker;
+  }
+
+  bool copies() const { return problem_.key.strides[3] != 1 || problem_.value.strides[3] != 1; }
+
+  int64_t head_of(int64_t key_head, int64_t r) const { return key_head * group_ + r / shape_.queries; }
+  int64_t query_of(int64_t r) const { return r % shape_.queries; }
+  int64_t partial_index(int64_t batch, int64_t key_head, int64_t span) const {
+    return ((batch * shape_.key_heads + key_head) * spans_ + span) * rows_;
+  }
+
+  void attend(int64_t worker_index, int64_t batch, int64_t key_head, int64_t span) {
+    Worker worker = carve_worker(scratch_.workers[size_t(worker_index)].reserve(0), nullptr);
+    const int64_t index = partial_index(batch, key_head, span);
+    Row* rows = rows_state_ + index;
+    float* sums = sums_ + index * sum_columns_;
+    const int64_t* qs = problem_.query.strides;
+    for (int64_t r = 0; r < rows_; ++r) {
+      Row& row = *new (&rows[r]) Row();
+      const Status status = rules_.start(row, batch, head_of(key_head, r), query_of(r));
+      if (status != Status::ok) status_.store(int32_t(status), std::memory_order_relaxed);
+      if (span > 0) row.sum = 0.0f, row.max = -kInfinity;  // a sink joins the denominator once
+      if (rules_.emits()) {
+        row.candidate_scores = candidate_scores_ + (index + r) * candidate_capacity_;
+        row.candidates = candidates_ + (index + r) * candidate_capacity_;
+      }
+      const Input* query = static_cast<const Input*>(problem_.query.data) + batch * qs[0] +
+                           head_of(key_head, r) * qs[1] + query_of(r) * qs[2];
+      Dot::pack_query(worker.queries + r * query_columns_, query, qs[3], shape_.width, rules_.query_factor());
+    }
+    for (int64_t i = 0; i < rows_ * sum_columns_; ++i) sums[i] = 0.0f;
+
+    const Interval seen = visible_interval(problem_.visibility, batch, 0, shape_.queries, shape_.keys);
+    const int64_t begin = span * span_keys_ > seen.low ? span * span_keys_ : seen.low;
+    const int64_t end = (span + 1) * span_keys_ < seen.high ? (span + 1) * span_keys_ : seen.high;
+    for (int64_t key = begin; key < end; key += kBlockKeys)
+      attend_block(worker, rows, sums, batch, key_head, key, end - key < kBlockKeys ? end - key : kBlockKeys);
+  }
+
+  // Rows of keys or values with adjacent columns: where they lie, or copied.
+  const Input* block_rows(const Worker& worker, const View& view, int64_t batch, int64_t key_head, int64_t key,
+                          int64_t count, int64_t columns, int64_t* row_stride) const {
+    const int64_t* s = view.strides;
+    const Input* data = static_cast<const Input*>(view.data) + batch * s[0] + key_head * s[1] + key * s[2];
+    *row_stride = s[2];
+    if (s[3] == 1) return data;
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t d = 0; d < columns; ++d) worker.keys[j * columns + d] = data[j * s[2] + d * s[3]];
+    *row_stride = columns;
+    return worker.keys;
+  }
+
+  void attend_block(const Worker& worker, Row* rows, float* sums, int64_t batch, int64_t key_head, int64_t key,
+                    int64_t count) {
+    int64_t stride;
+    const Input* keys = block_rows(worker, problem_.key, batch, key_head, key, count, shape_.width, &stride);
+    dot_rows(worker, keys, stride, count);
+
+    bool partial = problem_.visibility.mask != nullptr;
+    for (int64_t r = 0; r < rows_; ++r) partial = partial || rows[r].low > key || rows[r].high < key + count;
+    const int64_t padded = round_up(count, 2 * Vec::width);
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* scores = worker.scores + r * kBlockKeys;
+      Probability* probabilities = worker.probabilities + r * kBlockKeys;
+      float* row_sums = sums + r * sum_columns_;
+      const auto rescale = [&](float factor) {
+        const Vec by = Vec::set(factor);
+        for (int64_t d = 0; d < sum_columns_; d += Vec::width) (Vec::load(row_sums + d) * by).store(row_sums + d);
+      };
+      rules_.finish_scores(rows[r], scores, key, count, partial);
+      for (int64_t j = count; j < padded; ++j) scores[j] = -kInfinity;
+      if (partial || count < padded)
+        rules_.template absorb<Dot, true>(rows[r], scores, key, padded, probabilities, rescale);
+      else
+        rules_.template absorb<Dot, false>(rows[r], scores, key, padded, probabilities, rescale);
+    }
+
+    const Input* values = block_rows(worker, problem_.value, batch, key_head, key, count, shape_.value_width, &stride);
+    if (partial && !all_finite(values, stride, count)) {
+      // A masked value of NaN or infinity must not meet a probability of zero: their product is NaN.
+      for (int64_t r = 0; r < rows_; ++r)
+        for (int64_t j = 0; j < count; ++j)
+          if (rules_.visible(rows[r], key + j))
+            for (int64_t d = 0; d < shape_.value_width; ++d)
+              sums[r * sum_columns_ + d] += Dot::load_probability(worker.probabilities + r * kBlockKeys, j) *
+                                            to_float(values[j * stride + d]);
+      return;
+    }
+    mix_rows(worker, values, stride, count, sums);
+  }
+
+  bool all_finite(const Input* values, int64_t stride, int64_t count) const {
+    float test = 0.0f;
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t d = 0; d < shape_.value_width; ++d) test += to_float(values[j * stride + d]) * 0.0f;
+    return test == 0.0f;
+  }
+
+  void dot_rows(const Worker& worker, const Input* keys, int64_t stride, int64_t count) const {
+    int64_t r = 0;
+    for (; r + kMaxRowBlock <= rows_; r += kMaxRowBlock) dot_keys<kMaxRowBlock>(worker, r, keys, stride, count);
+    if (r + 2 <= rows_) dot_keys<2>(worker, r, keys, stride, count), r += 2;
+    if (r < rows_) dot_keys<1>(worker, r, keys, stride, count);
+  }
+
+  template <int Rows>
+  void dot_keys(const Worker& worker, int64_t r, const Input* keys, int64_t stride, int64_t count) const {
+    constexpr int64_t kKeys = Vec::width / Rows;
+    const typename Dot::Query* queries = worker.queries + r * query_columns_;
+    float* scores = worker.scores + r * kBlockKeys;
+    int64_t j = 0;
+    for (; j + kKeys <= count; j += kKeys)
+      Dot::template dot<Rows>(queries, query_columns_, keys + j * stride, stride, shape_.width, scores + j, kBlockKeys);
+    if (j < count) {
+      // The last few keys once more from an earlier start, or one by one where there are too few.
+      if (count >= kKeys) {
+        j = count - kKeys;
+        Dot::template dot<Rows>(queries, query_columns_, keys + j * stride, stride, shape_.width, scores + j,
+                                kBlockKeys);
+      } else {
+        for (; j < count; ++j)
+          for (int i = 0; i < Rows; ++i) {
+            float one[Vec::width];
+            Dot::template dot<1>(queries + i * query_columns_, query_columns_, keys + j * stride, 0, shape_.width, one,
+                                 0);
+            scores[i * kBlockKeys + j] = one[0];
+          }
+      }
+    }
+  }
+
+  void mix_rows(const Worker& worker, const Input* values, int64_t stride, int64_t count, float* sums) const {
+    for (int64_t d = 0; d < shape_.value_width; d += kVectors * Vec::width) {
+      const int64_t left = shape_.value_width - d;
+      int64_t r = 0;
+      for (; r + kMaxRowBlock <= rows_; r += kMaxRowBlock)
+        mix_columns<kMaxRowBlock>(worker, r, values + d, stride, count, left, sums + d);
+      if (r + 2 <= rows_) mix_columns<2>(worker, r, values + d, stride, count, left, sums + d), r += 2;
+      if (r < rows_) mix_columns<1>(worker, r, values + d, stride, count, left, sums + d);
+    }
+  }
+
+  template <int Rows>
+  void mix_columns(const Worker& worker, int64_t r, const Input* values, int64_t stride, int64_t count, int64_t columns,
+                   float* sums) const {
+    const Probability* probabilities = worker.probabilities + r * kBlockKeys;
+    float* out = sums + r * sum_columns_;
+    if (columns > 2 * Vec::width)
+      Dot::template mix<Rows, 4>(probabilities, kBlockKeys, values, stride, count,
+                                 columns < 4 * Vec::width ? columns : 4 * Vec::width, out, sum_columns_);
+    else if (columns > Vec::width)
+      Dot::template mix<Rows, 2>(probabilities, kBlockKeys, values, stride, count, columns, out, sum_columns_);
+    else
+      Dot::template mix<Rows, 1>(probabilities, kBlockKeys, values, stride, count, columns, out, sum_columns_);
+  }
+
+  // Partial softmaxes with references m_s and sums l_s merge into m = max m_s, l = sum l_s 2^(m_s - m).
+  void merge(int64_t worker_index, int64_t batch, int64_t key_head) {
+    Worker worker = carve_worker(scratch_.workers[size_t(worker_index)].reserve(0), nullptr);
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t first = partial_index(batch, key_head, 0) + r;
+      Row total = rows_state_[first];
+      float* sums = sums_ + first * sum_columns_;
+      for (int64_t span = 1; span < spans_; ++span) join(total, sums, first + span * rows_);
+
+      const int64_t head = head_of(key_head, r), query = query_of(r);
+      const int64_t index = (batch * shape_.heads + head) * shape_.queries + query;
+      if (problem_.lse != nullptr) problem_.lse[index] = rules_.log_sum_exp(total);
+      if (shape_.value_width > 0) write_output<Input>(problem_, rules_, total, sums, batch, head, query);
+      if (!rules_.emits()) continue;
+      int64_t count = 0;
+      for (int64_t span = 0; span < spans_; ++span) {
+        const Row& part = rows_state_[first + span * rows_];
+        for (int32_t c = 0; c < part.candidate_count; ++c, ++count) {
+          worker.merged_scores[count] = part.candidate_scores[c];
+          worker.merged[count] = part.candidates[c];
+        }
+      }
+      rules_.emit(total, worker.merged_scores, worker.merged, count, index);
+    }
+  }
+
+  void join(Row& total, float* sums, int64_t index) const {
+    const Row& part = rows_state_[index];
+    if (!part.seen) return;
+    const float* part_sums = sums_ + index * sum_columns_;
+    const float max = part.max > total.max ? part.max : total.max;
+    const float keep = total.max == -kInfinity ? 0.0f : std::exp2(total.max - max), add = std::exp2(part.max - max);
+    total.sum = total.sum * keep + part.sum * add;
+    total.boosted = total.boosted * keep + part.boosted * add;
+    total.max = max;
+    total.seen = true;
+    for (int64_t d = 0; d < sum_columns_; d += Vec::width)
+      Vec::fma(Vec::load(part_sums + d), Vec::set(add), Vec::load(sums + d) * Vec::set(keep)).store(sums + d);
+  }
+
+  const AttentionProblem& problem_;
+  const Shape& shape_;
+  const ThreadPool& pool_;
+  Scratch& scratch_;
+  const RowRules rules_;
+  const int64_t group_, rows_, query_columns_, sum_columns_, candidate_capacity_;
+  int64_t span_keys_, spans_;
+  Row* rows_state_ = nullptr;
+  float* sums_ = nullptr;
+  float* candidate_scores_ = nullptr;
+  int32_t* candidates_ = nullptr;
+  std::atomic<int32_t>* left_ = nullptr;
+  std::atomic<int32_t> status_{0};
+};
+
+}  // namespace ATTNRB_ISA
+}  // namespace attnrb

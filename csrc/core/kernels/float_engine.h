@@ -1,0 +1,134 @@
+// Tile products in float32, for every vector width and every input type.
+//
+// An engine packs keys and values once per key head into the order in which its inner loop reads them, and multiplies
+// strips of query rows with blocks of keys. This one converts everything to float32 on the way in.
+#pragma once
+
+#include "../problem.h"
+
+namespace attnrb {
+namespace ATTNRB_ISA {
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// c[Rows, Columns] (+)= a[Rows, depth] * b[depth, Columns] with Columns = Vectors * width: `a` is read by broadcast, `b`
+// is a packed panel, the accumulators never leave their registers.
+template <int Rows, int Vectors, bool Accumulate>
+ATTNRB_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
+                                 int64_t depth) {
+  Vec sum[Rows][Vectors];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vectors; ++v)
+      sum[r][v] = Accumulate ? Vec::load(c + r * c_stride + v * Vec::width) : Vec::zero();
+  for (int64_t k = 0; k < depth; ++k, b += Vectors * Vec::width) {
+    Vec column[Vectors];
+    for (int v = 0; v < Vectors; ++v) column[v] = Vec::load(b + v * Vec::width);
+    for (int r = 0; r < Rows; ++r) {
+      const Vec x = Vec::set(a[r * a_stride + k]);
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec::fma(x, column[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vectors; ++v) sum[r][v].store(c + r * c_stride + v * Vec::width);
+}
+
+// Register blocking: rows x vectors accumulators, leaving room for one row of b and a broadcast.
+struct Blocking {
+  static constexpr int rows = 6;
+  static constexpr int vectors = Vec::width >= 16 ? 4 : 2;
+};
+
+template <class T>
+struct FloatEngine {
+  using Input = T;
+  using Probability = float;
+  static constexpr int exp2_degree = 6;
+  static constexpr int strip = 24;       // query rows multiplied at a time: scores stay in the first-level cache
+  static constexpr int block_rows = 96;  // query rows that share one walk over the keys
+  static constexpr int block_keys = 256;
+  static constexpr int panel = Blocking::vectors * Vec::width;
+  static constexpr int key_granule = panel;  // scores come in multiples of this many keys
+  static_assert(block_keys % panel == 0 && strip % Blocking::rows == 0, "blocks hold whole tiles");
+
+  explicit FloatEngine(const Shape& shape)
+      : width(shape.width), value_width(shape.value_width), value_columns(round_up(shape.value_width, panel)) {}
+
+  const int64_t width, value_width;
+  const int64_t value_columns;  // accumulator row length
+
+  int64_t key_block_bytes() const { return block_keys * width * int64_t(sizeof(float)); }
+  int64_t value_block_bytes() const { return block_keys * value_columns * int64_t(sizeof(float)); }
+  int64_t query_block_bytes() const { return block_rows * width * int64_t(sizeof(float)); }
+  static constexpr int64_t probability_bytes() { return strip * block_keys * int64_t(sizeof(Probability)); }
+
+  void start_worker() const {}
+  void stop_worker() const {}
+
+  // Keys [count, width] become panels [block_keys / panel][width][panel]; missing keys are zeros.
+  void pack_keys(void* packed, const T* keys, int64_t row_stride, int64_t column_stride, int64_t count) const {
+    float* out = static_cast<float*>(packed);
+    for (int64_t first = 0; first < round_up(count, panel); first += panel, out += width * panel)
+      for (int64_t lane = 0; lane < panel; ++lane) {
+        const T* row = keys + (first + lane) * row_stride;
+        const bool present = first + lane < count;
+        for (int64_t d = 0; d < width; ++d) out[d * panel + lane] = present ? to_float(row[d * column_stride]) : 0.0f;
+      }
+  }
+
+  // Values [count, value_width] become panels [value_columns / panel][block_keys][panel]; the rest is zeros.
+  void pack_values(void* packed, const T* values, int64_t row_stride, int64_t column_stride, int64_t count) const {
+    float* out = static_cast<float*>(packed);
+    const int64_t filled = round_up(count, key_granule);
+    for (int64_t first = 0; first < value_columns; first += panel)
+      for (int64_t row = 0; row < block_keys; ++row, out += panel) {
+        if (row >= filled) continue;
+        const int64_t columns = row < count ? (value_width - first < panel ? value_width - first : panel) : 0;
+        const T* in = values + row * row_stride + first * column_stride;
+        for (int64_t lane = 0; lane < columns; ++lane) out[lane] = to_float(in[lane * column_stride]);
+        for (int64_t lane = columns; lane < panel; ++lane) out[lane] = 0.0f;
+      }
+  }
+
+  void pack_query_row(void* packed, int64_t row, const T* query, int64_t column_stride, float factor) const {
+    float* out = static_cast<float*>(packed) + row * width;
+    if (query == nullptr) {
+      for (int64_t d = 0; d < width; ++d) out[d] = 0.0f;
+    } else {
+      for (int64_t d = 0; d < width; ++d) out[d] = factor * to_float(query[d * column_stride]);
+    }
+  }
+
+  // scores[rows, block_keys] of the keys [first, last) (multiples of key_granule) and the query rows from `row` on.
+  void scores(const void* queries, int64_t row, int64_t rows, const void* keys, int64_t first, int64_t last,
+              float* scores) const {
+    const float* query = static_cast<const float*>(queries) + row * width;
+    for (int64_t key = first; key < last; key += panel) {
+      const float* panel_keys = static_cast<const float*>(keys) + key * width;
+      for (int64_t r = 0; r < rows; r += Blocking::rows)
+        multiply_tile<Blocking::rows, Blocking::vectors, false>(query + r * width, width, panel_keys,
+                                                                scores + r * block_keys + key, block_keys, width);
+    }
+  }
+
+  // sums[rows, value_columns] += probabilities[rows, first..last) * values.
+  void accumulate(const Probability* probabilities, int64_t rows, const void* values, int64_t first, int64_t last,
+                  float* sums) const {
+    for (int64_t column = 0; column < value_columns; column += panel) {
+      const float* panel_values = static_cast<const float*>(values) + column * block_keys + first * panel;
+      for (int64_t r = 0; r < rows; r += Blocking::rows)
+        multiply_tile<Blocking::rows, Blocking::vectors, true>(probabilities + r * block_keys + first, block_keys,
+                                                               panel_values, sums + r * value_columns + column,
+                                                               value_columns, last - first);
+    }
+  }
+
+  static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {
+    a.store(row + key);
+    b.store(row + key + Vec::width);
+  }
+  static ATTNRB_INLINE float load_probability(const Probability* row, int64_t key) { return row[key]; }
+  static ATTNRB_INLINE void scale_probability(Probability* row, int64_t key, float factor) { row[key] *= factor; }
+};
+
+}  // namespace ATTNRB_ISA
+}  // namespace attnrb

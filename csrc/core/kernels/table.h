@@ -1,0 +1,75 @@
+// Assembles the table of one instruction set: what its translation unit includes last.
+#pragma once
+
+#include "../kernels.h"
+#include "decode.h"
+#include "elementwise.h"
+#include "received.h"
+
+namespace attnrb {
+namespace ATTNRB_ISA {
+
+// Which engine and which dot product serve an element type; a translation unit may specialise them before this header.
+template <class T>
+struct Choice {
+  using Engine = FloatEngine<T>;
+  using Dot = FloatDot<T>;
+};
+
+template <class Function>
+auto with_element_type(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return function(bfloat16());
+    case DType::float16:
+      return function(float16());
+    default:
+      return function(float());
+  }
+}
+
+inline Status run_attention(const AttentionProblem& problem, const ThreadPool& pool, Scratch& scratch) {
+  const Shape& shape = problem.shape;
+  if (shape.batch == 0 || shape.heads == 0 || shape.queries == 0) return Status::ok;
+  return with_element_type(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (Decode<typename Choice<T>::Dot>::suits(problem))
+      return Decode<typename Choice<T>::Dot>(problem, pool, scratch).run();
+    return Prefill<typename Choice<T>::Engine>(problem, pool, scratch).run();
+  });
+}
+
+inline void run_received(const ReceivedProblem& problem, const ThreadPool& pool, Scratch& scratch) {
+  const Shape& shape = problem.shape;
+  if (shape.batch == 0 || shape.heads == 0 || shape.keys == 0) return;
+  ScratchLease rows_scratch;
+  AttentionProblem rows;
+  rows.shape = shape;
+  rows.shape.value_width = 0;
+  rows.dtype = problem.dtype;
+  rows.query = problem.query;
+  rows.key = problem.key;
+  rows.visibility = problem.visibility;
+  rows.scoring = problem.scoring;
+  rows.lse = static_cast<float*>(
+      (*rows_scratch).shared.reserve(sizeof(float) * size_t(shape.batch * shape.heads * shape.queries + 1)));
+  run_attention(rows, pool, scratch);
+  with_element_type(problem.dtype, [&](auto element) {
+    Received<typename Choice<decltype(element)>::Engine>(problem, rows, pool, scratch).run();
+  });
+}
+
+inline void run_outlier_mask(const OutlierMaskProblem& problem, const ThreadPool& pool) {
+  with_element_type(problem.dtype, [&](auto element) { outlier_mask<decltype(element)>(problem, pool); });
+}
+
+inline void run_rebalance(const RebalanceProblem& problem, const ThreadPool& pool) {
+  with_element_type(problem.dtype, [&](auto element) { rebalance<decltype(element)>(problem, pool); });
+}
+
+constexpr Kernels make_table(const char* name) {
+  return {name, run_attention, run_received, run_outlier_mask, run_rebalance};
+}
+
+}  // namespace ATTNRB_ISA
+}  // namespace attnrb

@@ -1,0 +1,120 @@
+// Four floats in GCC's vector extension: SSE2 on x86-64, NEON on AArch64, scalars elsewhere. Every vec_*.h defines one
+// type `Vec` with this vocabulary:
+//   width, Mask; zero, set, iota; load and store of float, bfloat16 and float16, whole or the first n lanes;
+//   + - * /, fma (a*b+c), fms (a*b-c), max (a NaN in b survives), abs, round, copy_sign, scale_exponent (x * 2^n);
+//   sum, max (over lanes), sums (of `width` vectors); first, none, both, from_bytes, greater, greater_equal, select, bits;
+//   compress (the selected lanes, packed).
+#pragma once
+
+#include "../types.h"
+
+namespace attnrb {
+namespace ATTNRB_ISA {
+
+struct Vec {
+  static constexpr int width = 4;
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef int32_t Mask __attribute__((vector_size(16)));
+  Floats v;
+
+  static ATTNRB_INLINE Vec zero() { return set(0.0f); }
+  static ATTNRB_INLINE Vec set(float x) { return {Floats{x, x, x, x}}; }
+  static ATTNRB_INLINE Vec iota() { return {Floats{0, 1, 2, 3}}; }
+
+  static ATTNRB_INLINE Vec load(const float* p) {
+    Vec x;
+    std::memcpy(&x.v, p, sizeof(x.v));
+    return x;
+  }
+  template <class T>
+  static ATTNRB_INLINE Vec load(const T* p) {
+    return {Floats{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+  }
+  template <class T>
+  static ATTNRB_INLINE Vec load(const T* p, int n) {
+    Floats x = {0, 0, 0, 0};
+    for (int i = 0; i < width && i < n; ++i) x[i] = to_float(p[i]);
+    return {x};
+  }
+
+  ATTNRB_INLINE void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
+  template <class T>
+  ATTNRB_INLINE void store(T* p) const {
+    for (int i = 0; i < width; ++i) p[i] = from_float<T>(v[i]);
+  }
+  template <class T>
+  ATTNRB_INLINE void store(T* p, int n) const {
+    for (int i = 0; i < width && i < n; ++i) p[i] = from_float<T>(v[i]);
+  }
+
+  friend ATTNRB_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+  friend ATTNRB_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+  friend ATTNRB_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+  friend ATTNRB_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+  static ATTNRB_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  static ATTNRB_INLINE Vec fms(Vec a, Vec b, Vec c) { return {a.v * b.v - c.v}; }
+  static ATTNRB_INLINE Vec max(Vec a, Vec b) { return select(a.v > b.v, a, b); }
+  ATTNRB_INLINE Vec abs() const { return {Floats(Mask(v) & 0x7fffffff)}; }
+  ATTNRB_INLINE Vec round() const {
+    // Adding and taking away 1.5 * 2^23 drops the fraction, to nearest even; good for |x| < 2^22.
+    const Floats magic = set(12582912.0f).v;
+    return {(v + magic) - magic};
+  }
+  static ATTNRB_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
+    const Mask bit = {INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN};
+    return {Floats((Mask(magnitude.v) & ~bit) | (Mask(sign.v) & bit))};
+  }
+  static ATTNRB_INLINE Vec scale_exponent(Vec x, Vec n) {
+    // Two factors, so that results below 2^-126 fade out instead of wrapping round. A NaN in n becomes one in the result.
+    const Vec low = max(set(-252.0f), n), half = select(greater(low, set(252.0f)), set(252.0f), low);
+    Vec result = x;
+    const Vec first = (half * set(0.5f)).round(), second = half - first;
+    result = result * power_of_two(first) * power_of_two(second);
+    return select(n.v == n.v, result, n);
+  }
+
+  ATTNRB_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+  ATTNRB_INLINE float max() const {
+    const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+    return a > b ? a : b;
+  }
+
+  static ATTNRB_INLINE Mask first(int n) {
+    const Mask lanes = {0, 1, 2, 3}, limit = {n, n, n, n};
+    return lanes < limit;
+  }
+  static ATTNRB_INLINE Mask none() { return Mask{0, 0, 0, 0}; }
+  static ATTNRB_INLINE Mask both(Mask a, Mask b) { return a & b; }
+  static ATTNRB_INLINE Mask from_bytes(const bool* p) { return Mask{-p[0], -p[1], -p[2], -p[3]}; }
+  static ATTNRB_INLINE Mask greater(Vec a, Vec b) { return a.v > b.v; }
+  static ATTNRB_INLINE Mask greater_equal(Vec a, Vec b) { return a.v >= b.v; }
+  static ATTNRB_INLINE Vec select(Mask m, Vec yes, Vec no) {
+    return {Floats((m & Mask(yes.v)) | (~m & Mask(no.v)))};
+  }
+  static ATTNRB_INLINE uint32_t bits(Mask m) {
+    return uint32_t(m[0] & 1) | uint32_t(m[1] & 2) | uint32_t(m[2] & 4) | uint32_t(m[3] & 8);
+  }
+
+  static ATTNRB_INLINE Vec sums(const Vec* a) {
+    return {Floats{a[0].sum(), a[1].sum(), a[2].sum(), a[3].sum()}};
+  }
+
+  static ATTNRB_INLINE int compress(Mask m, Vec x, int32_t base, float* values, int32_t* indices) {
+    int count = 0;
+    for (int i = 0; i < width; ++i) {
+      values[count] = x.v[i];
+      indices[count] = base + i;
+      count += m[i] & 1;
+    }
+    return count;
+  }
+
+ private:
+  static ATTNRB_INLINE Vec power_of_two(Vec n) {
+    const Mask exponent = __builtin_convertvector(n.v, Mask) + 127;
+    return {Floats(exponent << 23)};
+  }
+};
+
+}  // namespace ATTNRB_ISA
+}  // namespace attnrb
