@@ -1,0 +1,91 @@
+"""The PEP 517 hooks of attnrb: those of scikit-build-core, pointed at the torch that is already there.
+
+The library is built against the headers of the torch in the environment that attnrb is being installed into, so that
+installing attnrb never downloads another one. Where there is no torch, it becomes a build requirement.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from typing import TypeAlias
+
+from find_torch import REQUIREMENT, find_torch
+from scikit_build_core import build as backend
+from scikit_build_core.build import (
+    build_sdist,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+from scikit_build_core.errors import CMakeNotFoundError, NinjaNotFoundError
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+Settings: TypeAlias = "dict[str, str | list[str]] | None"
+
+
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    return backend.get_requires_for_build_wheel(config_settings) + _torch_requirement()
+
+
+def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
+    return backend.get_requires_for_build_editable(config_settings) + _torch_requirement()
+
+
+def build_wheel(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
+    return _build(backend.build_wheel, wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
+    return _build(backend.build_editable, wheel_directory, config_settings, metadata_directory)
+
+
+def _torch_requirement() -> list[str]:
+    # Said here already, before pip fetches anything.
+    _check_compiler()
+    return [] if find_torch() else [REQUIREMENT]
+
+
+def _build(
+    hook: Callable[[str, Settings, str | None], str], folder: str, settings: Settings, metadata: str | None
+) -> str:
+    _check_compiler()
+    torch = find_torch()
+    if torch is None:
+        raise SystemExit(f"attnrb builds against torch, and there is none here: run `pip install '{REQUIREMENT}'` first.")
+    print(f"attnrb: building against torch {torch.version_text} at {torch.folder}", file=sys.stderr)
+    try:
+        return hook(folder, {**(settings or {}), "cmake.define.ATTNRB_TORCH": str(torch.folder)}, metadata)
+    except CMakeNotFoundError:
+        raise SystemExit("attnrb needs CMake 3.24 or newer to build: run `pip install 'cmake>=3.24'`.") from None
+    except NinjaNotFoundError:
+        raise SystemExit("attnrb needs ninja or make to build: run `pip install ninja`.") from None
+
+
+def _check_compiler() -> None:
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named and shutil.which(named[0]) is None:
+        raise SystemExit(f"attnrb: the environment variable CXX names {named[0]!r}, and there is no such program.")
+    if not named and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise SystemExit(
+            "attnrb needs a C++17 compiler to build: install GCC 11 or Clang 13 or newer (Debian and Ubuntu: "
+            "`apt install g++`; Fedora: `dnf install gcc-c++`; macOS: `xcode-select --install`), or name one in the "
+            "environment variable CXX."
+        )

@@ -1,0 +1,28 @@
+# What every target compiles with: `attnrb_options`.
+include(CheckCXXSourceCompiles)
+
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 11)
+  message(FATAL_ERROR "attnrb needs GCC 11 or newer, this is ${CMAKE_CXX_COMPILER_VERSION}: install a newer one and name "
+                      "it in the environment variable CXX.")
+elseif(CMAKE_CXX_COMPILER_ID MATCHES "Clang" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  message(FATAL_ERROR "attnrb needs Clang 13 or newer, this is ${CMAKE_CXX_COMPILER_VERSION}: install a newer one and "
+                      "name it in the environment variable CXX.")
+endif()
+
+# Asked of the compiler, which also knows the target when it compiles for another machine.
+check_cxx_source_compiles("
+#if !defined(__x86_64__)
+#error
+#endif
+int main() {}" ATTNRB_TARGET_X86_64)
+
+add_library(attnrb_options INTERFACE)
+target_compile_options(attnrb_options INTERFACE -Wall -Wextra)
+if(ATTNRB_WERROR)
+  target_compile_options(attnrb_options INTERFACE -Werror)
+endif()
+if(ATTNRB_SANITIZE)
+  target_compile_options(attnrb_options INTERFACE -fsanitize=${ATTNRB_SANITIZE} -fno-sanitize-recover=all
+                                                  -fno-omit-frame-pointer -g)
+  target_link_options(attnrb_options INTERFACE -fsanitize=${ATTNRB_SANITIZE})
+endif()

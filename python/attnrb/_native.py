@@ -1,0 +1,45 @@
+"""Loads the native library, so that ``torch.ops.attnrb`` and ``attnrb._C`` can be used."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+_OLDEST_TORCH = (2, 10)
+
+
+def load() -> None:
+    """Registers the native ops with torch.
+
+    Raises:
+        ImportError: torch is missing or older than 2.10, or the native library is missing or does not load. The message
+            says what to do.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ImportError("attnrb needs torch, which is not installed: run `pip install 'torch>=2.10'`.") from error
+    version = str(torch.__version__)
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < _OLDEST_TORCH:
+        raise ImportError(f"attnrb needs torch 2.10 or newer, this is torch {version}: run `pip install 'torch>=2.10'`.")
+
+    library = _library()
+    if not library.is_file():
+        raise ImportError(
+            f"attnrb's native library is missing, there is no {library}: this is perhaps a source tree that was never "
+            "installed. Run `pip install .` in it, or leave the tree to import an installed attnrb."
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise ImportError(
+            f"attnrb's native library {library} does not load into torch {version}: {error}. Build it anew here: run "
+            "`pip install --force-reinstall --no-deps attnrb`, or `pip install .` in a source tree."
+        ) from error
+
+
+def _library() -> Path:
+    # Beside the extension module, which in an editable install is not beside this file.
+    extension = importlib.util.find_spec("attnrb._C")
+    folder = Path(__file__ if extension is None or extension.origin is None else extension.origin).parent
+    return folder / "libattnrb.so"
