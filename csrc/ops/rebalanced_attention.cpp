@@ -1,0 +1,50 @@
+// Attention in a layer below the source: the entries that the outlier rows name weigh (1 + gain) as much.
+#include "ops/cpu.h"
+
+namespace attnrb::ops {
+namespace {
+
+Tensor rebalanced_attention(const Tensor& query_tensor, const Tensor& key_tensor, const Tensor& value_tensor,
+                            const Tensor& indices, const Tensor& counts, const Tensor& gain, bool normalize,
+                            bool causal, int64_t query_offset, int64_t key_offset, int64_t window,
+                            const OptionalTensor& key_start, const OptionalTensor& key_end, const OptionalTensor& mask,
+                            double scale, double softcap, const OptionalTensor& sinks) {
+  const Operand query("query", query_tensor), key("key", key_tensor), value("value", value_tensor);
+  AttentionProblem problem;
+  problem.dtype = check_element_type(query);
+  problem.shape = check_query_key(query, key);
+  check_value(value, query, problem.shape);
+  const Shape& shape = problem.shape;
+  const OutlierArguments outliers(indices, counts, shape, query);
+  const GainRow gains(gain, shape, query);
+  const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
+                               {scale, softcap, sinks}, shape, query);
+
+  const OutputLayout layout(shape);
+  Tensor output = empty_strided(layout.sizes, layout.strides, query.dtype, query);
+
+  problem.query = view_of(query);
+  problem.key = view_of(key);
+  problem.value = view_of(value);
+  problem.visibility = shared.visibility;
+  problem.scoring = shared.scoring;
+  problem.output = output.mutable_data_ptr();
+  std::copy_n(layout.strides.begin(), 3, problem.output_strides);
+  if (outliers.capacity > 0) {  // an empty set leaves plain attention
+    problem.boost.indices = outliers.indices;
+    problem.boost.counts = outliers.counts;
+    problem.boost.capacity = outliers.capacity;
+    problem.boost.gain = gains.data();
+    problem.boost.normalize = normalize;
+  }
+  attend(problem);
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
+  library.impl("rebalanced_attention", TORCH_BOX(&rebalanced_attention));
+}
+
+}  // namespace attnrb::ops

@@ -1,0 +1,477 @@
+"""The operations of re-balancing, on plain tensors.
+
+Each section holds one operation: the public function, what ``torch.compile`` needs to know of its native op, and its
+gradient where it has one. The native ops are ``torch.ops.attnrb.*``; ``docs/method.md`` derives the formulas.
+
+Axes: ``B`` batch, ``H`` query heads, ``Hk`` key/value heads (H a multiple of Hk), ``M`` queries, ``N`` keys, ``D``
+query and key width, ``Dv`` value width. The attention functions read any strides and never repeat keys for grouped heads.
+
+The attention functions are for inference so far: an input that requires a gradient is refused while gradients are
+recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnrb import _C
+from attnrb.outliers import Outliers
+from attnrb.visibility import Visibility, describe, visibility_arguments
+
+__all__ = ["outlier_mask", "rebalance", "rebalanced_attention", "received_attention", "source_attention"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Looked up once: torch.ops resolves overloads anew at every call.
+_outlier_mask = torch.ops.attnrb.outlier_mask.default
+_rebalance = torch.ops.attnrb.rebalance.default
+_rebalance_per_head = torch.ops.attnrb.rebalance.per_head
+_source_attention = torch.ops.attnrb.source_attention.default
+_rebalanced_attention = torch.ops.attnrb.rebalanced_attention.default
+_received_attention = torch.ops.attnrb.received_attention.default
+
+
+# ---------------------------------------------------------------------------------------------------- outlier_mask
+
+
+def outlier_mask(weights: Tensor, threshold: float = 0.01, *, query_offset: int | None = None) -> Tensor:
+    """Mark the outliers of attention weights that stand in memory.
+
+    ``mask[b, h, i, j] = weights[b, h, i, j] > threshold and j != query_offset + i``: strictly above, and a query's own
+    key never counts (arXiv 2403.14932, section 3).
+
+    Args:
+        weights: ``[B, H, M, N]``, float32, bfloat16 or float16.
+        threshold: between 0 and 1, both excluded.
+        query_offset: the key that is the first query's own. The default is ``N - M``: the last query on the last key.
+
+    Returns:
+        bool ``[B, H, M, N]``, contiguous. It carries no gradient.
+
+    Raises:
+        TypeError: ``weights`` is no tensor of those dtypes.
+        ValueError: ``weights`` has not four dimensions, or ``threshold`` is out of range.
+    """
+    _check_operand("weights", weights)
+    _check_threshold(threshold)
+    if query_offset is None:
+        query_offset = weights.size(3) - weights.size(2)
+    result: Tensor = _outlier_mask(weights, threshold, query_offset)
+    return result
+
+
+def _outlier_mask_fake(weights: Tensor, threshold: float, query_offset: int) -> Tensor:
+    return weights.new_empty(weights.shape, dtype=torch.bool)
+
+
+torch.library.register_fake("attnrb::outlier_mask", _outlier_mask_fake)
+
+
+# ------------------------------------------------------------------------------------------------------- rebalance
+
+
+def rebalance(
+    weights: Tensor, mask: Tensor, gain: float | Sequence[float] | Tensor, *, normalize: bool = False
+) -> Tensor:
+    """Strengthen the marked entries of attention weights that stand in memory.
+
+    ``out = weights · (1 + gain)`` where ``mask``, ``weights`` elsewhere. Differentiable in ``weights`` and in a
+    ``gain`` tensor.
+
+    Args:
+        weights: ``[B, H, M, N]``, float32, bfloat16 or float16.
+        mask: bool, broadcastable to ``weights``.
+        gain: a number, or one for each head: a sequence or a tensor ``[H]``.
+        normalize: divide each row by its new sum. A row that sums to zero stays as it is.
+
+    Returns:
+        Shape and dtype of ``weights``, contiguous.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: the shapes do not fit, or ``gain`` is not finite.
+    """
+    _check_operand("weights", weights)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool tensor, got {describe(mask)}")
+    if isinstance(gain, (int, float)):
+        result: Tensor = _rebalance(weights, mask, gain, normalize)
+    else:
+        result = _rebalance_per_head(weights, mask, _gain_tensor(gain, weights.device), normalize)
+    return result
+
+
+def _rebalance_fake(weights: Tensor, mask: Tensor, gain: float | Tensor, normalize: bool) -> Tensor:
+    _check_one_device(weights=weights, mask=mask, gain=gain)
+    return weights.new_empty(weights.shape)
+
+
+def _rebalance_setup(ctx: Any, inputs: tuple[Tensor, Tensor, float | Tensor, bool], output: Tensor) -> None:
+    weights, mask, gain, ctx.normalize = inputs
+    ctx.gain = None if isinstance(gain, Tensor) else gain
+    ctx.save_for_backward(weights, mask, output, *([gain] if isinstance(gain, Tensor) else []))
+
+
+def _rebalance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    # With f = 1 + gain·mask and z = sum of the row f·w: out = f·w, or f·w/z when normalised. Either way
+    #     d_weights = f·e,   d_gain = sum over mask of w·e,   e = d_out,  or (d_out - d_out·out)/z when normalised,
+    # and a product with f is what the op itself computes.
+    weights, mask, output, *tensors = ctx.saved_tensors
+    op, gain = (_rebalance_per_head, tensors[0]) if tensors else (_rebalance, ctx.gain)
+    error = grad.float()
+    if ctx.normalize:
+        total = op(weights.float(), mask, gain, False).sum(-1, keepdim=True)
+        error = error - (error * output.float()).sum(-1, keepdim=True)
+        # A row that sums to zero was not divided.
+        error = torch.where(total == 0, grad.float(), error / total)
+    grad_weights = op(error, mask, gain, False).to(weights.dtype) if ctx.needs_input_grad[0] else None
+    grad_gain = None
+    if ctx.needs_input_grad[2]:
+        grad_gain = (weights.float() * error * mask).sum((0, 2, 3))
+        if gain.shape[0] == 1:
+            grad_gain = grad_gain.sum(0, keepdim=True)
+    return grad_weights, None, grad_gain, None
+
+
+for _name in ("attnrb::rebalance", "attnrb::rebalance.per_head"):
+    torch.library.register_fake(_name, _rebalance_fake)
+    torch.library.register_autograd(_name, _rebalance_backward, setup_context=_rebalance_setup)
+
+
+# ------------------------------------------------------------------------------------------------ source_attention
+
+
+def source_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    threshold: float = 0.01,
+    scale: float | None = None,
+    visibility: Visibility | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Outliers]:
+    """Attention at the source layer, which also finds the outliers.
+
+    With ``A = softmax(scale · query · keyᵀ)`` over the visible keys, the outliers of query i are the keys j with
+    ``A[i, j] > threshold`` whose slot is not the query's own (arXiv 2403.14932, section 3). No ``[M, N]`` matrix is
+    built.
+
+    Args:
+        query: ``[B, H, M, D]``, float32, bfloat16 or float16, any strides.
+        key: ``[B, Hk, N, D]``, dtype and device of ``query``.
+        value: ``[B, Hk, N, Dv]``, likewise.
+        threshold: between 0 and 1, both excluded.
+        scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
+        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+            ``[B, H, M, N]``. The default is causal, with the last query on the last key.
+        softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
+        sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
+
+    Returns:
+        ``(output, lse, outliers)``: output ``[B, H, M, Dv]`` in the dtype of ``query``, laid out in memory as
+        ``[B, M, H, Dv]``; the log-sum-exp of each row, float32 ``[B, H, M]``; :class:`attnrb.Outliers`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or numbers do not fit.
+        NotImplementedError: gradients are recorded and an input requires one.
+    """
+    _check_operands(query, key, value)
+    _check_inference(query, key, value, sinks, None)
+    _check_threshold(threshold)
+    output, lse, indices, counts = _source_attention(
+        query,
+        key,
+        value,
+        threshold,
+        *visibility_arguments(visibility, query.size(2), key.size(2)),
+        *_score_arguments(query, scale, softcap, sinks),
+    )
+    return output, lse, Outliers(indices, counts)
+
+
+def _source_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: float,
+    causal: bool,
+    query_offset: int,
+    key_offset: int,
+    window: int,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_one_device(query=query, key=key, value=value, key_start=key_start, key_end=key_end, mask=mask, sinks=sinks)
+    rows = query.shape[:3]
+    capacity = torch.sym_min(_C.outlier_capacity(threshold), key.shape[2])  # type: ignore[no-untyped-call]
+    return (
+        _attention_output(query, value),
+        query.new_empty(rows, dtype=torch.float32),
+        query.new_empty((*rows, capacity), dtype=torch.int32),
+        query.new_empty(rows, dtype=torch.int32),
+    )
+
+
+torch.library.register_fake("attnrb::source_attention", _source_attention_fake)
+
+
+# -------------------------------------------------------------------------------------------- rebalanced_attention
+
+
+def rebalanced_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    outliers: Outliers | tuple[Tensor, Tensor],
+    gain: float | Sequence[float] | Tensor,
+    *,
+    normalize: bool = False,
+    scale: float | None = None,
+    visibility: Visibility | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention in a layer below the source, with the outliers strengthened.
+
+    ``y_i = Σ_j A_ij v_j + gain · Σ_{j in outliers of i} A_ij v_j`` with ``A = softmax(scale · query · keyᵀ)`` over the
+    visible keys. With ``normalize``, y_i is divided by ``1 + gain · Σ_{j in outliers of i} A_ij``. Outliers that this
+    layer does not hold, or that the query cannot see, are skipped.
+
+    Args:
+        query: ``[B, H, M, D]``, float32, bfloat16 or float16, any strides.
+        key: ``[B, Hk, N, D]``, dtype and device of ``query``.
+        value: ``[B, Hk, N, Dv]``, likewise.
+        outliers: ``(indices, counts)`` of :func:`source_attention` for the same queries and heads; rows must ascend.
+        gain: a number, or one for each head: a sequence or a tensor ``[H]``. A float32 tensor costs nothing to pass.
+        normalize: whether the weights of a row sum to 1 again.
+        scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
+        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+            ``[B, H, M, N]``. The default is causal, with the last query on the last key.
+        softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
+        sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
+
+    Returns:
+        ``[B, H, M, Dv]`` in the dtype of ``query``, laid out in memory as ``[B, M, H, Dv]``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or numbers do not fit, or a row of ``outliers`` does not ascend.
+        NotImplementedError: gradients are recorded and an input requires one.
+    """
+    _check_operands(query, key, value)
+    try:
+        indices, counts = outliers
+    except (TypeError, ValueError):
+        raise TypeError(f"outliers: expected (indices, counts), got {describe(outliers)}") from None
+    gain = _gain_tensor(gain, query.device)
+    _check_inference(query, key, value, sinks, gain)
+    result: Tensor = _rebalanced_attention(
+        query,
+        key,
+        value,
+        indices,
+        counts,
+        gain,
+        normalize,
+        *visibility_arguments(visibility, query.size(2), key.size(2)),
+        *_score_arguments(query, scale, softcap, sinks),
+    )
+    return result
+
+
+def _rebalanced_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    gain: Tensor,
+    normalize: bool,
+    causal: bool,
+    query_offset: int,
+    key_offset: int,
+    window: int,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    _check_one_device(query=query, key=key, value=value, indices=indices, counts=counts, gain=gain)
+    _check_one_device(query=query, key_start=key_start, key_end=key_end, mask=mask, sinks=sinks)
+    return _attention_output(query, value)
+
+
+torch.library.register_fake("attnrb::rebalanced_attention", _rebalanced_attention_fake)
+
+
+# ---------------------------------------------------------------------------------------------- received_attention
+
+
+def received_attention(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    visibility: Visibility | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """How much attention each key receives: the mean weight that the queries which can see it give it.
+
+    No ``[M, N]`` matrix is built.
+
+    Args:
+        query: ``[B, H, M, D]``, float32, bfloat16 or float16, any strides.
+        key: ``[B, Hk, N, D]``, dtype and device of ``query``.
+        scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
+        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+            ``[B, H, M, N]``. The default is causal, with the last query on the last key.
+        softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
+        sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
+
+    Returns:
+        float32 ``[B, H, N]``, contiguous; 0 for a key that no query can see.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or numbers do not fit.
+        NotImplementedError: gradients are recorded and an input requires one.
+    """
+    _check_operands(query, key, key)
+    _check_inference(query, key, key, sinks, None)
+    result: Tensor = _received_attention(
+        query,
+        key,
+        *visibility_arguments(visibility, query.size(2), key.size(2)),
+        *_score_arguments(query, scale, softcap, sinks),
+    )
+    return result
+
+
+def _received_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    causal: bool,
+    query_offset: int,
+    key_offset: int,
+    window: int,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    _check_one_device(query=query, key=key, key_start=key_start, key_end=key_end, mask=mask, sinks=sinks)
+    return query.new_empty((query.shape[0], query.shape[1], key.shape[2]), dtype=torch.float32)
+
+
+torch.library.register_fake("attnrb::received_attention", _received_attention_fake)
+
+
+# ------------------------------------------------------------------------------------------------- shared by several
+
+
+def _check_operands(query: Any, key: Any, value: Any) -> None:
+    """Refuses what the C++ checks could only call a ValueError, or what would fail before they see it."""
+    # One condition for the good case: this runs at every layer of every decoded token.
+    if not (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and query.dtype in _DTYPES
+        and query.dtype == key.dtype == value.dtype
+        and query.dim() == key.dim() == 4
+    ):
+        for name, operand in (("query", query), ("key", key), ("value", value)):
+            _check_operand(name, operand)
+            if operand.dtype != query.dtype:
+                raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {operand.dtype}")
+
+
+def _check_operand(name: str, operand: Any) -> None:
+    if not isinstance(operand, Tensor) or operand.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected a tensor of dtype float32, bfloat16 or float16, got {describe(operand)}")
+    if operand.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions, got {operand.dim()}: {tuple(operand.shape)}")
+
+
+def _check_inference(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, gain: Tensor | None) -> None:
+    if torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (sinks is not None and sinks.requires_grad)
+        or (gain is not None and gain.requires_grad)
+    ):
+        raise NotImplementedError(
+            "the attention functions of this version have no backward: call them under torch.no_grad() or "
+            "torch.inference_mode(), or detach the inputs that require a gradient"
+        )
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0.0 < threshold < 1.0:
+        raise ValueError(f"threshold: expected a number between 0 and 1, both excluded, got {threshold}")
+
+
+def _score_arguments(
+    query: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> tuple[float, float, Tensor | None]:
+    """As the ops take them: scale, softcap (0: none), sinks."""
+    if sinks is not None and not (isinstance(sinks, Tensor) and sinks.is_floating_point()):
+        raise TypeError(f"sinks: expected a floating-point tensor [H], got {describe(sinks)}")
+    if scale is None:
+        width = query.size(-1)
+        scale = width**-0.5 if width > 0 else 1.0  # the op refuses a width of 0 by name
+    return scale, softcap or 0.0, sinks
+
+
+def _gain_tensor(gain: Any, device: torch.device) -> Tensor:
+    """The gain as the ops take it: float32 [1] or [H]."""
+    if isinstance(gain, Tensor):
+        if gain.dtype == torch.float32 and gain.dim() == 1:
+            return gain
+        if not gain.is_floating_point():
+            raise TypeError(f"gain: expected numbers or a floating-point tensor, got {describe(gain)}")
+        return (gain.reshape(1) if gain.dim() == 0 else gain).to(torch.float32)
+    if isinstance(gain, (int, float)):
+        if not math.isfinite(gain):
+            raise ValueError(f"gain: expected a finite number, got {gain}")
+        return torch.full((1,), gain, dtype=torch.float32, device=device)
+    try:
+        gains = [float(each) for each in (gain if isinstance(gain, Sequence) else [gain])]
+    except (TypeError, ValueError):
+        raise TypeError(f"gain: expected a number, or one for each head, got {describe(gain)}") from None
+    if not all(map(math.isfinite, gains)):
+        raise ValueError(f"gain: expected finite numbers, got {gains}")
+    return torch.tensor(gains, dtype=torch.float32, device=device)
+
+
+def _attention_output(query: Tensor, value: Tensor) -> Tensor:
+    """Like the output of the attention ops: [B, H, M, Dv] in memory laid out as [B, M, H, Dv]."""
+    batch, heads, queries, _ = query.shape
+    return query.new_empty((batch, queries, heads, value.shape[3])).transpose(1, 2)
+
+
+def _check_one_device(**arguments: Any) -> None:
+    # A meta tensor among others brings the call here, where nothing else would notice the mixture.
+    devices = {name: tensor.device for name, tensor in arguments.items() if isinstance(tensor, Tensor)}
+    first = next(iter(devices))
+    for name, device in devices.items():
+        if device != devices[first]:
+            raise ValueError(f"{name}: expected on {devices[first]}, where {first} is, got {device}")

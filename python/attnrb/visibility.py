@@ -1,0 +1,121 @@
+"""What a query may see, said without an n-by-n mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Which keys each query may see. Every condition that is set must hold.
+
+    Positions are cache slots: query i sits at slot ``query_offset + i``, key j at slot ``key_offset + j``. A query that
+    sees no key gets a zero output, no outliers and a log-sum-exp of -inf.
+
+    Attributes:
+        causal: a key's slot must not exceed the query's. The default, None, is True without a mask and False with one.
+        query_offset: slot of the first query. The default, None, puts the last query on the last key:
+            ``key_offset + N - M``.
+        key_offset: slot of the first key, at least 0. Not 0 in windowed layers, which cache only their last keys.
+        window: how many slots back a query sees, its own included (slot of key > slot of query - window). At least 1;
+            None: no limit.
+        key_start: int64 or int32 ``[B]``: first slot visible in each batch row (left padding).
+        key_end: int64 or int32 ``[B]``: one past the last slot visible in each batch row (right padding).
+        mask: bool, broadcastable to ``[B, H, M, N]``, True where the key is visible: for everything else.
+
+    Raises:
+        TypeError: an attribute has the wrong type or dtype.
+        ValueError: ``window`` is below 1, ``key_offset`` below 0, or a tensor has the wrong rank.
+    """
+
+    causal: bool | None = None
+    query_offset: int | None = None
+    key_offset: int = 0
+    window: int | None = None
+    key_start: torch.Tensor | None = None
+    key_end: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.causal is not None and not isinstance(self.causal, bool):
+            raise TypeError(f"causal: expected True, False or None, got {self.causal!r}")
+        _check_integer("query_offset", self.query_offset, optional=True)
+        _check_integer("key_offset", self.key_offset, optional=False)
+        if self.key_offset < 0:
+            raise ValueError(f"key_offset: expected a slot of at least 0, got {self.key_offset}")
+        _check_integer("window", self.window, optional=True)
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: expected at least 1, or None for no limit, got {self.window}")
+        _check_bounds("key_start", self.key_start)
+        _check_bounds("key_end", self.key_end)
+        if self.mask is not None:
+            check_mask("mask", self.mask)
+
+
+# As the ops take it: causal, query_offset, key_offset, window (0: none), key_start, key_end, mask.
+VisibilityArguments = tuple[bool, int, int, int, "torch.Tensor | None", "torch.Tensor | None", "torch.Tensor | None"]
+
+
+def visibility_arguments(visibility: Visibility | torch.Tensor | None, queries: int, keys: int) -> VisibilityArguments:
+    """What an op is told for ``visibility``.
+
+    Args:
+        visibility: a :class:`Visibility`, a bool mask, or None: causal, with the last query on the last key.
+        queries: M, for the default of ``query_offset``.
+        keys: N, likewise.
+
+    Raises:
+        TypeError: ``visibility`` is something else, or a mask that is not boolean.
+    """
+    if visibility is None:
+        return True, keys - queries, 0, 0, None, None, None
+    if isinstance(visibility, torch.Tensor):
+        check_mask("visibility", visibility)
+        return False, keys - queries, 0, 0, None, None, visibility
+    if not isinstance(visibility, Visibility):
+        raise TypeError(f"visibility: expected a Visibility, a bool tensor or None, got {describe(visibility)}")
+    causal, query_offset = visibility.causal, visibility.query_offset
+    return (
+        visibility.mask is None if causal is None else causal,
+        visibility.key_offset + keys - queries if query_offset is None else query_offset,
+        visibility.key_offset,
+        visibility.window or 0,
+        visibility.key_start,
+        visibility.key_end,
+        visibility.mask,
+    )
+
+
+def check_mask(name: str, mask: Any) -> None:
+    """Refuses anything but a bool tensor of at most four dimensions."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor, True where a key is visible, got {describe(mask)}")
+    if mask.dim() > 4:
+        raise ValueError(f"{name}: expected at most 4 dimensions [B, H, M, N], got {tuple(mask.shape)}")
+
+
+def _check_integer(name: str, value: Any, *, optional: bool) -> None:
+    if optional and value is None:
+        return
+    # A size under torch.compile is an int or a SymInt; True and False are ints only by accident.
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int{' or None' if optional else ''}, got {describe(value)}")
+
+
+def _check_bounds(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected an int64 or int32 tensor [B], got {describe(value)}")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: expected one slot for each batch row, [B], got the shape {tuple(value.shape)}")
+
+
+def describe(value: Any) -> str:
+    """What came, for the end of an error message."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
+    return f"{type(value).__name__} ({value!r})"
