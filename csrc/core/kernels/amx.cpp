@@ -1,10 +1,33 @@
 #define ATTNRB_ISA amx
+#include <type_traits>
+
 #include "vec_avx512.h"
+
+#include "amx_engine.h"
 #include "table.h"
 
 namespace attnrb {
 
+namespace amx {
+
+template <class T>
+struct AmxChoice : FloatChoice<T> {};
+
+template <>
+struct AmxChoice<bfloat16> {
+  using Engine = AmxEngine<bfloat16>;
+  using Dot = FloatDot<bfloat16>;
+};
+
+template <>
+struct AmxChoice<float16> {
+  using Engine = AmxEngine<float16>;
+  using Dot = FloatDot<float16>;
+};
+
+}  // namespace amx
+
 extern const Kernels amx_kernels;
-const Kernels amx_kernels = amx::make_table("amx");
+const Kernels amx_kernels = amx::make_table<amx::AmxChoice>("amx");
 
 }  // namespace attnrb

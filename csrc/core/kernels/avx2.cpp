@@ -5,6 +5,6 @@
 namespace attnrb {
 
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels = avx2::make_table("avx2");
+const Kernels avx2_kernels = avx2::make_table<avx2::FloatChoice>("avx2");
 
 }  // namespace attnrb

@@ -5,6 +5,6 @@
 namespace attnrb {
 
 extern const Kernels avx512_kernels;
-const Kernels avx512_kernels = avx512::make_table("avx512");
+const Kernels avx512_kernels = avx512::make_table<avx512::FloatChoice>("avx512");
 
 }  // namespace attnrb

@@ -5,6 +5,6 @@
 namespace attnrb {
 
 extern const Kernels portable_kernels;
-const Kernels portable_kernels = portable::make_table("portable");
+const Kernels portable_kernels = portable::make_table<portable::FloatChoice>("portable");
 
 }  // namespace attnrb

@@ -9,9 +9,9 @@
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-// Which engine and which dot product serve an element type; a translation unit may specialise them before this header.
+// Which engine and which dot product serve an element type where nothing better is at hand.
 template <class T>
-struct Choice {
+struct FloatChoice {
   using Engine = FloatEngine<T>;
   using Dot = FloatDot<T>;
 };
@@ -28,7 +28,8 @@ auto with_element_type(DType dtype, Function&& function) {
   }
 }
 
-inline Status run_attention(const AttentionProblem& problem, const ThreadPool& pool, Scratch& scratch) {
+template <template <class> class Choice>
+Status run_attention(const AttentionProblem& problem, const ThreadPool& pool, Scratch& scratch) {
   const Shape& shape = problem.shape;
   if (shape.batch == 0 || shape.heads == 0 || shape.queries == 0) return Status::ok;
   return with_element_type(problem.dtype, [&](auto element) {
@@ -39,7 +40,8 @@ inline Status run_attention(const AttentionProblem& problem, const ThreadPool& p
   });
 }
 
-inline void run_received(const ReceivedProblem& problem, const ThreadPool& pool, Scratch& scratch) {
+template <template <class> class Choice>
+void run_received(const ReceivedProblem& problem, const ThreadPool& pool, Scratch& scratch) {
   const Shape& shape = problem.shape;
   if (shape.batch == 0 || shape.heads == 0 || shape.keys == 0) return;
   ScratchLease rows_scratch;
@@ -53,7 +55,7 @@ inline void run_received(const ReceivedProblem& problem, const ThreadPool& pool,
   rows.scoring = problem.scoring;
   rows.lse = static_cast<float*>(
       (*rows_scratch).shared.reserve(sizeof(float) * size_t(shape.batch * shape.heads * shape.queries + 1)));
-  run_attention(rows, pool, scratch);
+  run_attention<Choice>(rows, pool, scratch);
   with_element_type(problem.dtype, [&](auto element) {
     Received<typename Choice<decltype(element)>::Engine>(problem, rows, pool, scratch).run();
   });
@@ -67,8 +69,9 @@ inline void run_rebalance(const RebalanceProblem& problem, const ThreadPool& poo
   with_element_type(problem.dtype, [&](auto element) { rebalance<decltype(element)>(problem, pool); });
 }
 
+template <template <class> class Choice>
 constexpr Kernels make_table(const char* name) {
-  return {name, run_attention, run_received, run_outlier_mask, run_rebalance};
+  return {name, run_attention<Choice>, run_received<Choice>, run_outlier_mask, run_rebalance};
 }
 
 }  // namespace ATTNRB_ISA
