@@ -1,0 +1,44 @@
+"""What this installation of attnrb is and what it runs on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from attnrb import _C, __version__
+from attnrb.models import ModelError, cache_folder, default_model_path
+
+
+def about() -> dict[str, Any]:
+    """Versions, instruction set found and chosen, threads and build options, JSON-ready. What is absent is None."""
+    try:
+        embedded: str | None = str(default_model_path())
+    except ModelError:
+        embedded = None
+    cache = cache_folder()
+    return {
+        "attnrb": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": _version("transformers"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "instruction_set": _C.instruction_set(),
+        "instruction_sets_found": _C.instruction_sets(),
+        "ATTNRB_CPU": os.environ.get("ATTNRB_CPU", "not set"),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "build": _C.build_options(),
+        "default_model": embedded,
+        "cache": "off" if cache is None else str(cache),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

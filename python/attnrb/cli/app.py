@@ -1,0 +1,227 @@
+"""The commands of ``attnrb``: read options, call the library, print. `attnrb.cli.render` draws what they print."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from attnrb.cli import options, render
+from attnrb.cli.console import output, print_json, printable, quiet_transformers, steps, user_errors
+
+app = typer.Typer(
+    help="Re-balance the attention of a language model while it runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from attnrb import __version__
+
+        typer.echo(f"attnrb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Re-balance the attention of a language model while it runs."""
+
+
+@app.command()
+def compare(
+    prompt: options.Prompt = None,
+    model: options.Model = None,
+    dtype: options.DType = "float32",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    alpha: options.Alpha = 0.2,
+    threshold: options.Threshold = 0.01,
+    source_layer: options.SourceLayer = 0,
+    depth: options.Depth = None,
+    layers: options.Layers = None,
+    normalize: options.Normalize = False,
+    boost_all: options.BoostAll = False,
+    max_new_tokens: options.MaxNewTokens = 64,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    chat: options.Chat = None,
+) -> None:
+    """Generate from one prompt without and with re-balancing, side by side."""
+    method = options.Method(alpha, threshold, source_layer, depth, layers, normalize, boost_all)
+    with user_errors(), steps() as step:
+        config = method.config()
+        text = _prompt(prompt)
+        loaded, tokenizer = _load(model, dtype, threads, step)
+        from attnrb.compare import DEFAULT_PROMPT
+        from attnrb.compare import compare as run
+
+        comparison = run(
+            loaded,
+            tokenizer,
+            DEFAULT_PROMPT if text is None else text,
+            config,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            progress=step,
+        )
+    about = _about(loaded, model, temperature, seed)
+    if json:
+        print_json({**about, **comparison.to_dict()})
+    else:
+        render.comparison(output(), comparison, tokenizer, about)
+
+
+@app.command()
+def generate(
+    prompt: options.Prompt = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Without re-balancing: the model as it is.")] = False,
+    model: options.Model = None,
+    dtype: options.DType = "float32",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    alpha: options.Alpha = 0.2,
+    threshold: options.Threshold = 0.01,
+    source_layer: options.SourceLayer = 0,
+    depth: options.Depth = None,
+    layers: options.Layers = None,
+    normalize: options.Normalize = False,
+    boost_all: options.BoostAll = False,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    chat: options.Chat = None,
+) -> None:
+    """Generate from one prompt, token by token, with re-balancing (or --plain, without)."""
+    method = options.Method(alpha, threshold, source_layer, depth, layers, normalize, boost_all)
+    with user_errors():
+        config = method.config()
+        text = _prompt(prompt)
+        with steps() as step:
+            loaded, tokenizer = _load(model, dtype, threads, step)
+        from attnrb.compare import DEFAULT_PROMPT
+        from attnrb.generation import encode
+        from attnrb.generation import generate as run
+        from attnrb.patch import patch
+
+        text = DEFAULT_PROMPT if text is None else text
+        output()  # makes stdout replace what it cannot encode
+
+        def show(piece: str) -> None:
+            sys.stdout.write(printable(piece))
+            sys.stdout.flush()
+
+        def go() -> Any:
+            ids = encode(tokenizer, text, chat=chat)
+            return run(
+                loaded,
+                tokenizer,
+                ids,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                on_text=None if json else show,
+            )
+
+        if plain:
+            generation, stats = go(), None
+        else:
+            with patch(loaded, config) as patched:
+                generation = go()
+            stats = patched.stats
+    if json:
+        print_json(
+            {
+                **_about(loaded, model, temperature, seed),
+                "prompt": text,
+                "config": None if plain else config.to_dict(),
+                **generation.to_dict(),
+                "outliers_per_row": None if stats is None else stats.outliers_per_row,
+                "rebalanced_layers": 0 if stats is None else stats.layers,
+            }
+        )
+    else:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        render.generation(generation, stats)
+
+
+@app.command()
+def info(json: options.Json = False) -> None:
+    """Print versions, the instruction set in use, threads and build options."""
+    with user_errors():
+        from attnrb.about import about
+
+        facts = about()
+    if json:
+        print_json(facts)
+    else:
+        render.facts(output(), facts)
+
+
+@app.command()
+def bench(
+    threads: options.Threads = None,
+    dtype: options.DType = "float32",
+    length: Annotated[int, typer.Option(min=16, help="Tokens in the sequence.")] = 1024,
+    json: options.Json = False,
+) -> None:
+    """Time re-balanced attention against PyTorch's on this machine, after checking its results."""
+    with user_errors(), steps() as step:
+        step("Starting")
+        from attnrb.models import resolve_dtype
+        from attnrb.selfbench import run
+
+        _set_threads(threads)
+        report = run(length=length, dtype=resolve_dtype(dtype), progress=step)
+    if json:
+        print_json(report.to_dict())
+    else:
+        render.bench(output(), report)
+
+
+def _prompt(prompt: str | None) -> str | None:
+    return sys.stdin.read().strip() if prompt == "-" else prompt
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _load(model: str | None, dtype: str, threads: int | None, step: Any) -> tuple[Any, Any]:
+    step("Starting")
+    from attnrb.models import load
+
+    _set_threads(threads)
+    quiet_transformers()
+    return load(model, dtype, progress=step)
+
+
+def _about(loaded: Any, model: str | None, temperature: float, seed: int) -> dict[str, Any]:
+    """What a result depends on beside the prompt and the method."""
+    import torch
+
+    from attnrb import __version__
+    from attnrb.models import DEFAULT_MODEL_NAME
+
+    return {
+        "attnrb": __version__,
+        "model": model or DEFAULT_MODEL_NAME,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "temperature": temperature,
+        "seed": seed,
+    }

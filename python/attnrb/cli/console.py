@@ -1,0 +1,108 @@
+"""How the command line speaks: results on stdout, progress and errors on stderr, text from tokens made harmless."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+DEBUG_VARIABLE = "ATTNRB_DEBUG"
+
+# Direction marks can reorder what stands around them on a terminal.
+_DIRECTION_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def output() -> Console:
+    """The console of results. Characters that the stream cannot encode are replaced rather than raised on."""
+    _tolerate(sys.stdout)
+    return Console(highlight=False)
+
+
+def errors() -> Console:
+    """The console of progress and errors."""
+    _tolerate(sys.stderr)
+    return Console(stderr=True, highlight=False)
+
+
+def _tolerate(stream: Any) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and direction marks replaced by visible ones; newlines stay, tabs become spaces.
+
+    A model can write any character, escape sequences that would drive the terminal included.
+    """
+    return "".join(_visible(character) for character in text.replace("\t", "    "))
+
+
+def _visible(character: str) -> str:
+    code = ord(character)
+    if character == "\n":
+        return character
+    if code < 0x20:
+        return chr(0x2400 + code)  # the control pictures
+    if unicodedata.category(character) == "Cc" or character in _DIRECTION_MARKS:
+        return "\N{REPLACEMENT CHARACTER}"
+    return character
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout, in plain ASCII where the stream has no wider encoding."""
+    wide = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=not wide, allow_nan=False))
+
+
+def fail(message: str) -> NoReturn:
+    """Print one sentence on stderr and end with exit code 1."""
+    sentence = " ".join(printable(message).split()).rstrip(".")
+    errors().print(Text(f"attnrb: {sentence}.", style="red"), soft_wrap=True)
+    raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what the library raises for bad input into one sentence. ``ATTNRB_DEBUG=1`` shows the traceback instead."""
+    from attnrb.models import ModelError
+    from attnrb.selfbench import WrongResultError
+
+    try:
+        yield
+    except (ModelError, WrongResultError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        fail(str(error) or type(error).__name__)
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """Show the step in progress and its time on a terminal, a line a step elsewhere. Yields what names a step."""
+    console = errors()
+    if not console.is_terminal:
+        yield lambda step: console.print(Text(f"{step} …"), soft_wrap=True)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda step: progress.reset(task, description=step)
+
+
+def quiet_transformers() -> None:
+    """Silence the bars and warnings of transformers, which would break the layout; downloads keep theirs."""
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    enable_progress_bars()

@@ -1,0 +1,117 @@
+"""Options that several commands share, each declared once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from attnrb.config import RebalanceConfig
+
+_METHOD = "Re-balancing"
+_GENERATION = "Generation"
+_RUN = "Model and run"
+
+Prompt = Annotated[str | None, typer.Argument(help="The text to go on from; - reads it from standard input.")]
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Hub id, folder or .gguf file. Default: the embedded SmolLM2-135M-Instruct.",
+        show_default=False,
+        rich_help_panel=_RUN,
+    ),
+]
+DType = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto (as the checkpoint was saved).", rich_help_panel=_RUN)
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads to compute with.", show_default="all cores", rich_help_panel=_RUN),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.", rich_help_panel=_RUN)]
+
+Alpha = Annotated[float, typer.Option(help="Strength: the gain at layer 0.", rich_help_panel=_METHOD)]
+Threshold = Annotated[
+    float, typer.Option(help="Attention above which an entry is an outlier.", rich_help_panel=_METHOD)
+]
+SourceLayer = Annotated[int, typer.Option(help="Layer whose outliers are taken.", rich_help_panel=_METHOD)]
+Depth = Annotated[
+    float | None,
+    typer.Option(help="Layer at which the gain reaches 0.", show_default="the last layer", rich_help_panel=_METHOD),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        help="Layers to re-balance, like 1-12,15.", show_default="all after the source layer", rich_help_panel=_METHOD
+    ),
+]
+Normalize = Annotated[
+    bool, typer.Option("--normalize", help="Divide each row by its new sum.", rich_help_panel=_METHOD)
+]
+BoostAll = Annotated[
+    bool, typer.Option("--boost-all", help="Strengthen every entry, not only outliers.", rich_help_panel=_METHOD)
+]
+
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", help="At most so many new tokens.", rich_help_panel=_GENERATION)
+]
+Temperature = Annotated[
+    float, typer.Option(help="0 takes the likeliest token; above 0 samples.", rich_help_panel=_GENERATION)
+]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel=_GENERATION)]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Wrap the prompt in the model's chat template.",
+        show_default="if it has one",
+        rich_help_panel=_GENERATION,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """The re-balancing options as they were given."""
+
+    alpha: float
+    threshold: float
+    source_layer: int
+    depth: float | None
+    layers: str | None
+    normalize: bool
+    boost_all: bool
+
+    def config(self) -> RebalanceConfig:
+        """The configuration they mean. Raises ValueError for one that is out of range."""
+        from attnrb.config import RebalanceConfig
+
+        return RebalanceConfig(
+            alpha=self.alpha,
+            threshold=self.threshold,
+            source_layer=self.source_layer,
+            depth=self.depth,
+            layers=None if self.layers is None else tuple(parse_layers(self.layers)),
+            normalize=self.normalize,
+            boost_all=self.boost_all,
+        )
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layer numbers of a list like ``1-12,15``, ascending. Raises ValueError for anything else."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        if match is None:
+            raise ValueError(f"layers: expected numbers and ranges like 1-12,15, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"layers: the range {part.strip()} runs backwards")
+        layers.update(range(first, last + 1))
+    return sorted(layers)

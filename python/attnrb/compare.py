@@ -1,0 +1,136 @@
+"""Compare a model with itself: one prompt generated without and with re-balancing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attnrb.config import RebalanceConfig
+from attnrb.first_key import first_key_shares
+from attnrb.generation import Generation, encode, generate
+from attnrb.patch import patch
+
+DEFAULT_PROMPT = "Why is the sky blue?"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. Layers are numbered from 0."""
+
+    prompt: str
+    prompt_tokens: int
+    """Tokens the model read, those of a chat template included."""
+    config: RebalanceConfig
+    plain: Generation
+    rebalanced: Generation
+    first_difference: int | None
+    """Index of the first new token that differs, the length of the shorter text where the other merely goes on; None
+    where both are the same."""
+    outliers_per_row: float
+    """Mean number of outliers that a query has in one head of the source layer, over the re-balanced generation."""
+    rows: int
+    """How many such rows (query and head) that is."""
+    rebalanced_layers: int
+    """How many layers were re-balanced."""
+    first_key_plain: list[float]
+    """Per layer, the share of attention that the first key takes in the plain model: see `attnrb.first_key`."""
+    first_key_rebalanced: list[float]
+    """The same, over the same text, in the re-balanced model."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary of every field."""
+        return {
+            "prompt": self.prompt,
+            "prompt_tokens": self.prompt_tokens,
+            "config": self.config.to_dict(),
+            "plain": self.plain.to_dict(),
+            "rebalanced": self.rebalanced.to_dict(),
+            "first_difference": self.first_difference,
+            "outliers_per_row": self.outliers_per_row,
+            "rows": self.rows,
+            "rebalanced_layers": self.rebalanced_layers,
+            "first_key": {"plain": self.first_key_plain, "rebalanced": self.first_key_rebalanced},
+        }
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    prompt: str = DEFAULT_PROMPT,
+    config: RebalanceConfig | None = None,
+    *,
+    chat: bool | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Generate from one prompt twice, plain and re-balanced, and measure what changed.
+
+    Both generations start from the same seed. Each is timed after a short warm-up of its own. The first key's shares
+    are taken over one text, the prompt and what the plain model made of it, so that they differ by the method alone.
+
+    Args:
+        model: an unpatched ``transformers`` causal language model. It is left as it was.
+        tokenizer: its tokenizer.
+        prompt: the text to go on from.
+        config: of the re-balancing. Default: ``RebalanceConfig()``.
+        chat: use the tokenizer's chat template. Default: if it has one.
+        max_new_tokens: at most so many new tokens each. Default: 64.
+        temperature: 0 (default) is greedy; above 0 samples.
+        seed: of the sampling.
+        progress: called with a short line before each step.
+
+    Raises:
+        ValueError: as `attnrb.generation.encode` and `attnrb.generation.generate` do.
+        Whatever `attnrb.patch` raises for a model it cannot serve.
+    """
+    config = config or RebalanceConfig()
+    say = progress or (lambda _: None)
+    input_ids = encode(tokenizer, prompt, chat=chat)
+
+    def run(tokens: int) -> Generation:
+        return generate(model, tokenizer, input_ids, max_new_tokens=tokens, temperature=temperature, seed=seed)
+
+    warm_up = min(2, max_new_tokens)
+    say("Generating without re-balancing")
+    run(warm_up)
+    plain = run(max_new_tokens)
+    say("Generating with re-balancing")
+    with patch(model, config):
+        run(warm_up)
+    with patch(model, config) as patched:
+        rebalanced = run(max_new_tokens)
+
+    say("Measuring attention on the first key")
+    text_ids = torch.cat([input_ids, torch.tensor([plain.token_ids], dtype=torch.int64)], dim=1)
+    return Comparison(
+        prompt=prompt,
+        prompt_tokens=input_ids.shape[1],
+        config=config,
+        plain=plain,
+        rebalanced=rebalanced,
+        first_difference=first_difference(plain, rebalanced),
+        outliers_per_row=patched.stats.outliers_per_row,
+        rows=patched.stats.rows,
+        rebalanced_layers=patched.stats.layers,
+        first_key_plain=first_key_shares(model, text_ids, RebalanceConfig(alpha=0.0)),
+        first_key_rebalanced=first_key_shares(model, text_ids, config),
+    )
+
+
+def first_difference(one: Generation, other: Generation) -> int | None:
+    """Index of the first new token in which two generations differ; None when they are the same to the end.
+
+    Where one text is the beginning of the other, that is the length of the shorter one: there one ended and the other
+    did not.
+    """
+    pairs = zip(one.token_ids, other.token_ids, strict=False)
+    common = next((index for index, (mine, yours) in enumerate(pairs) if mine != yours), None)
+    if common is not None:
+        return common
+    lengths = {len(one.token_ids), len(other.token_ids)}
+    return None if len(lengths) == 1 and one.ended == other.ended else min(lengths)
