@@ -4,7 +4,8 @@ Each section holds one operation: the public function, what ``torch.compile`` ne
 gradient where it has one. The native ops are ``torch.ops.attnrb.*``; ``docs/method.md`` derives the formulas.
 
 Axes: ``B`` batch, ``H`` query heads, ``Hk`` key/value heads (H a multiple of Hk), ``M`` queries, ``N`` keys, ``D``
-query and key width, ``Dv`` value width. The attention functions read any strides and never repeat keys for grouped heads.
+query and key width, ``Dv`` value width. The attention functions read any strides and never repeat keys for grouped
+heads.
 
 The attention functions are for inference so far: an input that requires a gradient is refused while gradients are
 recorded.
@@ -271,10 +272,10 @@ def rebalanced_attention(
         NotImplementedError: gradients are recorded and an input requires one.
     """
     _check_operands(query, key, value)
-    try:
-        indices, counts = outliers
-    except (TypeError, ValueError):
-        raise TypeError(f"outliers: expected (indices, counts), got {describe(outliers)}") from None
+    # A lone tensor would unpack too, along its first axis.
+    if not isinstance(outliers, tuple) or len(outliers) != 2:
+        raise TypeError(f"outliers: expected a tuple (indices, counts), got {describe(outliers)}")
+    indices, counts = outliers
     gain = _gain_tensor(gain, query.device)
     _check_inference(query, key, value, sinks, gain)
     result: Tensor = _rebalanced_attention(
