@@ -1,6 +1,4 @@
 #define ATTNRB_ISA amx
-#include <type_traits>
-
 #include "vec_avx512.h"
 
 #include "amx_engine.h"

@@ -13,6 +13,8 @@
 // at most and is left out: three tile products give float16 inputs float32-like accuracy.
 #pragma once
 
+#include <type_traits>
+
 #include "float_engine.h"
 
 namespace attnrb {

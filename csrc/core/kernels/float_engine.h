@@ -12,17 +12,22 @@ namespace ATTNRB_ISA {
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // c[Rows, Columns] (+)= a[Rows, depth] * b[depth, Columns] with Columns = Vectors * width: `a` is read by broadcast, `b`
-// is a packed panel, the accumulators never leave their registers.
+// is (the left part of) a packed panel, the accumulators never leave their registers.
 template <int Rows, int Vectors, bool Accumulate>
-ATTNRB_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
-                                 int64_t depth) {
+ATTNRB_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                                 int64_t c_stride, int64_t depth) {
+  // The panel comes from the second-level cache faster when it is asked for a few kilobytes ahead.
+  constexpr int kPrefetch = 1024;
   Vec sum[Rows][Vectors];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < Vectors; ++v)
       sum[r][v] = Accumulate ? Vec::load(c + r * c_stride + v * Vec::width) : Vec::zero();
-  for (int64_t k = 0; k < depth; ++k, b += Vectors * Vec::width) {
+  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     Vec column[Vectors];
-    for (int v = 0; v < Vectors; ++v) column[v] = Vec::load(b + v * Vec::width);
+    for (int v = 0; v < Vectors; ++v) {
+      __builtin_prefetch(b + kPrefetch + v * Vec::width);
+      column[v] = Vec::load(b + v * Vec::width);
+    }
     for (int r = 0; r < Rows; ++r) {
       const Vec x = Vec::set(a[r * a_stride + k]);
       for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec::fma(x, column[v], sum[r][v]);
@@ -36,7 +41,25 @@ ATTNRB_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* 
 struct Blocking {
   static constexpr int rows = 6;
   static constexpr int vectors = Vec::width >= 16 ? 4 : 2;
+  static constexpr int panel = vectors * Vec::width;
 };
+
+// The same for `rows` rows (rounded up to whole tiles) and the first `columns` columns of a panel, at most its width.
+template <bool Accumulate>
+void multiply_panel(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t columns, float* c,
+                    int64_t c_stride, int64_t depth) {
+  constexpr int R = Blocking::rows, V = Blocking::vectors;
+  for (int64_t r = 0; r < rows; r += R, a += R * a_stride, c += R * c_stride) {
+    if (columns > (V - 1) * Vec::width)
+      multiply_tile<R, V, Accumulate>(a, a_stride, b, Blocking::panel, c, c_stride, depth);
+    else if (V > 3 && columns > 2 * Vec::width)
+      multiply_tile<R, 3, Accumulate>(a, a_stride, b, Blocking::panel, c, c_stride, depth);
+    else if (V > 2 && columns > Vec::width)
+      multiply_tile<R, 2, Accumulate>(a, a_stride, b, Blocking::panel, c, c_stride, depth);
+    else
+      multiply_tile<R, 1, Accumulate>(a, a_stride, b, Blocking::panel, c, c_stride, depth);
+  }
+}
 
 template <class T>
 struct FloatEngine {
@@ -46,25 +69,25 @@ struct FloatEngine {
   static constexpr int strip = 24;       // query rows multiplied at a time: scores stay in the first-level cache
   static constexpr int block_rows = 96;  // query rows that share one walk over the keys
   static constexpr int block_keys = 256;
-  static constexpr int panel = Blocking::vectors * Vec::width;
-  static constexpr int key_granule = panel;  // scores come in multiples of this many keys
+  static constexpr int panel = Blocking::panel;
+  static constexpr int key_granule = 2 * Vec::width;  // blocks of keys are cut to multiples of this
   static_assert(block_keys % panel == 0 && strip % Blocking::rows == 0, "blocks hold whole tiles");
 
   explicit FloatEngine(const Shape& shape)
-      : width(shape.width), value_width(shape.value_width), value_columns(round_up(shape.value_width, panel)) {}
+      : width(shape.width), value_width(shape.value_width), value_columns(round_up(shape.value_width, Vec::width)) {}
 
   const int64_t width, value_width;
   const int64_t value_columns;  // accumulator row length
 
   int64_t key_block_bytes() const { return block_keys * width * int64_t(sizeof(float)); }
-  int64_t value_block_bytes() const { return block_keys * value_columns * int64_t(sizeof(float)); }
+  int64_t value_block_bytes() const { return block_keys * round_up(value_columns, panel) * int64_t(sizeof(float)); }
   int64_t query_block_bytes() const { return block_rows * width * int64_t(sizeof(float)); }
   static constexpr int64_t probability_bytes() { return strip * block_keys * int64_t(sizeof(Probability)); }
 
   void start_worker() const {}
   void stop_worker() const {}
 
-  // Keys [count, width] become panels [block_keys / panel][width][panel]; missing keys are zeros.
+  // Keys [count, width] become panels [block_keys / panel][width][panel]; the last panel is filled with zeros.
   void pack_keys(void* packed, const T* keys, int64_t row_stride, int64_t column_stride, int64_t count) const {
     float* out = static_cast<float*>(packed);
     for (int64_t first = 0; first < round_up(count, panel); first += panel, out += width * panel)
@@ -102,24 +125,18 @@ struct FloatEngine {
   void scores(const void* queries, int64_t row, int64_t rows, const void* keys, int64_t first, int64_t last,
               float* scores) const {
     const float* query = static_cast<const float*>(queries) + row * width;
-    for (int64_t key = first; key < last; key += panel) {
-      const float* panel_keys = static_cast<const float*>(keys) + key * width;
-      for (int64_t r = 0; r < rows; r += Blocking::rows)
-        multiply_tile<Blocking::rows, Blocking::vectors, false>(query + r * width, width, panel_keys,
-                                                                scores + r * block_keys + key, block_keys, width);
-    }
+    for (int64_t key = first / panel * panel; key < last; key += panel)
+      multiply_panel<false>(query, width, rows, static_cast<const float*>(keys) + key * width, last - key,
+                            scores + key, block_keys, width);
   }
 
   // sums[rows, value_columns] += probabilities[rows, first..last) * values.
   void accumulate(const Probability* probabilities, int64_t rows, const void* values, int64_t first, int64_t last,
                   float* sums) const {
-    for (int64_t column = 0; column < value_columns; column += panel) {
-      const float* panel_values = static_cast<const float*>(values) + column * block_keys + first * panel;
-      for (int64_t r = 0; r < rows; r += Blocking::rows)
-        multiply_tile<Blocking::rows, Blocking::vectors, true>(probabilities + r * block_keys + first, block_keys,
-                                                               panel_values, sums + r * value_columns + column,
-                                                               value_columns, last - first);
-    }
+    for (int64_t column = 0; column < value_columns; column += panel)
+      multiply_panel<true>(probabilities + first, block_keys, rows,
+                           static_cast<const float*>(values) + column * block_keys + first * panel,
+                           value_columns - column, sums + column, value_columns, last - first);
   }
 
   static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {
