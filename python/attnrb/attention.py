@@ -1,0 +1,309 @@
+"""The attention function of patched models: what transformers calls in place of its own, once in every layer.
+
+It is told which forward it belongs to by a keyword argument that the patch adds to the model's call and that the model hands
+down to its layers, so two forwards never share outliers, whatever threads they run in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnrb import functional
+from attnrb.config import RebalanceConfig
+from attnrb.outliers import Outliers
+from attnrb.stats import PatchStats
+
+if TYPE_CHECKING:
+    from attnrb.masks import Geometry
+
+# The keyword argument that carries the `Forward`, and the attribute that carries a mask's geometry (see masks.py).
+FORWARD = "attnrb_forward"
+GEOMETRY = "_attnrb_geometry"
+
+# Arguments that change what attention computes and that the ops do not know. transformers passes many others (position
+# ids, labels and so on), which do not concern attention functions.
+_UNSUPPORTED = {
+    "position_bias": "position biases added to the scores",
+    "head_mask": "head masks",
+    "indices": "sparse attention over chosen keys",
+    "block_indices": "sparse attention over chosen blocks",
+    "sinks": "per-key sinks",
+    "cache": "paged caches (continuous batching)",
+}
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention in one forward, as an observer sees it."""
+
+    layer: int
+    query: torch.Tensor
+    """``[B, H, M, D]``"""
+    key: torch.Tensor
+    """``[B, Hk, N, D]``"""
+    value: torch.Tensor
+    """``[B, Hk, N, Dv]``"""
+    attention: Callable[[torch.Tensor], torch.Tensor]
+    """The attention that this layer applies, re-balanced where it is, for any values ``[B, Hk, N, any]``: output
+    ``[B, H, M, any]``. It runs the op anew."""
+
+
+Observer = Callable[[AttentionCall], None]
+
+
+class Plan:
+    """What to do in each layer of one model: a configuration made definite."""
+
+    def __init__(
+        self,
+        config: RebalanceConfig,
+        heads: int,
+        gains: Sequence[Sequence[float] | None],
+        observer: Observer | None = None,
+    ) -> None:
+        """Prepare the plan.
+
+        Args:
+            config: the options, with the source layer that the model really has.
+            heads: H, the number of query heads in the layers that take part.
+            gains: for each of the L layers its H gains, or None where the layer stays as it is.
+            observer: called after the attention of every layer.
+        """
+        self.source_layer = config.source_layer
+        self.threshold = config.threshold
+        self.normalize = config.normalize
+        self.boost_all = config.boost_all
+        self.heads = heads
+        self.layers = len(gains)
+        self.observer = observer
+        touched = [layer for layer, gain in enumerate(gains) if gain is not None]
+        # A layer that takes part must call in every forward; any other may be left out.
+        self.required = frozenset([self.source_layer, *touched])
+        # float32 [H] for each layer that is re-balanced. A tensor that moved to its layer's device stays there.
+        self._gains = {layer: torch.tensor(gains[layer]) for layer in touched}
+        self._no_gain = torch.zeros(1)
+        self._no_outliers: Outliers | None = None
+
+    def gain(self, layer: int, device: torch.device) -> torch.Tensor | None:
+        """float32 ``[H]`` on ``device``, or None for a layer that stays as it is."""
+        gain = self._gains.get(layer)
+        if gain is not None and gain.device != device:
+            gain = self._gains[layer] = gain.to(device)
+        return gain
+
+    def nothing(self, query: torch.Tensor) -> tuple[Outliers, torch.Tensor]:
+        """An empty set of outliers for ``query [B, H, M, D]`` and a gain of 0: with them re-balancing is plain attention.
+
+        Kept for the next call, since every layer of every decoded token asks for the same.
+        """
+        none = self._no_outliers
+        rows = query.shape[:3]
+        if none is None or none.counts.shape != rows or none.counts.device != query.device:
+            counts = torch.zeros(rows, dtype=torch.int32, device=query.device)
+            none = self._no_outliers = Outliers(counts.new_empty((*rows, 0)), counts)
+            self._no_gain = self._no_gain.to(query.device)
+        return none, self._no_gain
+
+
+class Forward:
+    """One forward of a patched model: what its layers tell each other."""
+
+    __slots__ = ("called", "first_slot", "foreign", "outliers", "plan", "rebalanced", "stats")
+
+    def __init__(self, plan: Plan, stats: PatchStats, first_slot: int | None) -> None:
+        """Begin a forward.
+
+        Args:
+            plan: what to do.
+            stats: where to count it.
+            first_slot: slot of the first query, known only where a mask of the user's own makes it needed.
+        """
+        self.plan = plan
+        self.stats = stats
+        self.first_slot = first_slot
+        self.outliers: Outliers | None = None
+        self.called: set[int] = set()
+        self.rebalanced: set[int] = set()
+        # Masks not made by attnrb, read once for all layers. The mask is kept beside, so that its id stays its own.
+        self.foreign: dict[tuple[int, int], tuple[torch.Tensor | None, Geometry]] = {}
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    attnrb_forward: Forward | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Re-balanced attention behind the `AttentionInterface` of transformers.
+
+    Args:
+        module: the attention layer, with ``layer_idx``.
+        query: ``[B, H, M, D]``.
+        key: ``[B, Hk, N, D]``, cached keys included.
+        value: ``[B, Hk, N, Dv]``.
+        attention_mask: what masks.py made, or a mask ``[B, 1 or H, M, N]`` of the user's.
+        dropout: must be 0.
+        scaling: factor on the scores.
+        is_causal: used where there is no mask.
+        sliding_window: part of the mask already, and needed only where there is none.
+        softcap: bound of the scores.
+        s_aux: sinks ``[H]``.
+        attnrb_forward: which forward this is.
+        others: not used, but refused where they would change what attention means.
+
+    Returns:
+        ``[B, M, H, Dv]``, contiguous, and None for the weights, which are never computed.
+    """
+    forward = attnrb_forward
+    layer = getattr(module, "layer_idx", None)
+    if (
+        forward is None
+        or layer is None
+        or not 0 <= layer < forward.plan.layers
+        or dropout
+        or (query.requires_grad and torch.is_grad_enabled())
+        or not _UNSUPPORTED.keys().isdisjoint(others)
+    ):
+        _check_call(module, forward, layer, dropout, query, others)
+        assert forward is not None and layer is not None
+    plan = forward.plan
+    gain = plan.gain(layer, query.device)
+    is_source = layer == plan.source_layer
+    if query.size(1) != plan.heads and (is_source or gain is not None):
+        raise NotImplementedError(
+            f"layer {layer} ({type(module).__name__}) has {query.size(1)} query heads, others {plan.heads}. Outliers pair "
+            "by head index, so attnrb re-balances layers with as many heads as the model's configuration names; leave "
+            "this one out with RebalanceConfig(layers=...)"
+        )
+
+    geometry = getattr(attention_mask, GEOMETRY, None)
+    if geometry is None:
+        geometry = _foreign_geometry(forward, module, attention_mask, query, key, is_causal, sliding_window)
+    if isinstance(scaling, torch.Tensor):
+        scaling = float(scaling)
+    scores = {"scale": scaling, "visibility": geometry.visibility, "softcap": softcap, "sinks": s_aux}
+
+    if is_source and not plan.boost_all:
+        output, _, forward.outliers = functional.source_attention(query, key, value, threshold=plan.threshold, **scores)
+        forward.stats.add_counts(forward.outliers.counts, geometry.tokens)
+    else:
+        output = _layer_attention(forward, layer, gain, query, key, scores, value)
+        if gain is not None:
+            forward.rebalanced.add(layer)
+    forward.called.add(layer)
+    if plan.observer is not None:
+        again = partial(_layer_attention, forward, layer, gain, query, key, scores)
+        plan.observer(AttentionCall(layer, query, key, value, again))
+    return output.transpose(1, 2), None
+
+
+def _layer_attention(
+    forward: Forward,
+    layer: int,
+    gain: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scores: dict[str, Any],
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """The attention of one layer with these values, re-balanced where it has a gain."""
+    plan = forward.plan
+    if gain is not None and not plan.boost_all:
+        outliers = forward.outliers
+        if outliers is None:
+            raise RuntimeError(
+                f"layer {layer} ran before the source layer {plan.source_layer}, which finds the outliers: attnrb needs the "
+                "layers of a model to run in order"
+            )
+        if outliers.counts.device != query.device:
+            outliers = forward.outliers = Outliers(*(each.to(query.device) for each in outliers))
+        return functional.rebalanced_attention(query, key, value, outliers, gain, normalize=plan.normalize, **scores)
+    output = functional.rebalanced_attention(query, key, value, *plan.nothing(query), **scores)
+    if gain is not None:
+        if not plan.normalize:
+            output.mul_((1 + gain)[:, None, None])
+        elif scores["sinks"] is not None:
+            raise NotImplementedError("boost_all with normalize is not supported for models with attention sinks")
+        # Otherwise normalising takes back at once what strengthening every entry did.
+    return output
+
+
+def _foreign_geometry(
+    forward: Forward,
+    module: torch.nn.Module,
+    mask: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> Geometry:
+    """What a mask says that attnrb did not make: read once for all layers that share it."""
+    keys = key.size(2)
+    if mask is None and (
+        sliding_window or not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    ):
+        raise NotImplementedError(
+            f"{type(module).__name__} gave its attention no mask where it needs one (a sliding window, or attention to later "
+            "tokens): attnrb supports models whose masks come from transformers' AttentionMaskInterface"
+        )
+    known = forward.foreign.get((id(mask), keys))
+    if known is None:
+        from attnrb.masks import foreign_geometry
+
+        known = mask, foreign_geometry(mask, forward.first_slot, query.size(2), keys)
+        forward.foreign[id(mask), keys] = known
+    return known[1]
+
+
+def _check_call(
+    module: torch.nn.Module,
+    forward: Forward | None,
+    layer: int | None,
+    dropout: float,
+    query: torch.Tensor,
+    others: dict[str, Any],
+) -> None:
+    """Raise if this call cannot be served, saying why; arguments that are there but None do no harm."""
+    name = type(module).__name__
+    if forward is None:
+        raise RuntimeError(
+            f"{name} called its attention without the argument {FORWARD!r}, by which attnrb tells one forward from another. "
+            "Either this model does not hand keyword arguments down to its layers, which attnrb needs, or a part of a "
+            "patched model was called by itself: call the whole model, or remove the patch first"
+        )
+    if layer is None:
+        raise NotImplementedError(
+            f"{name} has no layer_idx, so attnrb cannot tell which layer it is: attnrb supports models whose attention "
+            "modules know their layer"
+        )
+    if not 0 <= layer < forward.plan.layers:
+        raise NotImplementedError(
+            f"{name} has the layer_idx {layer}, which is none of the model's {forward.plan.layers} decoder layers"
+        )
+    if dropout:
+        raise NotImplementedError(
+            f"{name} asks for attention dropout of {dropout}, which attnrb does not support: call model.eval(), or set the "
+            "model's attention dropout to 0"
+        )
+    if query.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "this version of attnrb re-balances inference only, and gradients are being recorded: run the patched model "
+            "under torch.no_grad() or torch.inference_mode()"
+        )
+    for argument, meaning in _UNSUPPORTED.items():
+        if others.get(argument) is not None:
+            raise NotImplementedError(f"{name} uses {meaning} ({argument}), which attnrb does not support")

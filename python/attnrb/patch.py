@@ -1,0 +1,304 @@
+"""Re-balance a Hugging Face model in place, and take it back.
+
+Note: [How a model is patched]
+transformers looks up its attention and its mask function by a name in the configuration that a module holds. A patch
+registers attnrb's functions under a name of its own and gives the modules of one model a copy of their configuration that
+says this name; the configuration itself, which other models may share, is never written to. A pre-hook on the decoder adds
+one keyword argument, the `attnrb.attention.Forward`, which models hand down to their attention. A hook after the decoder
+checks that every layer that was to be re-balanced did come by: what cannot be served raises, and nothing runs plainly in
+silence. `Patch.remove` puts the configurations back and takes both hooks out.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import sys
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from attnrb.attention import FORWARD, AttentionCall, Forward, Observer, Plan, attention
+from attnrb.config import RebalanceConfig
+from attnrb.stats import PatchStats
+
+__all__ = ["AttentionCall", "Patch", "patch"]
+
+# The name in transformers' AttentionInterface and AttentionMaskInterface.
+_NAME = "attnrb"
+_IMPLEMENTATION = "_attn_implementation_internal"
+
+# What configurations call a layer of softmax attention, where they name the kinds of their layers.
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "hybrid_sliding"}
+
+_SUPPORTED = "attnrb serves decoder-only models that use transformers' AttentionInterface"
+
+
+def patch(model: Any, config: RebalanceConfig | None = None, *, observer: Observer | None = None) -> Patch:
+    """Re-balance a model from now on.
+
+        with attnrb.patch(model, attnrb.RebalanceConfig(alpha=0.2)):
+            model.generate(**inputs)
+
+    or, without ``with``, until ``remove()`` of the handle. Forward, ``generate`` with its caches, batches with padding,
+    sampling and beam search work as before. A model that shares modules or its configuration with others may be patched:
+    those that share a configuration do not notice, those that share modules share the patch.
+
+    Args:
+        model: a ``transformers`` decoder, with or without a head, in float32, bfloat16 or float16.
+        config: the options. Default: ``RebalanceConfig()``.
+        observer: called with an `AttentionCall` after the attention of every layer, for analysis.
+
+    Returns:
+        The patch, already in force: a handle and a context manager.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: ``config`` names a layer or head that the model has not.
+        RuntimeError: the model is patched already.
+        NotImplementedError: the model cannot be served; the message says why. What only a forward can show raises there.
+        ImportError: transformers is missing or too old.
+    """
+    if config is None:
+        config = RebalanceConfig()
+    if not isinstance(config, RebalanceConfig):
+        raise TypeError(f"config: expected an attnrb.RebalanceConfig or None, got {type(config).__name__}")
+    if observer is not None and not callable(observer):
+        raise TypeError(f"observer: expected a function or None, got {type(observer).__name__}")
+    return Patch(model, config, observer)
+
+
+class Patch:
+    """A model being re-balanced; made by `patch`.
+
+    Attributes:
+        config: the options, as given.
+        stats: what was done so far. It stays readable after `remove`.
+    """
+
+    def __init__(self, model: Any, config: RebalanceConfig, observer: Observer | None = None) -> None:
+        """See `patch`."""
+        _register()
+        decoder = _find_decoder(model)
+        self.config = config
+        self.stats = PatchStats()
+        self._plan = _make_plan(decoder, config, observer)
+        # From here on nothing can fail.
+        self._configurations = _Configurations(model, decoder)
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            decoder.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is still patched."""
+        return bool(self._hooks)
+
+    def remove(self) -> None:
+        """Make the model what it was. A second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._configurations.restore()
+
+    def __enter__(self) -> Patch:
+        if not self.active:
+            raise RuntimeError("this patch was removed: call attnrb.patch(model, config) again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Patch({'active' if self.active else 'removed'}, {self.config}, {self.stats})"
+
+    def _before_forward(
+        self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+            raise NotImplementedError(
+                "output_attentions: attnrb never computes the n×n weights, so it cannot return them; leave it False"
+            )
+        kwargs[FORWARD] = Forward(self._plan, self.stats, _first_slot(args, kwargs))
+        return args, kwargs
+
+    def _after_forward(
+        self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        forward: Forward = kwargs[FORWARD]
+        if not self._plan.required <= forward.called:
+            missing = sorted(self._plan.required - forward.called)
+            raise NotImplementedError(
+                f"{type(decoder).__name__}: the attention of layers {missing} did not go through transformers' "
+                "AttentionInterface, so attnrb could not reach it. If these layers have no attention, name those to "
+                "re-balance with RebalanceConfig(layers=...)"
+            )
+        self.stats.add_forward(forward.rebalanced)
+
+
+def _first_slot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Slot of the first query, where a 4-D mask of the user's own makes it needed: such a mask does not say."""
+    mask = kwargs.get("attention_mask")
+    masks = [*args, *(mask.values() if isinstance(mask, dict) else [mask])]
+    if not any(isinstance(each, torch.Tensor) and each.dim() == 4 for each in masks):
+        return None
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _register() -> None:
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(
+            "attnrb.patch needs transformers 4.57 or newer, below 6: run `pip install 'attnrb[hf]'`"
+        ) from error
+    from attnrb.masks import attention_mask
+
+    # Both: a model whose attention function has no mask function of the same name silently gets no mask.
+    AttentionInterface.register(_NAME, attention)
+    AttentionMaskInterface.register(_NAME, attention_mask)
+
+
+def _find_decoder(model: Any) -> Any:
+    """The module whose forward hands keyword arguments to each decoder layer.
+
+    Raises:
+        TypeError: ``model`` is no model of transformers.
+        NotImplementedError: it is one that cannot be served, as far as one can tell before a forward.
+        RuntimeError: it is patched already.
+    """
+    from transformers import PreTrainedModel
+
+    whole = None
+    if isinstance(model, torch.nn.Module):
+        # Adapters and other wrappers hold the model somewhere within.
+        whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if whole is None:
+        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    name = type(whole).__name__
+    if getattr(whole.config, "is_encoder_decoder", False) or getattr(whole.config, "add_cross_attention", False):
+        raise NotImplementedError(f"model: {name} attends to an encoder; {_SUPPORTED}")
+
+    decoder: Any = whole.get_decoder()
+    if decoder is None or decoder is whole:
+        decoder = whole.base_model
+    if decoder.config.__dict__.get(_IMPLEMENTATION) == _NAME:
+        raise RuntimeError(f"model: this {name} is patched already; remove that patch first")
+
+    # Of nested modules named so (a layer that holds its attention) the inner ones have the number.
+    modules = [module for module in decoder.modules() if re.search("attention|attn", type(module).__name__, re.I)]
+    if not modules:
+        raise NotImplementedError(f"model: {name} has no attention layers; {_SUPPORTED}")
+    numbered = [module for module in modules if isinstance(getattr(module, "layer_idx", None), int)]
+    if not numbered:
+        raise NotImplementedError(
+            f"model: the attention modules of {name} ({type(modules[0]).__name__}) have no layer_idx, so attnrb cannot tell "
+            f"which layer each is; {_SUPPORTED}, in which attention modules know their layer"
+        )
+    if not any(_uses_interface(type(module)) for module in numbered):
+        raise NotImplementedError(
+            f"model: {type(numbered[0]).__name__} computes attention by itself and does not use transformers' "
+            f"AttentionInterface, so attnrb cannot reach it; {_SUPPORTED}"
+        )
+    return decoder
+
+
+def _uses_interface(attention_class: type) -> bool:
+    """Whether a class, or one that it inherits from, stands in a file that knows transformers' AttentionInterface."""
+    from transformers import AttentionInterface
+
+    return any(
+        isinstance(value, AttentionInterface)
+        for each in attention_class.__mro__
+        if each is not torch.nn.Module and each.__module__ in sys.modules
+        for value in vars(sys.modules[each.__module__]).values()
+    )
+
+
+def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None) -> Plan:
+    """Resolve the configuration for this model's layers and heads."""
+    sizes = decoder.config.get_text_config(decoder=True)
+    layers, heads = getattr(sizes, "num_hidden_layers", None), getattr(sizes, "num_attention_heads", None)
+    for what, value in (("layers (num_hidden_layers)", layers), ("heads (num_attention_heads)", heads)):
+        if not isinstance(value, int):
+            raise NotImplementedError(
+                f"model: the configuration of {type(decoder).__name__} gives no one number of {what}, but {value!r}; "
+                "attnrb supports models whose layers have equally many heads"
+            )
+    assert layers is not None and heads is not None
+    has_attention = _layers_with_attention(sizes, layers)
+    if config.source_layer < layers and not has_attention[config.source_layer]:
+        if config.source_layer > 0 or True not in has_attention:
+            raise ValueError(
+                f"source_layer: expected a layer with attention, which this model's layer {config.source_layer} has not"
+            )
+        config = dataclasses.replace(config, source_layer=has_attention.index(True))
+    gains = config.layer_gains(layers, heads)
+    if config.layers is None and not isinstance(config.heads, dict):
+        gains = tuple(gain if has else None for gain, has in zip(gains, has_attention, strict=True))
+    return Plan(config, heads, gains, observer)
+
+
+def _layers_with_attention(sizes: Any, layers: int) -> list[bool]:
+    """Which decoder layers have softmax attention, where the configuration says; all where it does not."""
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(sizes, name, None)
+        if isinstance(kinds, (list, tuple)) and len(kinds) >= layers:
+            return [kind in _ATTENTION_KINDS for kind in kinds[:layers]]
+    return [True] * layers
+
+
+class _Configurations:
+    """The configurations of one model, replaced by copies that name attnrb's attention."""
+
+    def __init__(self, model: torch.nn.Module, decoder: Any) -> None:
+        """Give every module of ``model`` that holds a configuration of ``decoder``'s modules a copy of it."""
+        from transformers.configuration_utils import PretrainedConfig
+
+        def held(holder: Any) -> dict[str, Any]:
+            return {name: value for name, value in vars(holder).items() if isinstance(value, PretrainedConfig)}
+
+        renamed = {id(each) for module in decoder.modules() for each in held(module).values()}
+        renamed.add(id(decoder.config.get_text_config(decoder=True)))
+        copies: dict[int, Any] = {}  # by the id of the original, which is its own copy where nothing changes
+
+        def replacement(original: Any) -> Any:
+            if id(original) not in copies:
+                parts = {name: replacement(part) for name, part in held(original).items()}
+                changed = {name: part for name, part in parts.items() if part is not vars(original)[name]}
+                twin = original
+                if changed or id(original) in renamed:
+                    twin = copy.copy(original)
+                    vars(twin).update(changed)
+                    if id(original) in renamed:
+                        vars(twin)[_IMPLEMENTATION] = _NAME
+                    self._twins.append((original, twin, dict(vars(twin))))
+                copies[id(original)] = twin
+            return copies[id(original)]
+
+        # (original, copy, attributes of the copy at first), and (holder, attribute, original, copy).
+        self._twins: list[tuple[Any, Any, dict[str, Any]]] = []
+        self._places: list[tuple[torch.nn.Module, str, Any, Any]] = []
+        for module in model.modules():
+            for name, original in held(module).items():
+                twin = replacement(original)
+                if twin is not original:
+                    vars(module)[name] = twin
+                    self._places.append((module, name, original, twin))
+
+    def restore(self) -> None:
+        """Put the originals back, with what was set on their copies meanwhile."""
+        for module, name, original, twin in self._places:
+            if vars(module).get(name) is twin:
+                vars(module)[name] = original
+        for original, twin, before in self._twins:
+            for name, value in vars(twin).items():
+                if name != _IMPLEMENTATION and not (name in before and before[name] is value):
+                    vars(original)[name] = value
+        self._places, self._twins = [], []
