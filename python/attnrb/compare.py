@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,9 +35,9 @@ class Comparison:
     """How many such rows (query and head) that is."""
     rebalanced_layers: int
     """How many layers were re-balanced."""
-    first_key_plain: list[float]
+    first_key_plain: tuple[float, ...]
     """Per layer, the share of attention that the first key takes in the plain model: see `attnrb.first_key`."""
-    first_key_rebalanced: list[float]
+    first_key_rebalanced: tuple[float, ...]
     """The same, over the same text, in the re-balanced model."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Comparison:
             "outliers_per_row": self.outliers_per_row,
             "rows": self.rows,
             "rebalanced_layers": self.rebalanced_layers,
-            "first_key": {"plain": self.first_key_plain, "rebalanced": self.first_key_rebalanced},
+            "first_key": {"plain": list(self.first_key_plain), "rebalanced": list(self.first_key_rebalanced)},
         }
 
 
@@ -117,7 +117,7 @@ def compare(
         outliers_per_row=patched.stats.outliers_per_row,
         rows=patched.stats.rows,
         rebalanced_layers=patched.stats.layers,
-        first_key_plain=first_key_shares(model, text_ids, RebalanceConfig(alpha=0.0)),
+        first_key_plain=first_key_shares(model, text_ids, replace(config, alpha=0.0, gains=None)),
         first_key_rebalanced=first_key_shares(model, text_ids, config),
     )
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from attnrb.attention import AttentionCall
 from attnrb.config import RebalanceConfig
-from attnrb.patch import AttentionCall, patch
+from attnrb.patch import patch
 
 
-def first_key_shares(model: Any, input_ids: torch.Tensor, config: RebalanceConfig) -> list[float]:
+def first_key_shares(model: Any, input_ids: torch.Tensor, config: RebalanceConfig) -> tuple[float, ...]:
     """Per layer, the mean share of attention on the first key (see Note: [First-key share]).
 
     Args:
@@ -41,7 +42,7 @@ def first_key_shares(model: Any, input_ids: torch.Tensor, config: RebalanceConfi
 
     with torch.inference_mode(), patch(model, config, observer=observe):
         model(input_ids.to(model.device), use_cache=False)
-    return [shares[layer] for layer in sorted(shares)]
+    return tuple(shares[layer] for layer in sorted(shares))
 
 
 def _share(call: AttentionCall) -> float:

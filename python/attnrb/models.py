@@ -4,8 +4,8 @@ Weights come from safetensors or GGUF only. Pickled weights (``.bin``, ``.pt``) 
 model is never run.
 
 Reading a GGUF file means de-quantising it and rebuilding its tokenizer: 20 s for the 135M-parameter default model,
-against 0.4 s for the same model in safetensors. So the first load of a GGUF file writes its float32 weights to the user's
-cache folder, and later loads read those (see `_convert`).
+against 0.4 s for the same model in safetensors. So the first load of a GGUF file writes its float32 weights to the
+user's cache folder, and later loads read those (see `_convert`).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def default_model_path() -> Path:
 
 
 def cache_folder() -> Path | None:
-    """Folder of converted GGUF weights, or None when ``ATTNRB_CACHE`` is set but empty, which turns the cache off.
+    """Folder of converted GGUF weights; None when ``ATTNRB_CACHE`` is set but empty, which turns the cache off.
 
     The folder is ``$ATTNRB_CACHE``, else ``$XDG_CACHE_HOME/attnrb``, else ``~/.cache/attnrb``.
     """

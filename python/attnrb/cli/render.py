@@ -35,6 +35,16 @@ def comparison(console: Console, result: Comparison, tokenizer: Any, about: Mapp
     console.print(_difference(result))
     console.print()
     console.print(first_key_chart(result.first_key_plain, result.first_key_rebalanced, console))
+    tokens = result.prompt_tokens + len(result.plain.token_ids)
+    if tokens * result.config.threshold < 2 and not result.config.boost_all:
+        # Below 1 / threshold keys even an even spread is above the threshold.
+        console.print(
+            Text(
+                f"In a text as short as this ({tokens} tokens) most weights exceed the threshold, those on the first key "
+                "too, so that it gains with the others.",
+                style="dim",
+            )
+        )
 
 
 def _heading(result: Comparison, about: Mapping[str, Any]) -> Table:
@@ -51,13 +61,8 @@ def _heading(result: Comparison, about: Mapping[str, Any]) -> Table:
         "method",
         Text(", ".join([f"alpha {config.alpha:g}, threshold {config.threshold:g}{depth}", *extras])),
     )
-    table.add_row(
-        "outliers",
-        Text(
-            f"{result.outliers_per_row:.1f} a row in layer {config.source_layer} ({result.rows:,} rows), "
-            f"{result.rebalanced_layers} layers re-balanced"
-        ),
-    )
+    found = "" if config.boost_all else f"{result.outliers_per_row:.1f} a row ({result.rows:,} rows), "
+    table.add_row("outliers", Text(f"{found}{result.rebalanced_layers} layers re-balanced"))
     return table
 
 
@@ -152,7 +157,8 @@ def generation(result: Generation, stats: Any | None) -> None:
     """Print the speed of a generation on stderr, apart from its text."""
     line = _speed(result)
     if stats is not None:
-        line.append(f", {stats.outliers_per_row:.1f} outliers a row, {stats.layers} layers re-balanced")
+        found = f", {stats.outliers_per_row:.1f} outliers a row" if stats.rows else ""
+        line.append(f"{found}, {stats.layers} layers re-balanced")
     errors().print(line, soft_wrap=True)
 
 
