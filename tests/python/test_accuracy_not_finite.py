@@ -1,0 +1,79 @@
+"""NaN and infinity in query, key or value: they reach the rows that see them, and no other row by one bit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from attnrb import Visibility, functional
+from attnrb.outliers import Outliers
+from cases import DTYPES
+from torch import Tensor
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+poisons = pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
+# A prefill and the few-row kernel; the poisoned key in the middle of a tile, so that its neighbours share the tile.
+sizes = pytest.mark.parametrize(("queries", "keys", "bad"), [(70, 70, 37), (64, 300, 250), (9, 40, 35), (1, 100, 37)], ids=str)
+
+
+def run(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | None) -> tuple[Tensor, Tensor, Outliers, Tensor]:
+    output, lse, outliers = functional.source_attention(query, key, value, visibility=visibility)
+    rebalanced = functional.rebalanced_attention(query, key, value, outliers, 0.3, visibility=visibility)
+    return output, lse, outliers, rebalanced
+
+
+def operands(dtype: torch.dtype, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(queries * keys)
+    shapes = ((1, 4, queries, 32), (1, 2, keys, 32), (1, 2, keys, 32))
+    query, key, value = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
+    return query, key, value
+
+
+@dtypes
+@poisons
+@sizes
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize("kind", ["causal", "mask", "range"])
+def test_poisoned_key_or_value(
+    dtype: torch.dtype, poison: float, queries: int, keys: int, bad: int, which: str, kind: str
+) -> None:
+    query, key, value = operands(dtype, queries, keys)
+    seen = torch.arange(keys) <= keys - queries + torch.arange(queries)[:, None]
+    visibility = None
+    if kind == "mask":
+        seen = torch.rand(queries, keys, generator=torch.Generator().manual_seed(1)) < 0.5
+        visibility = Visibility(mask=seen)
+    elif kind == "range":
+        seen = (torch.arange(keys) > bad).expand(queries, keys)
+        visibility = Visibility(causal=False, key_start=torch.tensor([bad + 1]))
+    clean = run(query, key, value, visibility)
+    (key if which == "key" else value)[0, 0, bad, 5] = poison  # the first key head: query heads 0 and 1
+    poisoned = run(query, key, value, visibility)
+
+    reached = torch.zeros(4, queries, dtype=torch.bool)
+    reached[:2] = seen[:, bad]
+    for before, after in zip((clean[0], clean[1], *clean[2], clean[3]), (poisoned[0], poisoned[1], *poisoned[2], poisoned[3])):
+        assert torch.equal(before[0][~reached], after[0][~reached])
+    if math.isnan(poison) or which == "value":
+        # Not swallowed either: a NaN key spoils the whole row, a value its column.
+        for output in (poisoned[0], poisoned[3]):
+            assert not output[0][reached][..., 5].isfinite().any()
+
+
+@dtypes
+@poisons
+@sizes
+def test_poisoned_query(dtype: torch.dtype, poison: float, queries: int, keys: int, bad: int) -> None:
+    query, key, value = operands(dtype, queries, keys)
+    clean = run(query, key, value, None)
+    row = queries // 2
+    query[0, 1, row, 3] = poison
+    poisoned = run(query, key, value, None)
+    others = torch.ones(4, queries, dtype=torch.bool)
+    others[1, row] = False
+    for before, after in zip((clean[0], clean[1], *clean[2], clean[3]), (poisoned[0], poisoned[1], *poisoned[2], poisoned[3])):
+        assert torch.equal(before[0][others], after[0][others])
+    if math.isnan(poison):
+        assert poisoned[0][0, 1, row].isnan().all() and poisoned[3][0, 1, row].isnan().all()
+        assert poisoned[2].counts[0, 1, row] == 0, "a NaN is above no threshold"
