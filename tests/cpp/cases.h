@@ -1,0 +1,60 @@
+// Generated attention problems: every dtype, odd sizes, every kind of visibility, any strides.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "array.h"
+#include "core/problem.h"
+#include "random.h"
+
+namespace attnrb::testing {
+
+// What outlier rows hold before a kernel writes them; one more element behind them keeps it.
+constexpr int32_t kUnwritten = -77;
+
+enum class Role { plain, source, rebalanced };
+
+// A problem and everything its pointers lead into. The output lies in a sentinel buffer too.
+struct AttentionCase {
+  Role role = Role::plain;
+  Shape shape;
+  DType dtype = DType::float32;
+  Visibility visibility;
+  Scoring scoring;
+  double threshold = 0.01;
+  bool normalize = false;
+
+  Array query, key, value, output;
+  std::vector<int64_t> key_start, key_end;
+  std::unique_ptr<bool[]> mask;
+  std::vector<float> sinks, gain;
+  std::vector<int32_t> indices, counts;  // of a rebalanced case
+  int64_t capacity = 0;
+
+  // What a kernel writes besides the output.
+  std::vector<float> lse;
+  std::vector<int32_t> found, found_counts;  // of a source case
+
+  // The problem, with results that hold sentinels again.
+  AttentionProblem problem();
+  ReceivedProblem received_problem(std::vector<float>& received) const;
+  std::string describe() const;
+
+  int64_t rows() const { return shape.batch * shape.heads * shape.queries; }
+};
+
+// Sizes up to a few hundred keys; every feature is on in some cases and off in most.
+AttentionCase generate_case(uint64_t seed);
+
+// A plain causal case of given sizes, float32 unless said otherwise, contiguous.
+AttentionCase simple_case(const Shape& shape, DType dtype = DType::float32, uint64_t seed = 1);
+
+// Gives a case random outlier rows: ascending slots, some of them beyond what is cached or visible.
+void add_outliers(AttentionCase& attention, Random& random, int64_t capacity);
+
+const char* dtype_name(DType dtype);
+
+}  // namespace attnrb::testing

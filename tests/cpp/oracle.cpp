@@ -1,0 +1,226 @@
+#include "oracle.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <set>
+
+#include "array.h"
+
+namespace attnrb::testing {
+
+namespace {
+
+constexpr double kRounding = 0x1p-24;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// See Note: [Error bounds].
+double sum_error(int64_t terms) { return (6.0 * std::sqrt(double(terms)) + 3.0) * kRounding; }
+
+constexpr double kExp2Error = 4.0 * kRounding;
+
+double tile_probability_rounding(DType dtype) {
+  return dtype == DType::bfloat16 ? 0x1p-8 : dtype == DType::float16 ? 0x1p-15 : 0.0;
+}
+
+// Half a unit in the last place of `value`, and what the dtype cannot resolve near zero.
+double storage_rounding(DType dtype, double value) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return 0x1p-8 * std::fabs(value) + 0x1p-126;
+    case DType::float16:
+      return 0x1p-11 * std::fabs(value) + 0x1p-25;
+    default:
+      return kRounding * std::fabs(value) + 0x1p-126;
+  }
+}
+
+// The tolerance of a value computed within `error` and then stored.
+double stored(DType dtype, double value, double error) {
+  return error + storage_rounding(dtype, std::fabs(value) + error);
+}
+
+double element(const View& view, DType dtype, int64_t a, int64_t b, int64_t c, int64_t d) {
+  const int64_t* s = view.strides;
+  return load_element(view.data, dtype, a * s[0] + b * s[1] + c * s[2] + d * s[3]);
+}
+
+// What the rows of an attention problem, fused or received, have in common.
+struct RowSource {
+  const Shape& shape;
+  DType dtype;
+  const View &query, &key;
+  const Visibility& visibility;
+  const Scoring& scoring;
+};
+
+struct RowTruth {
+  std::vector<double> weights;  // [N]
+  std::vector<bool> visible;    // [N]
+  double lse = -kInfinity;
+  double error = 0.0, tile_error = 0.0;  // W_i
+};
+
+RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i) {
+  const int64_t keys = source.shape.keys, width = source.shape.width;
+  const int64_t key_head = h / (source.shape.heads / source.shape.key_heads);
+  const double scale = source.scoring.scale, cap = source.scoring.softcap;
+
+  RowTruth row;
+  row.visible.resize(size_t(keys));
+  std::vector<double> scores(size_t(keys), -kInfinity);
+  double largest_error = 0.0, largest_score = 0.0, largest_size = 0.0;
+  for (int64_t j = 0; j < keys; ++j) {
+    row.visible[size_t(j)] = visible(source.visibility, b, h, i, j);
+    if (!row.visible[size_t(j)]) continue;
+    double product = 0.0, size = 0.0;
+    for (int64_t d = 0; d < width; ++d) {
+      const double term =
+          element(source.query, source.dtype, b, h, i, d) * element(source.key, source.dtype, b, key_head, j, d);
+      product += term;
+      size += std::fabs(term);
+    }
+    const double score = cap > 0.0 ? cap * std::tanh(scale * product / cap) : scale * product;
+    size *= std::fabs(scale);
+    const double error = sum_error(width) * size + 4.0 * kRounding * (std::fabs(score) + cap);
+    scores[size_t(j)] = score;
+    largest_error = std::max(largest_error, error);
+    largest_score = std::max(largest_score, std::fabs(score));
+    largest_size = std::max(largest_size, size);
+  }
+  row.weights.assign(size_t(keys), 0.0);
+  if (std::none_of(row.visible.begin(), row.visible.end(), [](bool shown) { return shown; })) return row;
+
+  double largest = *std::max_element(scores.begin(), scores.end());
+  const double sink = source.scoring.sinks != nullptr ? double(source.scoring.sinks[h]) : -kInfinity;
+  largest = std::max(largest, sink);
+  double sum = std::exp(sink - largest);
+  for (const double score : scores) sum += std::exp(score - largest);
+  row.lse = largest + std::log(sum);
+  for (int64_t j = 0; j < keys; ++j) row.weights[size_t(j)] = std::exp(scores[size_t(j)] - row.lse);
+  row.error = 2.0 * (largest_error + 4.0 * kRounding * std::max(largest_score, std::fabs(largest))) + kExp2Error +
+              sum_error(keys + 1);
+  row.tile_error = row.error;
+  if (source.dtype == DType::bfloat16) row.tile_error += 3e-6;
+  if (source.dtype == DType::float16) row.tile_error += 0x1p-15 * largest_size;
+  return row;
+}
+
+}  // namespace
+
+bool visible(const Visibility& visibility, int64_t batch, int64_t head, int64_t query, int64_t key) {
+  const int64_t query_slot = visibility.query_offset + query, key_slot = visibility.key_offset + key;
+  if (visibility.causal && key_slot > query_slot) return false;
+  if (visibility.window > 0 && key_slot <= query_slot - visibility.window) return false;
+  if (visibility.key_start != nullptr && key_slot < visibility.key_start[batch]) return false;
+  if (visibility.key_end != nullptr && key_slot >= visibility.key_end[batch]) return false;
+  if (visibility.mask == nullptr) return true;
+  const int64_t* s = visibility.mask_strides;
+  return visibility.mask[batch * s[0] + head * s[1] + query * s[2] + key * s[3]];
+}
+
+AttentionTruth attention_truth(const AttentionProblem& problem) {
+  const Shape& shape = problem.shape;
+  const RowSource source{shape, problem.dtype, problem.query, problem.key, problem.visibility, problem.scoring};
+  AttentionTruth truth;
+  for (int64_t b = 0; b < shape.batch; ++b)
+    for (int64_t h = 0; h < shape.heads; ++h)
+      for (int64_t i = 0; i < shape.queries; ++i) {
+        const RowTruth row = row_truth(source, b, h, i);
+        const int64_t index = (b * shape.heads + h) * shape.queries + i;
+
+        std::set<int64_t> outliers;
+        if (problem.boost.indices != nullptr) {
+          const int32_t* slots = problem.boost.indices + index * problem.boost.capacity;
+          outliers.insert(slots, slots + problem.boost.counts[index]);
+        }
+        const double gain = outliers.empty() ? 0.0 : double(problem.boost.gain[h]);
+        const auto factor = [&](int64_t j) {
+          return outliers.count(problem.visibility.key_offset + j) != 0 ? 1.0 + gain : 1.0;
+        };
+        double divisor = 1.0;
+        if (problem.boost.normalize)
+          for (int64_t j = 0; j < shape.keys; ++j) divisor += (factor(j) - 1.0) * row.weights[size_t(j)];
+
+        const double lse = row.lse + std::log(divisor), lse_rounding = 2.0 * kRounding * std::fabs(lse);
+        // Tiles round probabilities; a normalized row divides by rounded ones.
+        const double rounding = tile_probability_rounding(problem.dtype);
+        const double divisor_rounding = problem.boost.normalize ? rounding : 0.0;
+        truth.lse.push_back({lse, row.error + lse_rounding, row.tile_error + divisor_rounding + lse_rounding});
+        for (int64_t j = 0; j < shape.keys; ++j) {
+          truth.weights.push_back({row.weights[size_t(j)], row.error + lse_rounding, row.tile_error + lse_rounding});
+          truth.visible.push_back(row.visible[size_t(j)]);
+        }
+        for (int64_t d = 0; d < shape.value_width; ++d) {
+          double value = 0.0, size = 0.0;
+          for (int64_t j = 0; j < shape.keys; ++j) {
+            if (!row.visible[size_t(j)]) continue;
+            const double term = factor(j) * row.weights[size_t(j)] / divisor *
+                                element(problem.value, problem.dtype, b, h / (shape.heads / shape.key_heads), j, d);
+            value += term;
+            size += std::fabs(term);
+          }
+          const double tile_error = row.tile_error + rounding + divisor_rounding;
+          truth.output.push_back(
+              {value, stored(problem.dtype, value, row.error * size), stored(problem.dtype, value, tile_error * size)});
+        }
+      }
+  return truth;
+}
+
+std::vector<Bounded> received_truth(const ReceivedProblem& problem) {
+  const Shape& shape = problem.shape;
+  const RowSource source{shape, problem.dtype, problem.query, problem.key, problem.visibility, problem.scoring};
+  std::vector<Bounded> received;
+  for (int64_t b = 0; b < shape.batch; ++b)
+    for (int64_t h = 0; h < shape.heads; ++h) {
+      std::vector<double> sums(size_t(shape.keys), 0.0), errors(size_t(shape.keys), 0.0);
+      std::vector<double> tile_errors(size_t(shape.keys), 0.0);
+      std::vector<int64_t> seen(size_t(shape.keys), 0);
+      for (int64_t i = 0; i < shape.queries; ++i) {
+        const RowTruth row = row_truth(source, b, h, i);
+        for (int64_t j = 0; j < shape.keys; ++j) {
+          if (!row.visible[size_t(j)]) continue;
+          // The weight comes from a stored LSE, whose own rounding joins its error.
+          const double error = 4.0 * kRounding * std::fabs(row.lse) + sum_error(shape.queries);
+          sums[size_t(j)] += row.weights[size_t(j)];
+          errors[size_t(j)] += row.weights[size_t(j)] * (2.0 * row.error + error);
+          tile_errors[size_t(j)] += row.weights[size_t(j)] * (2.0 * row.tile_error + error);
+          ++seen[size_t(j)];
+        }
+      }
+      for (int64_t j = 0; j < shape.keys; ++j) {
+        const double count = double(std::max<int64_t>(seen[size_t(j)], 1)), mean = sums[size_t(j)] / count;
+        received.push_back({mean, stored(DType::float32, mean, errors[size_t(j)] / count),
+                            stored(DType::float32, mean, tile_errors[size_t(j)] / count)});
+      }
+    }
+  return received;
+}
+
+std::vector<Bounded> rebalance_truth(const RebalanceProblem& problem) {
+  const Shape& shape = problem.shape;
+  const int64_t* s = problem.mask.strides;
+  std::vector<Bounded> out;
+  for (int64_t b = 0; b < shape.batch; ++b)
+    for (int64_t h = 0; h < shape.heads; ++h)
+      for (int64_t i = 0; i < shape.queries; ++i) {
+        std::vector<double> row;
+        double sum = 0.0;
+        for (int64_t j = 0; j < shape.keys; ++j) {
+          const bool marked = static_cast<const bool*>(problem.mask.data)[b * s[0] + h * s[1] + i * s[2] + j * s[3]];
+          const double weight = element(problem.weights, problem.dtype, b, h, i, j);
+          row.push_back(marked ? weight * (1.0 + double(problem.gain[h])) : weight);
+          sum += row.back();
+        }
+        const double divisor = problem.normalize && sum != 0.0 ? sum : 1.0;
+        for (const double weight : row) {
+          const double value = weight / divisor, error = (sum_error(shape.keys) + 4.0 * kRounding) * std::fabs(value);
+          const double tolerance = stored(problem.dtype, value, error);
+          out.push_back({value, tolerance, tolerance});
+        }
+      }
+  return out;
+}
+
+}  // namespace attnrb::testing

@@ -1,0 +1,127 @@
+#include "runner.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "core/outliers.h"
+#include "threads.h"
+
+namespace attnrb {
+
+#if defined(ATTNRB_TEST_EMULATED_AMX)
+extern const Kernels emulated_amx_kernels;
+#endif
+
+namespace testing {
+
+std::vector<const Kernels*> tested_kernels() {
+  std::vector<const Kernels*> tables;
+  for (const char* const* name = available_kernels(); *name != nullptr; ++name) tables.push_back(find_kernels(*name));
+#if defined(ATTNRB_TEST_EMULATED_AMX)
+  if (find_kernels("avx512") != nullptr && __builtin_cpu_supports("avx512bf16"))
+    tables.push_back(&emulated_amx_kernels);
+#endif
+  return tables;
+}
+
+std::string kernel_name(const ::testing::TestParamInfo<const Kernels*>& info) {
+#if defined(ATTNRB_TEST_EMULATED_AMX)
+  if (info.param == &emulated_amx_kernels) return "emulated_amx";
+#endif
+  return info.param->name;
+}
+
+bool Written::operator==(const Written& other) const {
+  return status == other.status && output == other.output && lse.size() == other.lse.size() &&
+         std::memcmp(lse.data(), other.lse.data(), lse.size() * sizeof(float)) == 0 && found == other.found &&
+         found_counts == other.found_counts;
+}
+
+Written run_attention(const Kernels& kernels, AttentionCase& attention, int64_t threads) {
+  const AttentionProblem problem = attention.problem();
+  ScratchLease scratch;
+  Written written;
+  written.status = kernels.attention(problem, test_pool(threads), *scratch);
+  written.output = attention.output.bytes();
+  written.lse = attention.lse;
+  written.found = attention.found;
+  written.found_counts = attention.found_counts;
+  return written;
+}
+
+double tolerance(const Kernels& kernels, const Bounded& expected) {
+  return std::strcmp(kernels.name, "amx") == 0 ? expected.tile_tolerance : expected.tolerance;
+}
+
+bool close(const Kernels& kernels, double got, const Bounded& expected) {
+  if (std::isinf(expected.value)) return got == expected.value;
+  return std::fabs(got - expected.value) <= tolerance(kernels, expected);
+}
+
+namespace {
+
+// Certain outliers must be there, certain others must not; what is within the error of the threshold may be either.
+::testing::AssertionResult outlier_row_matches(const Kernels& kernels, const AttentionCase& attention,
+                                               const AttentionTruth& truth, int64_t row, int64_t* ties) {
+  const int64_t keys = attention.shape.keys, capacity = outlier_capacity(attention.threshold, keys);
+  const Visibility& visibility = attention.visibility;
+  const int32_t* slots = attention.found.data() + row * capacity;
+  const int32_t count = attention.found_counts[size_t(row)];
+  if (count < 0 || count > capacity)
+    return ::testing::AssertionFailure() << "row " << row << ": count " << count << " of " << capacity;
+  for (int64_t c = count; c < capacity; ++c)
+    if (slots[c] != -1) return ::testing::AssertionFailure() << "row " << row << ": padding is " << slots[c];
+  int64_t next = 0;
+  const int64_t own = visibility.query_offset + row % attention.shape.queries;
+  for (int64_t j = 0; j < keys; ++j) {
+    const Bounded& weight = truth.weights[size_t(row * keys + j)];
+    const int64_t slot = visibility.key_offset + j;
+    const bool emitted = next < count && slots[next] == slot;
+    if (emitted) ++next;
+    const double margin = tolerance(kernels, weight) * attention.threshold;
+    const bool eligible = truth.visible[size_t(row * keys + j)] && slot != own;
+    const bool tie = eligible && std::fabs(weight.value - attention.threshold) <= margin;
+    if (tie) ++*ties;
+    if (!tie && emitted != (eligible && weight.value > attention.threshold))
+      return ::testing::AssertionFailure() << "row " << row << ", slot " << slot << ": weight " << weight.value
+                                           << " is " << (emitted ? "" : "not ") << "among the outliers";
+  }
+  if (next != count)
+    return ::testing::AssertionFailure() << "row " << row << ": " << count - next
+                                         << " outliers are no cached slots, or do not ascend, from " << slots[next];
+  return ::testing::AssertionSuccess();
+}
+
+}  // namespace
+
+::testing::AssertionResult matches(const Kernels& kernels, const AttentionCase& attention, const AttentionTruth& truth,
+                                   int64_t* ties) {
+  const Shape& shape = attention.shape;
+  if (!attention.output.surroundings_untouched())
+    return ::testing::AssertionFailure() << "memory around the output was written";
+  if (attention.role == Role::source && attention.found.back() != kUnwritten)
+    return ::testing::AssertionFailure() << "memory behind the outliers was written";
+  for (int64_t row = 0; row < attention.rows(); ++row) {
+    const int64_t b = row / shape.queries / shape.heads, h = row / shape.queries % shape.heads, i = row % shape.queries;
+    const Bounded& lse = truth.lse[size_t(row)];
+    if (!close(kernels, attention.lse[size_t(row)], lse))
+      return ::testing::AssertionFailure()
+             << "lse [" << b << ", " << h << ", " << i << "]: expected " << lse.value << " within "
+             << tolerance(kernels, lse) << ", got " << attention.lse[size_t(row)];
+    for (int64_t d = 0; d < shape.value_width; ++d) {
+      const Bounded& expected = truth.output[size_t(row * shape.value_width + d)];
+      const double got = attention.output.at(b, h, i, d);
+      if (!close(kernels, got, expected))
+        return ::testing::AssertionFailure()
+               << "output [" << b << ", " << h << ", " << i << ", " << d << "]: expected " << expected.value
+               << " within " << tolerance(kernels, expected) << ", got " << got;
+    }
+    if (attention.role != Role::source) continue;
+    const ::testing::AssertionResult row_result = outlier_row_matches(kernels, attention, truth, row, ties);
+    if (!row_result) return row_result;
+  }
+  return ::testing::AssertionSuccess();
+}
+
+}  // namespace testing
+}  // namespace attnrb

@@ -1,0 +1,46 @@
+// Runs kernels on generated cases and compares what they write with the oracle.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cases.h"
+#include "core/kernels.h"
+#include "oracle.h"
+
+namespace attnrb::testing {
+
+// Every kernel table to test: those that this processor runs, and the tile kernels on emulated tiles where it can.
+std::vector<const Kernels*> tested_kernels();
+
+// Everything an attention kernel writes, to be compared bit by bit.
+struct Written {
+  Status status = Status::ok;
+  std::vector<unsigned char> output;
+  std::vector<float> lse;
+  std::vector<int32_t> found, found_counts;
+
+  bool operator==(const Written& other) const;
+};
+
+Written run_attention(const Kernels& kernels, AttentionCase& attention, int64_t threads);
+
+// Output, LSE and outliers that `kernels` wrote last, against the truth. Adds to `ties` the entries too near the
+// threshold to tell.
+::testing::AssertionResult matches(const Kernels& kernels, const AttentionCase& attention, const AttentionTruth& truth,
+                                   int64_t* ties);
+
+// How far from the truth these kernels may be.
+double tolerance(const Kernels& kernels, const Bounded& expected);
+
+// Within tolerance, or the same infinity.
+bool close(const Kernels& kernels, double got, const Bounded& expected);
+
+// A parameterised suite over tested_kernels().
+class KernelTest : public ::testing::TestWithParam<const Kernels*> {};
+std::string kernel_name(const ::testing::TestParamInfo<const Kernels*>& info);
+
+}  // namespace attnrb::testing

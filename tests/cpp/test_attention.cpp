@@ -1,0 +1,75 @@
+// Attention against the oracle over generated cases. ATTNRB_TEST_CASES sets how many (2,000 unless set).
+#include <cstdlib>
+
+#include "runner.h"
+#include "threads.h"
+
+namespace attnrb::testing {
+namespace {
+
+constexpr int kParts = 8;  // so that the cases can be spread over processes
+
+int64_t case_count() {
+  const char* text = std::getenv("ATTNRB_TEST_CASES");
+  return text == nullptr ? 2000 : std::atoll(text);
+}
+
+// Every kernel table gets the same cases, so agreement with the oracle is agreement with each other.
+class GeneratedAttention : public ::testing::TestWithParam<int> {};
+
+TEST_P(GeneratedAttention, MatchesTheOracleOnAnyNumberOfThreads) {
+  int64_t ties = 0, outliers = 0;
+  for (int64_t seed = GetParam(); seed < case_count(); seed += kParts) {
+    AttentionCase attention = generate_case(uint64_t(seed));
+    const AttentionTruth truth = attention_truth(attention.problem());
+    for (const Kernels* kernels : tested_kernels()) {
+      const Written alone = run_attention(*kernels, attention, 1);
+      ASSERT_EQ(alone.status, Status::ok) << kernels->name << ", seed " << seed << ": " << attention.describe();
+      ASSERT_TRUE(matches(*kernels, attention, truth, &ties))
+          << kernels->name << ", seed " << seed << ": " << attention.describe();
+      for (const int32_t count : attention.found_counts) outliers += count;
+      for (const int64_t threads : {2, 4})
+        ASSERT_TRUE(run_attention(*kernels, attention, threads) == alone)
+            << kernels->name << " on " << threads << " threads, seed " << seed << ": " << attention.describe();
+    }
+  }
+  RecordProperty("outliers", std::to_string(outliers));
+  RecordProperty("ties", std::to_string(ties));
+  // Where ties are not rare, the comparison says nothing.
+  EXPECT_LE(ties * 1000, outliers) << ties << " entries near the threshold among " << outliers << " outliers";
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, GeneratedAttention, ::testing::Range(0, kParts));
+
+class GeneratedReceived : public ::testing::TestWithParam<int> {};
+
+TEST_P(GeneratedReceived, MatchesTheOracleOnAnyNumberOfThreads) {
+  for (int64_t seed = GetParam(); seed < case_count() / 4; seed += kParts) {
+    const AttentionCase attention = generate_case(uint64_t(seed));
+    std::vector<float> received;
+    const ReceivedProblem problem = attention.received_problem(received);
+    const std::vector<Bounded> truth = received_truth(problem);
+    for (const Kernels* kernels : tested_kernels()) {
+      std::vector<float> alone;
+      for (const int64_t threads : {1, 2, 4}) {
+        received.assign(received.size(), -77.0f);
+        ScratchLease scratch;
+        kernels->received_attention(problem, test_pool(threads), *scratch);
+        if (threads == 1) {
+          alone = received;
+          for (size_t i = 0; i < truth.size(); ++i)
+            ASSERT_TRUE(close(*kernels, received[i], truth[i]))
+                << kernels->name << ", seed " << seed << ", element " << i << ": expected " << truth[i].value
+                << " within " << tolerance(*kernels, truth[i]) << ", got " << received[i] << "; "
+                << attention.describe();
+        }
+        ASSERT_EQ(received, alone) << kernels->name << " on " << threads << " threads, seed " << seed;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, GeneratedReceived, ::testing::Range(0, kParts));
+
+}  // namespace
+}  // namespace attnrb::testing

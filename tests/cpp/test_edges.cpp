@@ -1,0 +1,240 @@
+// What generated cases reach rarely or never: rows that see nothing, NaN and infinity, outlier rows that break the
+// rules.
+#include <cmath>
+#include <limits>
+
+#include "runner.h"
+#include "threads.h"
+
+namespace attnrb::testing {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+Shape make_shape(int64_t batch, int64_t heads, int64_t key_heads, int64_t queries, int64_t keys, int64_t width) {
+  return {batch, heads, key_heads, queries, keys, width, width};
+}
+
+class Edges : public KernelTest {
+ protected:
+  const Kernels& kernels() const { return *GetParam(); }
+};
+
+TEST_P(Edges, RowsThatSeeNothingAreZero) {
+  for (const int64_t queries : {1, 3, 50})
+    for (const bool with_sinks : {false, true}) {
+      AttentionCase attention = simple_case(make_shape(2, 4, 2, queries, 60, 24));
+      attention.role = Role::source;
+      attention.key_start = {60, 0};  // the first batch element sees nothing at all
+      if (with_sinks) attention.sinks = {0.5f, -1.0f, 2.0f, 0.0f};
+      const AttentionTruth truth = attention_truth(attention.problem());
+      run_attention(kernels(), attention, 2);
+      for (int64_t row = 0; row < attention.rows() / 2; ++row) {
+        EXPECT_EQ(attention.lse[size_t(row)], -kInfinity);
+        EXPECT_EQ(attention.found_counts[size_t(row)], 0);
+      }
+      for (int64_t h = 0; h < 4; ++h)
+        for (int64_t i = 0; i < queries; ++i)
+          for (int64_t d = 0; d < 24; ++d) EXPECT_EQ(attention.output.at(0, h, i, d), 0.0);
+      int64_t ties = 0;
+      EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
+    }
+}
+
+TEST_P(Edges, ExpandedOperandsAreReadThroughZeroStrides) {
+  AttentionCase attention = simple_case(make_shape(3, 2, 2, 20, 70, 16));
+  AttentionProblem problem = attention.problem();
+  problem.key.strides[0] = problem.value.strides[0] = 0;
+  problem.query.strides[1] = 0;
+  const AttentionTruth truth = attention_truth(problem);
+  ScratchLease scratch;
+  ASSERT_EQ(kernels().attention(problem, test_pool(2), *scratch), Status::ok);
+  int64_t ties = 0;
+  EXPECT_TRUE(matches(kernels(), attention, truth, &ties));
+}
+
+TEST_P(Edges, LargeScoresDoNotOverflow) {
+  for (const int64_t queries : {1, 40}) {
+    AttentionCase attention = simple_case(make_shape(1, 2, 1, queries, 90, 8));
+    attention.role = Role::source;
+    attention.scoring.scale = 1e4f;  // scores of some ten thousand either way
+    const AttentionTruth truth = attention_truth(attention.problem());
+    run_attention(kernels(), attention, 1);
+    int64_t ties = 0;
+    EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
+  }
+}
+
+// Which operand is poisoned, with what, for how many queries.
+struct Poison {
+  char operand;
+  double value;
+  int64_t queries;
+};
+
+TEST_P(Edges, PoisonReachesOnlyTheRowsThatSeeIt) {
+  constexpr int64_t kKeys = 150, kWidth = 24;
+  int64_t checked = 0, poisoned = 0;
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16})
+    for (const char operand : {'q', 'k', 'v'})
+      for (const double poison : {kNaN, kInfinity, -kInfinity})
+        for (const int64_t queries : {1, 3, 40, 130})
+          for (const bool masked : {false, true}) {
+            AttentionCase attention = simple_case(make_shape(2, 4, 2, queries, kKeys, kWidth), dtype);
+            attention.role = queries % 2 ? Role::source : Role::plain;
+            attention.visibility.window = 60;
+            if (masked) {
+              attention.mask = std::make_unique<bool[]>(size_t(queries * kKeys));
+              Random random(7);
+              for (int64_t i = 0; i < queries * kKeys; ++i) attention.mask[size_t(i)] = random.chance(0.5);
+              attention.visibility.mask_strides[2] = kKeys;
+              attention.visibility.mask_strides[3] = 1;
+            }
+            const AttentionTruth clean = attention_truth(attention.problem());
+            const int64_t key = kKeys - 20, query = queries / 2, column = 5;
+            if (operand == 'q') attention.query.set(1, 2, query, column, poison);
+            if (operand == 'k') attention.key.set(1, 1, key, column, poison);
+            if (operand == 'v') attention.value.set(1, 1, key, column, poison);
+            run_attention(kernels(), attention, 2);
+            for (int64_t row = 0; row < attention.rows(); ++row) {
+              const int64_t b = row / queries / 4, h = row / queries % 4, i = row % queries;
+              const bool sees = b == 1 && (operand == 'q' ? h == 2 && i == query
+                                                          : h / 2 == 1 && clean.visible[size_t(row * kKeys + key)]);
+              if (sees && operand != 'v') {
+                if (std::isnan(poison)) {
+                  EXPECT_TRUE(std::isnan(attention.lse[size_t(row)]));
+                }
+              } else {
+                ASSERT_TRUE(close(kernels(), attention.lse[size_t(row)], clean.lse[size_t(row)])) << "row " << row;
+              }
+              for (int64_t d = 0; d < kWidth; ++d) {
+                const double got = attention.output.at(b, h, i, d);
+                if (sees && (operand != 'v' || d == column)) {
+                  ++poisoned;
+                  if (std::isnan(poison)) {
+                    ASSERT_TRUE(std::isnan(got)) << operand << ", row " << row << ", column " << d;
+                  }
+                  if (operand == 'v') {
+                    ASSERT_FALSE(std::isfinite(got)) << "row " << row << ", column " << d;
+                  }
+                  continue;
+                }
+                ++checked;
+                ASSERT_TRUE(close(kernels(), got, clean.output[size_t(row * kWidth + d)]))
+                    << operand << " = " << poison << ", " << dtype_name(dtype) << ", M " << queries
+                    << (masked ? ", masked" : "") << ", row " << row << ", column " << d << ": got " << got;
+              }
+            }
+          }
+  EXPECT_GT(checked, 100000);
+  EXPECT_GT(poisoned, 1000);
+}
+
+TEST_P(Edges, PoisonReachesOnlyTheKeysThatPoisonedRowsSee) {
+  constexpr int64_t kQueries = 100, kKeys = 100, kWidth = 16;
+  for (const char operand : {'q', 'k'})
+    for (const double poison : {kNaN, kInfinity}) {
+      AttentionCase attention = simple_case(make_shape(1, 2, 1, kQueries, kKeys, kWidth));
+      attention.visibility.window = 30;
+      std::vector<float> received;
+      ReceivedProblem problem = attention.received_problem(received);
+      const std::vector<Bounded> clean = received_truth(problem);
+      if (operand == 'q') attention.query.set(0, 1, 50, 3, poison);
+      if (operand == 'k') attention.key.set(0, 0, 50, 3, poison);
+      ScratchLease scratch;
+      kernels().received_attention(problem, test_pool(2), *scratch);
+      for (int64_t h = 0; h < 2; ++h)
+        for (int64_t j = 0; j < kKeys; ++j) {
+          // A poisoned row is one that sees key 50, or query 50 itself; it sees the 30 keys up to its own.
+          bool reached = false;
+          for (int64_t i = j; i < kQueries && i < j + 30; ++i)
+            reached = reached || (operand == 'q' ? h == 1 && i == 50 : i >= 50 && i < 80);
+          if (reached) continue;
+          EXPECT_TRUE(close(kernels(), received[size_t(h * kKeys + j)], clean[size_t(h * kKeys + j)]))
+              << operand << " = " << poison << ", head " << h << ", key " << j << ": got "
+              << received[size_t(h * kKeys + j)] << ", expected " << clean[size_t(h * kKeys + j)].value;
+        }
+    }
+}
+
+TEST_P(Edges, SlotsThatAreNotCachedArePassedOver) {
+  for (const int64_t queries : {1, 30}) {
+    AttentionCase attention = simple_case(make_shape(1, 2, 1, queries, 40, 16));
+    attention.visibility.key_offset = 1000;
+    attention.visibility.query_offset += 1000;
+    attention.role = Role::rebalanced;
+    attention.capacity = 6;
+    attention.gain = {0.5f, -0.25f};
+    for (int64_t row = 0; row < attention.rows(); ++row) {
+      const int32_t slots[] = {std::numeric_limits<int32_t>::min(), -1, 999, 1003, 1040,
+                               std::numeric_limits<int32_t>::max()};
+      attention.indices.insert(attention.indices.end(), slots, slots + 6);
+      attention.counts.push_back(6);
+    }
+    const AttentionTruth truth = attention_truth(attention.problem());
+    ASSERT_EQ(run_attention(kernels(), attention, 1).status, Status::ok);
+    int64_t ties = 0;
+    EXPECT_TRUE(matches(kernels(), attention, truth, &ties));
+  }
+}
+
+TEST_P(Edges, BrokenOutlierRowsAreReported) {
+  struct Broken {
+    std::vector<int32_t> slots;
+    int32_t count;
+    Status expected;
+  };
+  const Broken rows[] = {{{3, 2, 5}, 3, Status::unsorted_outliers},
+                         {{3, 3, 5}, 3, Status::unsorted_outliers},
+                         {{1, 2, 3}, 4, Status::outlier_count},
+                         {{1, 2, 3}, -1, Status::outlier_count},
+                         {{1, 2, 0}, 2, Status::ok},
+                         {{-1, -1, -1}, 0, Status::ok}};
+  for (const int64_t queries : {1, 30})
+    for (const Broken& broken : rows) {
+      AttentionCase attention = simple_case(make_shape(1, 2, 2, queries, 40, 16));
+      attention.role = Role::rebalanced;
+      attention.capacity = 3;
+      attention.gain = {0.5f, 0.5f};
+      attention.indices.assign(size_t(attention.rows() * 3), -1);
+      attention.counts.assign(size_t(attention.rows()), 0);
+      std::copy(broken.slots.begin(), broken.slots.end(), attention.indices.end() - 3);
+      attention.counts.back() = broken.count;
+      EXPECT_EQ(run_attention(kernels(), attention, 2).status, broken.expected);
+    }
+}
+
+TEST_P(Edges, EvenWeightsOnTheThresholdFillTheRowAtMost) {
+  // A hundred equal weights, each the threshold as far as float32 can tell: any may fall either way, none may overflow.
+  for (const int64_t queries : {1, 20}) {
+    AttentionCase attention = simple_case(make_shape(1, 1, 1, queries, 100, 4));
+    attention.role = Role::source;
+    attention.visibility.causal = false;
+    attention.visibility.query_offset = 500;
+    attention.scoring.scale = 0.0f;
+    const AttentionTruth truth = attention_truth(attention.problem());
+    run_attention(kernels(), attention, 1);
+    int64_t ties = 0;
+    EXPECT_TRUE(matches(kernels(), attention, truth, &ties));
+    EXPECT_EQ(ties, 100 * queries);
+  }
+}
+
+TEST_P(Edges, ScratchGrowsAndIsReused) {
+  Scratch scratch;
+  int64_t ties = 0;
+  for (const int64_t keys : {5, 300, 40, 700}) {
+    AttentionCase attention = simple_case(make_shape(2, 4, 2, 5, keys, 20));
+    attention.role = Role::source;
+    const AttentionProblem problem = attention.problem();
+    const AttentionTruth truth = attention_truth(problem);
+    ASSERT_EQ(kernels().attention(problem, test_pool(3), scratch), Status::ok);
+    EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << keys << " keys";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, Edges, ::testing::ValuesIn(tested_kernels()), kernel_name);
+
+}  // namespace
+}  // namespace attnrb::testing
