@@ -9,7 +9,10 @@
 
 namespace attnrb {
 
-inline int64_t outlier_capacity(double threshold) { return int64_t(std::ceil(1.0 / threshold)) - 1; }
+// The smallest thresholds have a reciprocal beyond int64: no row is that long.
+inline int64_t outlier_capacity(double threshold) {
+  return int64_t(std::fmin(std::ceil(1.0 / threshold), 9007199254740992.0)) - 1;
+}
 
 inline int64_t outlier_capacity(double threshold, int64_t keys) {
   const int64_t bound = outlier_capacity(threshold);

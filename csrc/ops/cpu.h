@@ -53,9 +53,14 @@ inline void attend(const AttentionProblem& problem) {
   if (shape.batch == 0 || shape.heads == 0 || shape.queries == 0) return;
   if (shape.keys == 0) return attend_to_nothing(problem);
   ScratchLease scratch;
-  const Status status = kernels().attention(problem, torch_threads(), *scratch);
-  if (status == Status::unsorted_outliers)
-    refuse("indices", "expected each row to ascend strictly over its first counts entries, got a row that does not");
+  switch (kernels().attention(problem, torch_threads(), *scratch)) {
+    case Status::ok:
+      return;
+    case Status::unsorted_outliers:
+      refuse("indices", "expected each row to ascend strictly over its first counts entries, got a row that does not");
+    case Status::outlier_count:
+      refuse("counts", "expected numbers from 0 to C = ", problem.boost.capacity, ", got one outside");
+  }
 }
 
 }  // namespace attnrb::ops

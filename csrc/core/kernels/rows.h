@@ -86,6 +86,12 @@ class RowRules {
            (row.mask == nullptr || row.mask[key * problem_.visibility.mask_strides[3]]);
   }
 
+  bool sees_any(const Row& row, int64_t key, int64_t count) const {
+    for (int64_t j = key; j < key + count; ++j)
+      if (visible(row, j)) return true;
+    return false;
+  }
+
   // Turns the raw products of the keys [key, key + count) into scores, minus infinity where the row sees none.
   ATTNRB_INLINE void finish_scores(const Row& row, float* scores, int64_t key, int64_t count, bool partial) const {
     if (capped_) cap(scores, count);
@@ -111,7 +117,8 @@ class RowRules {
       largest1 = Vec::max(largest1, Vec::load(scores + j + Vec::width));
     }
     const float block_max = Vec::max(largest0, largest1).max() * to_log2_;
-    if (Partial && block_max == -kInfinity) {
+    // A maximum does not tell "sees none of these keys" from "sees only NaN", which must not end as zeros.
+    if (Partial && block_max == -kInfinity && !sees_any(row, key, count)) {
       for (int64_t j = 0; j < count; j += kStep)
         Engine::store_probabilities(probabilities, j, Vec::zero(), Vec::zero());
       return;
