@@ -202,7 +202,8 @@ class Prefill {
     const int64_t first = low > key ? (low - key) / Engine::key_granule * Engine::key_granule : 0;
     const int64_t last =
         high - key < Engine::block_keys ? round_up(high - key, Engine::key_granule) : Engine::block_keys;
-    if (first >= last || high <= key) return;
+    // Where no row sees anything, the block may never have been packed.
+    if (low >= high || first >= last || high <= key) return;
 
     char* keys = packed_keys(element, key_head, block);
     engine_.scores(worker.queries, first_row, rows, keys, first, last, worker.scores);

@@ -106,9 +106,11 @@ class Received {
       rules_.finish_scores(worker.rows[r], scores, key, last, partial);
       const Vec to_log2 = Vec::set(rules_.to_log2()), reference = Vec::set(lse * kLog2E);
       for (int64_t j = 0; j < last; j += Vec::width) {
-        const Vec exponent = Vec::fms(Vec::load(scores + j), to_log2, reference);
+        const Vec score = Vec::load(scores + j), exponent = Vec::fms(score, to_log2, reference);
         const Vec weight = exp2<Engine::exp2_degree>(Vec::max(Vec::set(-200.0f), exponent));
-        (Vec::load(worker.strip_sums + j) + weight).store(worker.strip_sums + j);
+        // A row whose LSE is NaN must not reach the keys that it does not see.
+        const typename Vec::Mask hidden = Vec::greater_equal(Vec::set(-kInfinity), score);
+        (Vec::load(worker.strip_sums + j) + Vec::select(hidden, Vec::zero(), weight)).store(worker.strip_sums + j);
       }
     }
     for (int64_t j = 0; j < count; ++j) worker.sums[j] += double(worker.strip_sums[j]);
