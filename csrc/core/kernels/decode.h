@@ -5,22 +5,42 @@
 // spans are merged in order, so the result does not depend on how many threads there are.
 #pragma once
 
+#include <type_traits>
+
 #include "prefill.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-// Products of query rows with key rows, for any input type, in float32.
+// Rows that will be read next, fetched into the second-level cache a row at a time while others are being used: keys and
+// values alternate block by block, which the hardware's own prefetchers take for the end of a stream each time.
+struct Upcoming {
+  const char* next = nullptr;
+  int64_t stride = 0, row_bytes = 0, rows = 0;
+
+  ATTNRB_INLINE void fetch(int64_t count) {
+    for (; count > 0 && rows > 0; --count, --rows, next += stride)
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+  }
+};
+
+// Products of query rows with key and value rows where they lie, for any input type, in float32. Rows are read in chunks
+// of two vectors; Vec::load_pair may deal out a chunk's components between the two in whatever order is cheapest, which
+// packed queries and output sums then follow (`place`).
 template <class T>
 struct FloatDot {
   using Input = T;
   using Query = float;
   using Probability = float;
   static constexpr int exp2_degree = 6;
+  static constexpr int chunk = 2 * Vec::width;
 
-  static int64_t query_columns(int64_t width) { return round_up(width, Vec::width); }
+  // Where component d lies in a row of packed queries or sums.
+  static ATTNRB_INLINE int64_t place(int64_t d) { return d / chunk * chunk + Vec::pair_place(T(), int(d % chunk)); }
+
   static void pack_query(Query* out, const T* query, int64_t stride, int64_t width, float factor) {
-    for (int64_t d = 0; d < query_columns(width); ++d) out[d] = d < width ? factor * to_float(query[d * stride]) : 0.0f;
+    for (int64_t d = 0; d < round_up(width, chunk); ++d)
+      out[place(d)] = d < width ? factor * to_float(query[d * stride]) : 0.0f;
   }
 
   // scores[r][0..Keys) for r < Rows with Rows * Keys = Vec::width accumulators in flight.
@@ -29,34 +49,42 @@ struct FloatDot {
                                 int64_t width, float* scores, int64_t score_stride) {
     constexpr int Keys = Vec::width / Rows;
     Vec sum[Rows * Keys];
-    for (Vec& s : sum) s = Vec::zero();
+    for (int i = 0; i < Rows * Keys; ++i) sum[i] = Vec::zero();
     int64_t d = 0;
-    for (; d + Vec::width <= width; d += Vec::width) step<Rows, Keys>(sum, queries + d, query_stride, [&](int k) {
-      return Vec::load(keys + k * key_stride + d);
-    });
-    if (d < width) step<Rows, Keys>(sum, queries + d, query_stride, [&](int k) {
-      return Vec::load(keys + k * key_stride + d, int(width - d));
-    });
+    for (; d + chunk <= width; d += chunk) {
+      Vec low[Keys], high[Keys];
+      for (int k = 0; k < Keys; ++k) Vec::load_pair(keys + k * key_stride + d, low[k], high[k]);
+      add_products<Rows, Keys>(sum, queries + d, query_stride, low, high);
+    }
+    if (d < width) {
+      Vec low[Keys], high[Keys];
+      for (int k = 0; k < Keys; ++k) Vec::load_pair(keys + k * key_stride + d, int(width - d), low[k], high[k]);
+      add_products<Rows, Keys>(sum, queries + d, query_stride, low, high);
+    }
     float total[Vec::width];
     Vec::sums(sum).store(total);
     for (int r = 0; r < Rows; ++r)
       for (int k = 0; k < Keys; ++k) scores[r * score_stride + k] = total[r * Keys + k];
   }
 
-  // sums[r][0..columns) += probabilities[r][0..count) * values, columns <= 4 vectors.
-  template <int Rows, int Vectors>
+  // sums[r][..] += probabilities[r][0..count) * values over Chunks chunks of columns, of which `columns` exist.
+  template <int Rows, int Chunks, bool Whole>
   static ATTNRB_INLINE void mix(const Probability* probabilities, int64_t probability_stride, const T* values,
-                                int64_t value_stride, int64_t count, int64_t columns, float* sums, int64_t sum_stride) {
+                                int64_t value_stride, int64_t count, int64_t columns, float* sums, int64_t sum_stride,
+                                Upcoming& ahead) {
+    constexpr int Vectors = 2 * Chunks;
     Vec sum[Rows][Vectors];
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec::load(sums + r * sum_stride + v * Vec::width);
-    const bool whole = columns == Vectors * Vec::width;
     for (int64_t j = 0; j < count; ++j, values += value_stride) {
+      ahead.fetch(1);
       Vec value[Vectors];
-      for (int v = 0; v < Vectors; ++v)
-        value[v] = whole ? Vec::load(values + v * Vec::width)
-                         : columns > v * Vec::width ? Vec::load(values + v * Vec::width, int(columns - v * Vec::width))
-                                                    : Vec::zero();
+      for (int c = 0; c < Chunks; ++c) {
+        if (Whole)
+          Vec::load_pair(values + c * chunk, value[2 * c], value[2 * c + 1]);
+        else
+          Vec::load_pair(values + c * chunk, int(columns - c * chunk), value[2 * c], value[2 * c + 1]);
+      }
       for (int r = 0; r < Rows; ++r) {
         const Vec p = Vec::set(probabilities[r * probability_stride + j]);
         for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec::fma(p, value[v], sum[r][v]);
@@ -74,13 +102,14 @@ struct FloatDot {
   static ATTNRB_INLINE void scale_probability(Probability* row, int64_t key, float factor) { row[key] *= factor; }
 
  private:
-  template <int Rows, int Keys, class LoadKey>
-  static ATTNRB_INLINE void step(Vec* sum, const Query* queries, int64_t query_stride, LoadKey&& load_key) {
-    Vec key[Keys];
-    for (int k = 0; k < Keys; ++k) key[k] = load_key(k);
+  template <int Rows, int Keys>
+  static ATTNRB_INLINE void add_products(Vec* sum, const Query* queries, int64_t query_stride, const Vec* low,
+                                         const Vec* high) {
     for (int r = 0; r < Rows; ++r) {
-      const Vec query = Vec::load(queries + r * query_stride);
-      for (int k = 0; k < Keys; ++k) sum[r * Keys + k] = Vec::fma(query, key[k], sum[r * Keys + k]);
+      const Vec query_low = Vec::load(queries + r * query_stride);
+      const Vec query_high = Vec::load(queries + r * query_stride + Vec::width);
+      for (int k = 0; k < Keys; ++k)
+        sum[r * Keys + k] = Vec::fma(query_low, low[k], Vec::fma(query_high, high[k], sum[r * Keys + k]));
     }
   }
 };
@@ -91,7 +120,6 @@ class Decode {
   using Probability = typename Dot::Probability;
   static constexpr int kBlockKeys = 128;  // 64 KB of float32 keys at width 128: read once, used from the cache
   static constexpr int kMaxRowBlock = Vec::width < 4 ? Vec::width : 4;
-  static constexpr int kVectors = 4;
 
  public:
   // More rows than this are faster packed.
@@ -112,8 +140,8 @@ class Decode {
         rules_(problem),
         group_(problem.shape.heads / problem.shape.key_heads),
         rows_(group_ * problem.shape.queries),
-        query_columns_(Dot::query_columns(problem.shape.width)),
-        sum_columns_(round_up(problem.shape.value_width, kVectors * Vec::width)),
+        query_columns_(round_up(problem.shape.width, Dot::chunk)),
+        sum_columns_(round_up(problem.shape.value_width, Dot::chunk)),
         candidate_capacity_(rules_.candidate_capacity(kBlockKeys)) {
     // Enough spans for a few tasks a thread on any machine of today, none so short that merging shows.
     constexpr int64_t kTasks = 32, kShortest = 512;
@@ -151,6 +179,7 @@ class Decode {
     float* scores;
     Probability* probabilities;
     Input* keys;    // a copy of keys or values whose columns do not follow each other
+    float* row;  // output sums in the order of their columns
     float* merged_scores;
     int32_t* merged;
   };
@@ -173,6 +202,7 @@ class Decode {
     worker.probabilities = carver.take<Probability>(rows_ * kBlockKeys);
     const int64_t columns = shape_.width > shape_.value_width ? shape_.width : shape_.value_width;
     worker.keys = carver.take<Input>(copies() ? kBlockKeys * columns : 0);
+    worker.row = carver.take<float>(shape_.value_width);
     worker.merged_scores = carver.take<float>(candidate_capacity_ * spans_);
     worker.merged = carver.take<int32_t>(candidate_capacity_ * spans_);
     if (bytes != nullptr) *bytes = carver.taken(base);
@@ -212,7 +242,7 @@ class Decode {
     const int64_t begin = span * span_keys_ > seen.low ? span * span_keys_ : seen.low;
     const int64_t end = (span + 1) * span_keys_ < seen.high ? (span + 1) * span_keys_ : seen.high;
     for (int64_t key = begin; key < end; key += kBlockKeys)
-      attend_block(worker, rows, sums, batch, key_head, key, end - key < kBlockKeys ? end - key : kBlockKeys);
+      attend_block(worker, rows, sums, batch, key_head, key, end);
   }
 
   // Rows of keys or values with adjacent columns: where they lie, or copied.
@@ -228,11 +258,14 @@ class Decode {
     return worker.keys;
   }
 
+  // The first block of the keys [key, end).
   void attend_block(const Worker& worker, Row* rows, float* sums, int64_t batch, int64_t key_head, int64_t key,
-                    int64_t count) {
+                    int64_t end) {
+    const int64_t count = end - key < kBlockKeys ? end - key : kBlockKeys;
     int64_t stride;
     const Input* keys = block_rows(worker, problem_.key, batch, key_head, key, count, shape_.width, &stride);
-    dot_rows(worker, keys, stride, count);
+    Upcoming values_ahead = upcoming(problem_.value, batch, key_head, key, count, shape_.value_width);
+    dot_rows(worker, keys, stride, count, values_ahead);
 
     bool partial = problem_.visibility.mask != nullptr;
     for (int64_t r = 0; r < rows_; ++r) partial = partial || rows[r].low > key || rows[r].high < key + count;
@@ -260,11 +293,25 @@ class Decode {
         for (int64_t j = 0; j < count; ++j)
           if (rules_.visible(rows[r], key + j))
             for (int64_t d = 0; d < shape_.value_width; ++d)
-              sums[r * sum_columns_ + d] += Dot::load_probability(worker.probabilities + r * kBlockKeys, j) *
+              sums[r * sum_columns_ + Dot::place(d)] += Dot::load_probability(worker.probabilities + r * kBlockKeys, j) *
                                             to_float(values[j * stride + d]);
       return;
     }
-    mix_rows(worker, values, stride, count, sums);
+    Upcoming keys_ahead = upcoming(problem_.key, batch, key_head, key + count, end - key - count, shape_.width);
+    mix_rows(worker, values, stride, count, sums, keys_ahead);
+  }
+
+  Upcoming upcoming(const View& view, int64_t batch, int64_t key_head, int64_t key, int64_t count,
+                    int64_t columns) const {
+    const int64_t* s = view.strides;
+    Upcoming ahead;
+    if (s[3] != 1) return ahead;
+    ahead.next = reinterpret_cast<const char*>(static_cast<const Input*>(view.data) + batch * s[0] + key_head * s[1] +
+                                               key * s[2]);
+    ahead.stride = s[2] * int64_t(sizeof(Input));
+    ahead.row_bytes = columns * int64_t(sizeof(Input));
+    ahead.rows = count;
+    return ahead;
   }
 
   bool all_finite(const Input* values, int64_t stride, int64_t count) const {
@@ -274,21 +321,24 @@ class Decode {
     return test == 0.0f;
   }
 
-  void dot_rows(const Worker& worker, const Input* keys, int64_t stride, int64_t count) const {
+  void dot_rows(const Worker& worker, const Input* keys, int64_t stride, int64_t count, Upcoming& ahead) const {
     int64_t r = 0;
-    for (; r + kMaxRowBlock <= rows_; r += kMaxRowBlock) dot_keys<kMaxRowBlock>(worker, r, keys, stride, count);
-    if (r + 2 <= rows_) dot_keys<2>(worker, r, keys, stride, count), r += 2;
-    if (r < rows_) dot_keys<1>(worker, r, keys, stride, count);
+    for (; r + kMaxRowBlock <= rows_; r += kMaxRowBlock) dot_keys<kMaxRowBlock>(worker, r, keys, stride, count, ahead);
+    if (r + 2 <= rows_) dot_keys<2>(worker, r, keys, stride, count, ahead), r += 2;
+    if (r < rows_) dot_keys<1>(worker, r, keys, stride, count, ahead);
   }
 
   template <int Rows>
-  void dot_keys(const Worker& worker, int64_t r, const Input* keys, int64_t stride, int64_t count) const {
+  void dot_keys(const Worker& worker, int64_t r, const Input* keys, int64_t stride, int64_t count,
+                Upcoming& ahead) const {
     constexpr int64_t kKeys = Vec::width / Rows;
     const typename Dot::Query* queries = worker.queries + r * query_columns_;
     float* scores = worker.scores + r * kBlockKeys;
     int64_t j = 0;
-    for (; j + kKeys <= count; j += kKeys)
+    for (; j + kKeys <= count; j += kKeys) {
+      ahead.fetch(kKeys);
       Dot::template dot<Rows>(queries, query_columns_, keys + j * stride, stride, shape_.width, scores + j, kBlockKeys);
+    }
     if (j < count) {
       // The last few keys once more from an earlier start, or one by one where there are too few.
       if (count >= kKeys) {
@@ -307,29 +357,35 @@ class Decode {
     }
   }
 
-  void mix_rows(const Worker& worker, const Input* values, int64_t stride, int64_t count, float* sums) const {
-    for (int64_t d = 0; d < shape_.value_width; d += kVectors * Vec::width) {
+  void mix_rows(const Worker& worker, const Input* values, int64_t stride, int64_t count, float* sums,
+                Upcoming& ahead) const {
+    for (int64_t d = 0; d < shape_.value_width; d += 2 * Dot::chunk) {
       const int64_t left = shape_.value_width - d;
       int64_t r = 0;
       for (; r + kMaxRowBlock <= rows_; r += kMaxRowBlock)
-        mix_columns<kMaxRowBlock>(worker, r, values + d, stride, count, left, sums + d);
-      if (r + 2 <= rows_) mix_columns<2>(worker, r, values + d, stride, count, left, sums + d), r += 2;
-      if (r < rows_) mix_columns<1>(worker, r, values + d, stride, count, left, sums + d);
+        mix_columns<kMaxRowBlock>(worker, r, values + d, stride, count, left, sums + d, ahead);
+      if (r + 2 <= rows_) mix_columns<2>(worker, r, values + d, stride, count, left, sums + d, ahead), r += 2;
+      if (r < rows_) mix_columns<1>(worker, r, values + d, stride, count, left, sums + d, ahead);
     }
   }
 
   template <int Rows>
   void mix_columns(const Worker& worker, int64_t r, const Input* values, int64_t stride, int64_t count, int64_t columns,
-                   float* sums) const {
+                   float* sums, Upcoming& ahead) const {
     const Probability* probabilities = worker.probabilities + r * kBlockKeys;
     float* out = sums + r * sum_columns_;
-    if (columns > 2 * Vec::width)
-      Dot::template mix<Rows, 4>(probabilities, kBlockKeys, values, stride, count,
-                                 columns < 4 * Vec::width ? columns : 4 * Vec::width, out, sum_columns_);
-    else if (columns > Vec::width)
-      Dot::template mix<Rows, 2>(probabilities, kBlockKeys, values, stride, count, columns, out, sum_columns_);
+    const auto mix = [&](auto chunks, auto whole) {
+      Dot::template mix<Rows, decltype(chunks)::value, decltype(whole)::value>(probabilities, kBlockKeys, values, stride,
+                                                                               count, columns, out, sum_columns_, ahead);
+    };
+    if (columns >= 2 * Dot::chunk)
+      mix(std::integral_constant<int, 2>(), std::true_type());
+    else if (columns > Dot::chunk)
+      mix(std::integral_constant<int, 2>(), std::false_type());
+    else if (columns == Dot::chunk)
+      mix(std::integral_constant<int, 1>(), std::true_type());
     else
-      Dot::template mix<Rows, 1>(probabilities, kBlockKeys, values, stride, count, columns, out, sum_columns_);
+      mix(std::integral_constant<int, 1>(), std::false_type());
   }
 
   // Partial softmaxes with references m_s and sums l_s merge into m = max m_s, l = sum l_s 2^(m_s - m).
@@ -344,7 +400,8 @@ class Decode {
       const int64_t head = head_of(key_head, r), query = query_of(r);
       const int64_t index = (batch * shape_.heads + head) * shape_.queries + query;
       if (problem_.lse != nullptr) problem_.lse[index] = rules_.log_sum_exp(total);
-      if (shape_.value_width > 0) write_output<Input>(problem_, rules_, total, sums, batch, head, query);
+      for (int64_t d = 0; d < shape_.value_width; ++d) worker.row[d] = sums[Dot::place(d)];
+      if (shape_.value_width > 0) write_output<Input>(problem_, rules_, total, worker.row, batch, head, query);
       if (!rules_.emits()) continue;
       int64_t count = 0;
       for (int64_t span = 0; span < spans_; ++span) {

@@ -28,6 +28,31 @@ struct Vec {
     return load(lanes);
   }
 
+  // As in vec_avx512.h.
+  template <class T>
+  static ATTNRB_INLINE void load_pair(const T* p, Vec& low, Vec& high) {
+    low = load(p);
+    high = load(p + width);
+  }
+  template <class T>
+  static ATTNRB_INLINE void load_pair(const T* p, int n, Vec& low, Vec& high) {
+    low = load(p, n);
+    high = n > width ? load(p + width, n - width) : zero();
+  }
+  static ATTNRB_INLINE void load_pair(const bfloat16* p, Vec& even, Vec& odd) {
+    deal(_mm256_loadu_si256((const __m256i*)p), even, odd);
+  }
+  static ATTNRB_INLINE void load_pair(const bfloat16* p, int n, Vec& even, Vec& odd) {
+    bfloat16 lanes[2 * width] = {};
+    for (int i = 0; i < 2 * width && i < n; ++i) lanes[i] = p[i];
+    load_pair(lanes, even, odd);
+  }
+  template <class T>
+  static ATTNRB_INLINE int pair_place(T, int i) {
+    return i;
+  }
+  static ATTNRB_INLINE int pair_place(bfloat16, int i) { return i % 2 * width + i / 2; }
+
   ATTNRB_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   ATTNRB_INLINE void store(bfloat16* p) const { _mm_storeu_si128((__m128i*)p, narrow_bf16()); }
   ATTNRB_INLINE void store(float16* p) const {
@@ -108,6 +133,10 @@ struct Vec {
   }
 
  private:
+  static ATTNRB_INLINE void deal(__m256i pairs, Vec& even, Vec& odd) {
+    even = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
+    odd = {_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000u))))};
+  }
   static ATTNRB_INLINE __m256 power_of_two(__m256i n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
   }

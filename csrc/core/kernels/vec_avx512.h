@@ -33,6 +33,31 @@ struct Vec {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
   }
 
+  // Two vectors' worth of elements, or the first n of them. bfloat16 comes out as even and odd elements: one operation
+  // each on whole registers, where widening in order takes two.
+  template <class T>
+  static ATTNRB_INLINE void load_pair(const T* p, Vec& low, Vec& high) {
+    low = load(p);
+    high = load(p + width);
+  }
+  template <class T>
+  static ATTNRB_INLINE void load_pair(const T* p, int n, Vec& low, Vec& high) {
+    low = load(p, n);
+    high = n > width ? load(p + width, n - width) : zero();
+  }
+  static ATTNRB_INLINE void load_pair(const bfloat16* p, Vec& even, Vec& odd) {
+    deal(_mm512_loadu_si512(p), even, odd);
+  }
+  static ATTNRB_INLINE void load_pair(const bfloat16* p, int n, Vec& even, Vec& odd) {
+    deal(_mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffffu : (1u << n) - 1u, p), even, odd);
+  }
+  // Where element i of a pair ends up.
+  template <class T>
+  static ATTNRB_INLINE int pair_place(T, int i) {
+    return i;
+  }
+  static ATTNRB_INLINE int pair_place(bfloat16, int i) { return i % 2 * width + i / 2; }
+
   ATTNRB_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   ATTNRB_INLINE void store(bfloat16* p) const { _mm256_storeu_si256((__m256i*)p, narrow_bf16()); }
   ATTNRB_INLINE void store(float16* p) const { _mm256_storeu_si256((__m256i*)p, narrow_f16()); }
@@ -99,6 +124,10 @@ struct Vec {
   }
 
  private:
+  static ATTNRB_INLINE void deal(__m512i pairs, Vec& even, Vec& odd) {
+    even = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+    odd = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))))};
+  }
   static ATTNRB_INLINE Vec widen(__m256i halves) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
   }

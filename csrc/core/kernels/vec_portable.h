@@ -1,6 +1,7 @@
 // Four floats in GCC's vector extension: SSE2 on x86-64, NEON on AArch64, scalars elsewhere. Every vec_*.h defines one
 // type `Vec` with this vocabulary:
 //   width, Mask; zero, set, iota; load and store of float, bfloat16 and float16, whole or the first n lanes;
+//   load_pair (two vectors' worth, in an order of its own choice) and pair_place (that order);
 //   + - * /, fma (a*b+c), fms (a*b-c), max (a NaN in b survives), abs, round, copy_sign, scale_exponent (x * 2^n);
 //   sum, max (over lanes), sums (of `width` vectors); first, none, both, from_bytes, greater, greater_equal, select, bits;
 //   compress (the selected lanes, packed).
@@ -35,6 +36,21 @@ struct Vec {
     Floats x = {0, 0, 0, 0};
     for (int i = 0; i < width && i < n; ++i) x[i] = to_float(p[i]);
     return {x};
+  }
+
+  template <class T>
+  static ATTNRB_INLINE void load_pair(const T* p, Vec& low, Vec& high) {
+    low = load(p);
+    high = load(p + width);
+  }
+  template <class T>
+  static ATTNRB_INLINE void load_pair(const T* p, int n, Vec& low, Vec& high) {
+    low = load(p, n);
+    high = n > width ? load(p + width, n - width) : zero();
+  }
+  template <class T>
+  static ATTNRB_INLINE int pair_place(T, int i) {
+    return i;
   }
 
   ATTNRB_INLINE void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
