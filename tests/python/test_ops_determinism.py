@@ -117,7 +117,7 @@ def test_scratch_is_kept_and_freed() -> None:
 
 
 def test_scratch_does_not_grow_with_the_square_of_the_length() -> None:
-    """No buffer of size M times N anywhere: four times the length, at most four times the scratch (and a fixed part)."""
+    """No buffer of size M times N anywhere: four times the length, at most four times the scratch."""
     kept = []
     for length in (512, 2048):
         attnrb.clear_scratch()

@@ -61,10 +61,18 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         r"query: expected a tensor of dtype float32, bfloat16 or float16, got.*float64",
     ),
-    "mixed dtypes": ({"key": zeros(2, 2, 7, 16).half()}, TypeError, r"key: expected the dtype of query, .*32, got .*16"),
+    "mixed dtypes": (
+        {"key": zeros(2, 2, 7, 16).half()},
+        TypeError,
+        r"key: expected the dtype of query, .*32, got .*16",
+    ),
     "mixed devices": ({"key": zeros(2, 2, 7, 16).to("meta")}, ValueError, r"key: expected on cpu.*got meta"),
     "batches differ": ({"key": zeros(1, 2, 7, 16)}, ValueError, r"key: expected the batch size of query, 2, got \[1"),
-    "widths differ": ({"key": zeros(2, 2, 7, 8)}, ValueError, r"key: expected the width of query, 16, got \[2, 2, 7, 8\]"),
+    "widths differ": (
+        {"key": zeros(2, 2, 7, 8)},
+        ValueError,
+        r"key: expected the width of query, 16, got \[2, 2, 7, 8\]",
+    ),
     "H no multiple of Hk": ({"query": zeros(2, 3, 5, 16)}, ValueError, r"query: .*multiple of Hk = 2 of key, got 3"),
     "no key heads": ({"key": zeros(2, 0, 7, 16)}, ValueError, r"key: expected at least one head"),
     "no width": ({"query": zeros(2, 4, 5, 0), "key": zeros(2, 2, 7, 0)}, ValueError, r"query: expected a width"),
@@ -127,7 +135,12 @@ NOT_ASCENDING = rows(BATCH, HEADS, QUERIES, 2)
 NOT_ASCENDING[1, 3, 4] = torch.tensor([3, 2])
 
 SPECIFIC: dict[str, tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = {
-    "value keys": (source, {"value": zeros(2, 2, 6, 6)}, ValueError, r"value: .*\[2, 2, 7\], then Dv, got \[2, 2, 6, 6\]"),
+    "value keys": (
+        source,
+        {"value": zeros(2, 2, 6, 6)},
+        ValueError,
+        r"value: .*\[2, 2, 7\], then Dv, got \[2, 2, 6, 6\]",
+    ),
     "value heads": (rebalanced, {"value": zeros(2, 4, 7, 6)}, ValueError, r"value: .*\[2, 2, 7\].*got \[2, 4, 7, 6\]"),
     "value rank": (source, {"value": zeros(2, 7, 6)}, ValueError, r"value: expected 4 dimensions.*got 3: \[2, 7, 6\]"),
     "value dtype": (source, {"value": zeros(2, 2, 7, 6).half()}, TypeError, r"value: expected the dtype of query"),
@@ -136,20 +149,50 @@ SPECIFIC: dict[str, tuple[Callable[..., Any], dict[str, Any], type[Exception], s
     "threshold NaN": (source, {"threshold": float("nan")}, ValueError, r"threshold: .*got nan"),
     "gain NaN": (rebalanced, {"gain": float("nan")}, ValueError, r"gain: expected a finite number, got nan"),
     "gain infinite in a list": (rebalanced, {"gain": [1, 2, 3, float("inf")]}, ValueError, r"gain: .*finite.*inf"),
-    "gains of another size": (rebalanced, {"gain": [0.1, 0.2]}, ValueError, r"gain: .*\[1\] or \[H\] = \[4\], got \[2\]"),
+    "gains of another size": (
+        rebalanced,
+        {"gain": [0.1, 0.2]},
+        ValueError,
+        r"gain: .*\[1\] or \[H\] = \[4\], got \[2\]",
+    ),
     "gain matrix": (rebalanced, {"gain": zeros(4, 1)}, ValueError, r"gain: .*\[1\] or \[H\] = \[4\], got \[4, 1\]"),
     "gain text": (rebalanced, {"gain": "much"}, TypeError, r"gain: expected a number, or one for each head"),
-    "gain integers": (rebalanced, {"gain": slots(1, 2, 3, 4)}, TypeError, r"gain: expected numbers or a floating-point"),
+    "gain integers": (
+        rebalanced,
+        {"gain": slots(1, 2, 3, 4)},
+        TypeError,
+        r"gain: expected numbers or a floating-point",
+    ),
     "gain on another device": (rebalanced, {"gain": zeros(4).to("meta")}, ValueError, r"gain: expected on cpu"),
     "indices alone": (rebalanced, {"outliers": rows(2, 4, 5, 3)}, TypeError, r"outliers: expected a tuple"),
-    "indices of long": (rebalanced, outliers(rows(2, 4, 5, 3).long(), COUNTS), ValueError, r"indices: .*int32, got int64"),
-    "counts of long": (rebalanced, outliers(rows(2, 4, 5, 3), COUNTS.long()), ValueError, r"counts: .*int32, got int64"),
+    "indices of long": (
+        rebalanced,
+        outliers(rows(2, 4, 5, 3).long(), COUNTS),
+        ValueError,
+        r"indices: .*int32, got int64",
+    ),
+    "counts of long": (
+        rebalanced,
+        outliers(rows(2, 4, 5, 3), COUNTS.long()),
+        ValueError,
+        r"counts: .*int32, got int64",
+    ),
     "indices rank": (rebalanced, outliers(rows(2, 4, 5), COUNTS), ValueError, r"indices: expected 4 dimensions"),
     "indices heads": (rebalanced, outliers(rows(2, 2, 5, 3), COUNTS), ValueError, r"indices: .*got \[2, 2, 5, 3\]"),
     "indices queries": (rebalanced, outliers(rows(2, 4, 4, 3), COUNTS), ValueError, r"indices: .*got \[2, 4, 4, 3\]"),
     "counts shape": (rebalanced, outliers(rows(2, 4, 5, 3), COUNTS[:1]), ValueError, r"counts: .*got \[1, 4, 5\]"),
-    "unsorted rows": (rebalanced, outliers(NOT_ASCENDING, COUNTS + 2), ValueError, r"indices: expected each row to ascend"),
-    "repeated index": (rebalanced, outliers(NOT_ASCENDING * 0 + 1, COUNTS + 2), ValueError, r"indices: .*ascend strictly"),
+    "unsorted rows": (
+        rebalanced,
+        outliers(NOT_ASCENDING, COUNTS + 2),
+        ValueError,
+        r"indices: expected each row to ascend",
+    ),
+    "repeated index": (
+        rebalanced,
+        outliers(NOT_ASCENDING * 0 + 1, COUNTS + 2),
+        ValueError,
+        r"indices: .*ascend strictly",
+    ),
 }
 
 
@@ -166,11 +209,23 @@ WEIGHTS, MASK = torch.rand(2, 3, 4, 5), torch.ones(2, 3, 4, 5, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("call", "exception", "pattern"),
     [
-        (lambda: functional.outlier_mask(WEIGHTS[0]), ValueError, r"weights: expected 4 dimensions, got 3: \(3, 4, 5\)"),
+        (
+            lambda: functional.outlier_mask(WEIGHTS[0]),
+            ValueError,
+            r"weights: expected 4 dimensions, got 3: \(3, 4, 5\)",
+        ),
         (lambda: functional.outlier_mask(WEIGHTS.double()), TypeError, r"weights: .*got.*float64"),
         (lambda: functional.outlier_mask(WEIGHTS, 1.5), ValueError, r"threshold: .*got 1.5"),
-        (lambda: functional.outlier_mask(WEIGHTS, query_offset=2**40), ValueError, r"query_offset: .*got 1099511627776"),
-        (lambda: functional.rebalance(WEIGHTS, MASK[..., :3], 0.1), ValueError, r"mask: .*\[2, 3, 4, 5\], got \[2, 3, 4, 3\]"),
+        (
+            lambda: functional.outlier_mask(WEIGHTS, query_offset=2**40),
+            ValueError,
+            r"query_offset: .*got 1099511627776",
+        ),
+        (
+            lambda: functional.rebalance(WEIGHTS, MASK[..., :3], 0.1),
+            ValueError,
+            r"mask: .*\[2, 3, 4, 5\], got \[2, 3, 4, 3\]",
+        ),
         (lambda: functional.rebalance(WEIGHTS, MASK.float(), 0.1), TypeError, r"mask: expected a bool tensor.*float32"),
         (lambda: functional.rebalance(WEIGHTS, MASK[None], 0.1), ValueError, r"mask: .*got \[1, 2, 3, 4, 5\]"),
         (lambda: functional.rebalance(WEIGHTS, MASK, [0.1, 0.2]), ValueError, r"gain: .*\[H\] = \[3\], got \[2\]"),
@@ -233,7 +288,10 @@ SCORE = (0.25, 0.0, None)
         ({"value": zeros(2, 2, 7, 6).to("meta")}, "value: expected on cpu, where query is, got meta"),
         ({"threshold": float("nan")}, r"threshold: expected a number in \(0, 1\), got nan"),
         ({"vision": (True, 2, -1, 0, None, None, None)}, "key_offset: expected a slot from 0"),
-        ({"vision": (True, 2, 0, -1, None, None, None)}, r"window: expected 0 \(no limit\) or a positive number, got -1"),
+        (
+            {"vision": (True, 2, 0, -1, None, None, None)},
+            r"window: expected 0 \(no limit\) or a positive number, got -1",
+        ),
         ({"vision": (True, 2, 0, 0, zeros(2), None, None)}, "key_start: expected the dtype int64, got float32"),
         ({"vision": (True, 2, 0, 0, None, None, zeros(5, 7))}, "mask: expected the dtype bool, got float32"),
     ],
@@ -250,14 +308,15 @@ def test_ops_refuse(changes: dict[str, Any], pattern: str) -> None:
 )
 @pytest.mark.parametrize("sinks", [False, True])
 def test_empty_is_legal(batch: int, queries: int, keys: int, value_width: int, sinks: bool) -> None:
-    inputs = [torch.randn(batch, h, r, w) for h, r, w in ((4, queries, 16), (2, keys, 16), (2, keys, value_width))]
-    options = {"sinks": torch.randn(4) if sinks else None}
-    output, lse, found = functional.source_attention(*inputs, **options)
-    below = functional.rebalanced_attention(*inputs, found, 0.3, normalize=True, **options)
+    query, key = torch.randn(batch, 4, queries, 16), torch.randn(batch, 2, keys, 16)
+    value = torch.randn(batch, 2, keys, value_width)
+    options: dict[str, Any] = {"sinks": torch.randn(4) if sinks else None}
+    output, lse, found = functional.source_attention(query, key, value, **options)
+    below = functional.rebalanced_attention(query, key, value, found, 0.3, normalize=True, **options)
     assert output.shape == below.shape == (batch, 4, queries, value_width)
     assert lse.shape == found.counts.shape == (batch, 4, queries)
     assert found.indices.shape == (batch, 4, queries, min(99, keys))
-    weight = functional.received_attention(*inputs[:2], **options)
+    weight = functional.received_attention(query, key, **options)
     assert weight.shape == (batch, 4, keys)
     if keys == 0:  # queries that see nothing
         assert torch.equal(output, torch.zeros_like(output))

@@ -125,7 +125,8 @@ def test_masks_broadcast() -> None:
         mask = torch.rand(shape) > 0.4
         full = mask.expand(BATCH, HEADS, 6, 11).contiguous()
         assert_same_bits(
-            attention(query, key, value, visibility=mask), attention(query, key, value, visibility=Visibility(mask=full))
+            attention(query, key, value, visibility=mask),
+            attention(query, key, value, visibility=Visibility(mask=full)),
         )
 
 
@@ -155,7 +156,7 @@ VISIONS: dict[str, Visibility] = {
 
 
 def seen(visibility: Visibility, queries: int = QUERIES) -> Tensor:
-    """bool [B, M, N]: the definition, key by key."""
+    """Say which keys are visible, bool [B, M, N]: the definition, key by key."""
     slots = torch.arange(KEYS)
     mine = torch.arange(KEYS - queries, KEYS)[:, None]
     found = torch.ones(BATCH, queries, KEYS, dtype=torch.bool)
@@ -261,9 +262,7 @@ def test_slots_that_a_layer_no_longer_holds_are_skipped(queries: int) -> None:
     whole = Visibility(window=window)
     cut = Visibility(window=window, key_offset=KEYS - kept)
     expected = functional.rebalanced_attention(query, key, value, outliers, 0.5, visibility=whole)
-    came = functional.rebalanced_attention(
-        query, key[:, :, -kept:], value[:, :, -kept:], outliers, 0.5, visibility=cut
-    )
+    came = functional.rebalanced_attention(query, key[:, :, -kept:], value[:, :, -kept:], outliers, 0.5, visibility=cut)
     # Sums over the same keys in blocks that start elsewhere: the order of additions may differ, nothing else.
     torch.testing.assert_close(came, expected, rtol=1e-5, atol=1e-6)
     plain = functional.source_attention(query, key, value, visibility=whole)[0]
@@ -287,7 +286,7 @@ def test_a_query_that_sees_nothing() -> None:
 
 
 def seen_rows(visibility: Visibility) -> Tensor:
-    """bool [B, 6]: which of six queries over nine keys see any key, for a causal visibility with key_start."""
+    """Say which of six queries over nine keys see any, bool [B, 6], for a causal visibility with key_start."""
     assert visibility.key_start is not None
     return torch.arange(3, 9) >= visibility.key_start[:, None]
 
