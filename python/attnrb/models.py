@@ -117,7 +117,7 @@ def default_model_path() -> Path:
 
 
 def cache_folder() -> Path | None:
-    """Folder of converted GGUF weights; None when ``ATTNRB_CACHE`` is set but empty, which turns the cache off.
+    """Folder of converted GGUF weights; None when ``ATTNRB_CACHE`` is set but empty, which turns it off.
 
     The folder is ``$ATTNRB_CACHE``, else ``$XDG_CACHE_HOME/attnrb``, else ``~/.cache/attnrb``.
     """

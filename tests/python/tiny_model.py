@@ -1,9 +1,10 @@
-"""A tiny random model with a tokenizer of its own, for tests of what surrounds a model: no download, made in milliseconds."""
+"""A tiny random model with a tokenizer of its own, for tests of what surrounds a model: made in milliseconds."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,7 +16,7 @@ LAYERS = 3
 VOCABULARY = 320
 
 
-def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(chat_template: str | None = None) -> Any:
     """A byte-level BPE tokenizer: it encodes any text, and decodes any ids to something."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -27,12 +28,12 @@ def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = chat_template
     return fast
 
 
-def tiny_model() -> LlamaForCausalLM:
+def tiny_model() -> Any:
     """A random Llama with grouped heads. Its attention is far from even, so that it has outliers."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -48,7 +49,8 @@ def tiny_model() -> LlamaForCausalLM:
         tie_word_embeddings=False,
         initializer_range=0.6,
     )
-    return LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.eval()
 
 
 def save_tiny_model(folder: Path, chat_template: str | None = None) -> Path:
@@ -78,7 +80,8 @@ def save_tiny_gguf(path: Path) -> Path:
     writer.add_vocab_size(VOCABULARY)
 
     bpe = tokenizer.backend_tokenizer
-    vocabulary = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
+    numbers: dict[str, int] = bpe.get_vocab()
+    vocabulary = sorted(numbers, key=lambda token: numbers[token])
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(vocabulary)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _PLAIN = "cyan"
 _REBALANCED = "magenta"
+_WIDE = 90  # columns from which the chart stands in two columns
+_WIDEST = 120  # columns beyond which it does not grow
 _NARROWEST_PAIR = 56  # columns under which two texts side by side become unreadable
 
 
@@ -35,16 +37,6 @@ def comparison(console: Console, result: Comparison, tokenizer: Any, about: Mapp
     console.print(_difference(result))
     console.print()
     console.print(first_key_chart(result.first_key_plain, result.first_key_rebalanced, console))
-    tokens = result.prompt_tokens + len(result.plain.token_ids)
-    if tokens * result.config.threshold < 2 and not result.config.boost_all:
-        # Below 1 / threshold keys even an even spread is above the threshold.
-        console.print(
-            Text(
-                f"In a text as short as this ({tokens} tokens) most weights exceed the threshold, those on the first key "
-                "too, so that it gains with the others.",
-                style="dim",
-            )
-        )
 
 
 def _heading(result: Comparison, about: Mapping[str, Any]) -> Table:
@@ -119,38 +111,53 @@ def _difference(result: Comparison) -> Text:
 
 
 def first_key_chart(plain: Sequence[float], rebalanced: Sequence[float], console: Console) -> Group:
-    """Two bars a layer on one line, in upper and lower halves of the characters, with both numbers."""
-    numbers = 15  # "100.0 → 100.0 %"
-    room = max(8, min(console.width, 100) - numbers - 6)
-    top = max([*plain, *rebalanced, 1e-9])
-    colour = console.is_terminal and not console.no_color
-    ascii_only = console.options.ascii_only
-    arrow = "->" if ascii_only else "→"
+    """Draw two bars a layer on one line, in the upper and the lower halves of its characters, with both numbers.
 
-    legend = Text("Attention on the first key, by layer", style="bold")
-    legend.append("   ")
-    legend.append("' " if ascii_only else "▀ ", style=_PLAIN)
-    legend.append("without  ", style="not bold")
-    legend.append(". " if ascii_only else "▄ ", style=_REBALANCED)
-    legend.append("with", style="not bold")
+    Where the terminal is wide enough the layers stand in two columns.
+    """
+    columns = 2 if console.width >= _WIDE and len(plain) >= 8 else 1
+    gap = 3
+    width = (min(console.width, _WIDEST) - gap * (columns - 1)) // columns
+    bars = _Bars(console, room=max(6, width - len("000  100.0 → 100.0 %")), top=max([*plain, *rebalanced, 1e-9]))
 
-    lines = [legend]
-    for layer, (before, after) in enumerate(zip(plain, rebalanced, strict=True)):
-        upper, lower = round(before / top * room), round(after / top * room)
+    pairs = list(zip(plain, rebalanced, strict=True))
+    lines = [bars.line(f"{layer:>3}", *pair) for layer, pair in enumerate(pairs)]
+    means = [sum(shares) / max(len(shares), 1) for shares in (plain, rebalanced)]
+    height = -(-len(lines) // columns)
+    table = Table.grid(padding=(0, gap, 0, 0))
+    table.add_row(*(Group(*lines[start : start + height]) for start in range(0, len(lines), height)))
+    return Group(bars.legend(*means), table)
+
+
+class _Bars:
+    """The characters of the chart, for one console."""
+
+    def __init__(self, console: Console, room: int, top: float) -> None:
+        self.room, self.top = room, top
+        self.colour = console.is_terminal and not console.no_color
+        self.upper, self.lower, self.both = "'.=" if console.options.ascii_only else "▀▄█"
+        self.arrow = "->" if console.options.ascii_only else "→"
+
+    def legend(self, plain: float, rebalanced: float) -> Text:
+        text = Text("Attention on the first key, by layer", style="bold")
+        for mark, colour, name in ((self.upper, _PLAIN, "without"), (self.lower, _REBALANCED, "with")):
+            text.append(f"   {mark}", style=colour)
+            text.append(f" {name}", style="not bold")
+        text.append(f"   mean {100 * plain:.1f} {self.arrow} {100 * rebalanced:.1f} %", style="not bold")
+        return text
+
+    def line(self, name: str, plain: float, rebalanced: float) -> Text:
+        upper, lower = (round(share / self.top * self.room) for share in (plain, rebalanced))
         both = min(upper, lower)
-        line = Text(f"{layer:>3} ")
-        if ascii_only:
-            line.append("=" * both + ("'" * (upper - both) or "." * (lower - both)))
+        text = Text(f"{name} ")
+        if self.colour:
+            text.append(self.upper * both, style=f"{_PLAIN} on {_REBALANCED}")
         else:
-            line.append("▀" * both if colour else "█" * both, style=f"{_PLAIN} on {_REBALANCED}" if colour else "")
-            line.append("▀" * (upper - both), style=_PLAIN)
-            line.append("▄" * (lower - both), style=_REBALANCED)
-        line.append(" " * (room - max(upper, lower) + 1))
-        line.append(f"{100 * before:5.1f} {arrow} {100 * after:.1f} %")
-        lines.append(line)
-    means = [100 * sum(shares) / max(len(shares), 1) for shares in (plain, rebalanced)]
-    lines.append(Text(f"mean{' ' * (room + 1)}{means[0]:5.1f} {arrow} {means[1]:.1f} %", style="bold"))
-    return Group(*lines)
+            text.append(self.both * both)
+        text.append(self.upper * (upper - both), style=_PLAIN)
+        text.append(self.lower * (lower - both), style=_REBALANCED)
+        text.append(" " * (self.room - max(upper, lower)))
+        return text.append(f" {100 * plain:5.1f} {self.arrow} {100 * rebalanced:5.1f} %")
 
 
 def generation(result: Generation, stats: Any | None) -> None:
