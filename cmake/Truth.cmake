@@ -1,0 +1,7 @@
+# The oracle and the generator of cases, which tests and benches share: `attnrb_truth`.
+include_guard(GLOBAL)
+find_package(Threads REQUIRED)
+set(truth_dir ${PROJECT_SOURCE_DIR}/tests/cpp)
+add_library(attnrb_truth STATIC ${truth_dir}/array.cpp ${truth_dir}/cases.cpp ${truth_dir}/oracle.cpp)
+target_include_directories(attnrb_truth PUBLIC ${truth_dir})
+target_link_libraries(attnrb_truth PUBLIC attnrb_core Threads::Threads)
