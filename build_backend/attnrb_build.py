@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeAlias
 
-from find_torch import REQUIREMENT, find_torch
+from find_torch import REQUIREMENT, find_torch, require_torch
 from scikit_build_core import build as backend
 from scikit_build_core.build import (
     build_sdist,
@@ -45,9 +45,7 @@ def get_requires_for_build_editable(config_settings: Settings = None) -> list[st
     return backend.get_requires_for_build_editable(config_settings) + _torch_requirement()
 
 
-def build_wheel(
-    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
-) -> str:
+def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
     return _build(backend.build_wheel, wheel_directory, config_settings, metadata_directory)
 
 
@@ -67,9 +65,7 @@ def _build(
     hook: Callable[[str, Settings, str | None], str], folder: str, settings: Settings, metadata: str | None
 ) -> str:
     _check_compiler()
-    torch = find_torch()
-    if torch is None:
-        raise SystemExit(f"attnrb builds against torch, and there is none here: run `pip install '{REQUIREMENT}'` first.")
+    torch = require_torch()
     print(f"attnrb: building against torch {torch.version_text} at {torch.folder}", file=sys.stderr)
     try:
         return hook(folder, {**(settings or {}), "cmake.define.ATTNRB_TORCH": str(torch.folder)}, metadata)

@@ -31,12 +31,24 @@ class Torch(NamedTuple):
         return ".".join(map(str, self.version))
 
 
+def require_torch() -> Torch:
+    """The torch to build against.
+
+    Raises:
+        SystemExit: there is none, or not the right one. The message says what to do.
+    """
+    torch = find_torch()
+    if torch is None:
+        raise SystemExit(f"attnrb builds against torch, which is not here: run `pip install '{REQUIREMENT}'` first.")
+    return torch
+
+
 def find_torch() -> Torch | None:
     """The torch to build against, or None where there is none.
 
     Raises:
-        SystemExit: the torch found is too old, or the environment variable ATTNRB_TORCH names no torch package. The message
-            says what to do.
+        SystemExit: the torch found is too old, or the environment variable ATTNRB_TORCH names no torch package. The
+            message says what to do.
     """
     named = os.environ.get(VARIABLE)
     if named:
@@ -62,7 +74,9 @@ def read_torch(folder: Path) -> Torch | None:
     for header in (include / "headeronly" / "version.h", include / "csrc" / "api" / "include" / "torch" / "version.h"):
         if not header.is_file():
             continue
-        numbers = dict(re.findall(r"#define TORCH_VERSION_(MAJOR|MINOR|PATCH) (\d+)", header.read_text(encoding="utf-8")))
+        numbers = dict(
+            re.findall(r"#define TORCH_VERSION_(MAJOR|MINOR|PATCH) (\d+)", header.read_text(encoding="utf-8"))
+        )
         if len(numbers) == 3:
             return Torch(folder, (int(numbers["MAJOR"]), int(numbers["MINOR"]), int(numbers["PATCH"])))
     return None
@@ -92,7 +106,4 @@ def _sees_system_packages(environment: Path) -> bool:
 
 
 if __name__ == "__main__":
-    found = find_torch()
-    if found is None:
-        raise SystemExit(f"attnrb builds against torch, and there is none here: run `pip install '{REQUIREMENT}'` first.")
-    print(found.folder)
+    print(require_torch().folder)

@@ -8,21 +8,16 @@
 :mod:`attnrb.reference` is their definition in NumPy.
 """
 
-from attnrb import _native
+from attnrb import _native  # noqa: F401 (registers the native ops, which what follows needs)
 
-_native.load()
-
-from attnrb import functional  # noqa: E402  (needs the native library)
-from attnrb._C import release_scratch as _release_scratch  # noqa: E402
-from attnrb._C import version as __version__  # noqa: E402
-from attnrb.outliers import Outliers  # noqa: E402
-from attnrb.visibility import Visibility  # noqa: E402
-
-try:  # replaced by plain imports once both modules stand
-    from attnrb.config import RebalanceConfig  # noqa: E402
-    from attnrb.patch import Patch, patch  # noqa: E402
-except ImportError:
-    pass
+# isort: split
+from attnrb import functional
+from attnrb._C import release_scratch as _release_scratch
+from attnrb._C import version as __version__
+from attnrb.config import RebalanceConfig
+from attnrb.outliers import Outliers
+from attnrb.patch import Patch, patch
+from attnrb.visibility import Visibility
 
 __all__ = ["Outliers", "Patch", "RebalanceConfig", "Visibility", "__version__", "clear_scratch", "functional", "patch"]
 

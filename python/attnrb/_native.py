@@ -1,4 +1,4 @@
-"""Loads the native library, so that ``torch.ops.attnrb`` and ``attnrb._C`` can be used."""
+"""Importing this module loads the native library, so that ``torch.ops.attnrb`` and ``attnrb._C`` can be used."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib.util
 from pathlib import Path
 
 _OLDEST_TORCH = (2, 10)
+_REMEDY = "run `pip install 'torch>=2.10'`."
 
 
-def load() -> None:
+def _load() -> None:
     """Registers the native ops with torch.
 
     Raises:
@@ -18,10 +19,12 @@ def load() -> None:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise ImportError("attnrb needs torch, which is not installed: run `pip install 'torch>=2.10'`.") from error
+        raise ImportError(f"attnrb needs torch, which is not installed: {_REMEDY}") from error
     version = str(torch.__version__)
     if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < _OLDEST_TORCH:
-        raise ImportError(f"attnrb needs torch 2.10 or newer, this is torch {version}: run `pip install 'torch>=2.10'`.")
+        raise ImportError(
+            f"attnrb needs torch 2.10 or newer, this is torch {version}: run `pip install 'torch>=2.10'`."
+        )
 
     library = _library()
     if not library.is_file():
@@ -30,7 +33,7 @@ def load() -> None:
             "installed. Run `pip install .` in it, or leave the tree to import an installed attnrb."
         )
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"attnrb's native library {library} does not load into torch {version}: {error}. Build it anew here: run "
@@ -43,3 +46,6 @@ def _library() -> Path:
     extension = importlib.util.find_spec("attnrb._C")
     folder = Path(__file__ if extension is None or extension.origin is None else extension.origin).parent
     return folder / "libattnrb.so"
+
+
+_load()
