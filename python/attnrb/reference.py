@@ -1,11 +1,12 @@
 """The method in NumPy float64, slow and obvious: the truth that every op is tested against.
 
-Everything here is dense: an ``[B, H, M, N]`` array of weights is built, looked at and multiplied, so that each line can be
-read beside the formula it stands for (docs/method.md). The names and arguments are those of :mod:`attnrb.functional`;
-inputs may be NumPy arrays or torch tensors of any real dtype, results are NumPy arrays of float64 (indices and counts int32).
+Everything here is dense: an ``[B, H, M, N]`` array of weights is built, looked at and multiplied, so that each line
+can be read beside the formula it stands for (docs/method.md). The names and arguments are those of
+:mod:`attnrb.functional`; inputs may be NumPy arrays or torch tensors of any real dtype, results are NumPy arrays of
+float64 (indices and counts int32).
 
-Axes, everywhere: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width, Dv value width. Query i
-sits at slot ``query_offset + i``, key j at slot ``key_offset + j``.
+Axes, everywhere: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width, Dv value width.
+Query i sits at slot ``query_offset + i``, key j at slot ``key_offset + j``.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ __all__ = [
 
 
 class OutlierRows(NamedTuple):
-    """Outlier sets as the ops carry them: ``indices`` int32 [B,H,M,C], ascending slots then -1; ``counts`` int32 [B,H,M]."""
+    """Outlier sets as the ops carry them: indices int32 [B,H,M,C], ascending slots then -1; counts int32 [B,H,M]."""
 
     indices: Ints
     counts: Ints
 
 
 class ResolvedVisibility(NamedTuple):
-    """A visibility with its defaults filled in for M queries and N keys; the fields are those of ``attnrb.Visibility``."""
+    """A visibility with its defaults filled in for M queries and N keys; the fields of ``attnrb.Visibility``."""
 
     causal: bool
     query_offset: int
@@ -64,7 +65,7 @@ class ResolvedVisibility(NamedTuple):
 
 
 def _array(values: Any) -> NDArray[Any]:
-    """A NumPy view or copy of an array or a torch tensor (bfloat16, which NumPy lacks, goes through float64 exactly)."""
+    """A NumPy view or copy of an array or a torch tensor; bfloat16, which NumPy lacks, goes through float64 exactly."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.double() if values.is_floating_point() else values
@@ -79,8 +80,8 @@ def _floats(values: Any) -> Floats:
 def resolve_visibility(queries: int, keys: int, visibility: Visibility | Any | None = None) -> ResolvedVisibility:
     """Fills in what a visibility leaves open.
 
-    ``None`` is causal with the last query on the last key's slot; a bare boolean array stands for its mask; a mask makes
-    causality opt-in. ``query_offset`` defaults to ``N - M + key_offset``.
+    ``None`` is causal with the last query on the last key's slot; a bare boolean array stands for its mask; a mask
+    makes causality opt-in. ``query_offset`` defaults to ``N - M + key_offset``.
     """
     if visibility is None:
         return ResolvedVisibility(True, keys - queries, 0, None, None, None, None)
@@ -99,9 +100,7 @@ def resolve_visibility(queries: int, keys: int, visibility: Visibility | Any | N
     )
 
 
-def visible(
-    batch: int, heads: int, queries: int, keys: int, visibility: Visibility | Any | None = None
-) -> Bools:
+def visible(batch: int, heads: int, queries: int, keys: int, visibility: Visibility | Any | None = None) -> Bools:
     """Which keys each query sees, bool [B,H,M,N]: every condition that is set must hold."""
     v = resolve_visibility(queries, keys, visibility)
     query_slot = (v.query_offset + np.arange(queries)).reshape(1, 1, queries, 1)
@@ -131,9 +130,10 @@ def attention_weights(
 ) -> tuple[Floats, Floats]:
     """Softmax weights [B,H,M,N] and the log-sum-exp [B,H,M] of each row.
 
-    ``scale`` defaults to ``1/sqrt(D)``. ``softcap`` replaces a score s by ``softcap * tanh(s / softcap)``. ``sinks`` [H] are
-    scores without a key: they join the denominator, hence the log-sum-exp, and nothing else. A row that sees no key has
-    weights zero and log-sum-exp -inf, with sinks too. A score that is not finite spoils the rows that see it, no other.
+    ``scale`` defaults to ``1/sqrt(D)``. ``softcap`` replaces a score s by ``softcap * tanh(s / softcap)``. ``sinks``
+    [H] are scores without a key: they join the denominator, hence the log-sum-exp, and nothing else. A row that sees
+    no key has weights zero and log-sum-exp -inf, with sinks too. A score that is not finite spoils the rows that see
+    it, no other.
     """
     q, k = _floats(query), _floats(key)
     batch, heads, queries, width = q.shape
@@ -224,8 +224,8 @@ def _per_head(gain: float | Sequence[float] | Any) -> Floats:
 def rebalance(weights: Any, mask: Any, gain: float | Sequence[float] | Any, *, normalize: bool = False) -> Floats:
     """Weights [B,H,M,N] with those under ``mask`` multiplied by ``1 + gain`` (one gain, or one per head).
 
-    ``normalize`` divides each row by its new sum; a row that sums to zero stays as it is. A mask that is true everywhere is
-    ``boost_all``, the published code's ``boosting_self``.
+    ``normalize`` divides each row by its new sum; a row that sums to zero stays as it is. A mask that is true
+    everywhere is ``boost_all``, the published code's ``boosting_self``.
     """
     w = _floats(weights)
     boosted = np.where(np.broadcast_to(_array(mask), w.shape), w * (1.0 + _per_head(gain)), w)
@@ -240,9 +240,9 @@ def rebalanced_weights(
 ) -> tuple[Floats, Floats]:
     """What :func:`rebalance` means inside attention: the new weights, and the log-sum-exp that goes with them.
 
-    Normalised rows are divided by ``z = 1 + gain * (sum of the row's outlier weights)`` and their log-sum-exp grows by
-    ``ln z``. Without sinks z is the new sum of the row; with them the sink's share is part of the row, is never boosted,
-    and shrinks with the rest.
+    Normalised rows are divided by ``z = 1 + gain * (sum of the row's outlier weights)`` and their log-sum-exp grows
+    by ``ln z``. Without sinks z is the new sum of the row; with them the sink's share is part of the row, is never
+    boosted, and shrinks with the rest.
     """
     gains = _per_head(gain)
     boosted = np.where(mask, weights * (1.0 + gains), weights)
@@ -269,7 +269,7 @@ def source_attention(
     v = resolve_visibility(queries, keys, visibility)
     mask = outlier_mask(weights, threshold, query_offset=v.query_offset, key_offset=v.key_offset)
     rows = outlier_rows(mask, outlier_capacity(threshold, keys), v.key_offset)
-    return weighted_values(weights, value, visible(*weights.shape, visibility)), lse, rows
+    return weighted_values(weights, value, visible(*weights.shape, visibility=visibility)), lse, rows
 
 
 def rebalanced_attention(
@@ -285,10 +285,10 @@ def rebalanced_attention(
     softcap: float | None = None,
     sinks: Any | None = None,
 ) -> Floats:
-    """Attention with the entries named by ``outliers`` (indices, counts) strengthened by ``gain``: output [B,H,M,Dv]."""
+    """Attention with the entries that ``outliers`` (indices, counts) names strengthened: output [B,H,M,Dv]."""
     weights, lse = attention_weights(query, key, scale=scale, visibility=visibility, softcap=softcap, sinks=sinks)
-    seen = visible(*weights.shape, visibility)
-    key_offset = resolve_visibility(*weights.shape[2:], visibility).key_offset
+    seen = visible(*weights.shape, visibility=visibility)
+    key_offset = resolve_visibility(*weights.shape[2:], visibility=visibility).key_offset
     mask = held_mask(*outliers, seen, key_offset)
     boosted, _ = rebalanced_weights(weights, lse, mask, gain, normalize=normalize)
     return weighted_values(boosted, value, seen)
@@ -305,7 +305,7 @@ def received_attention(
 ) -> Floats:
     """[B,H,N]: the mean weight that each key receives from the queries that can see it; 0 where none can."""
     weights, _ = attention_weights(query, key, scale=scale, visibility=visibility, softcap=softcap, sinks=sinks)
-    onlookers = visible(*weights.shape, visibility).sum(axis=2)
+    onlookers = visible(*weights.shape, visibility=visibility).sum(axis=2)
     return np.asarray(weights.sum(axis=2) / np.maximum(onlookers, 1))
 
 

@@ -1,7 +1,7 @@
 """The case table: every shape, layout, visibility and distribution that the ops are tested on, by name.
 
-A case is data: sizes, a distribution, a layout in memory and a visibility. `Case.build` turns it into tensors of a given
-dtype, always the same ones for the same name. `table()` lists all cases, `sample()` a fixed part of them.
+A case is data: sizes, a distribution, a layout in memory and a visibility. `Case.build` turns it into tensors of a
+given dtype, always the same ones for the same name. `table()` lists all cases, `sample()` a fixed part of them.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Inputs:
         }
 
 
-# --- Layouts in memory. Each returns a tensor equal to its argument. What lies around the values is NaN, so that a kernel
-# --- that reads a neighbour, even to multiply it by zero, shows it.
+# --- Layouts in memory. Each returns a tensor equal to its argument. What lies around the values is NaN, so that a
+# --- kernel that reads a neighbour, even to multiply it by zero, shows it.
 
 
 def _filled(tensor: Tensor, *shape: int) -> Tensor:
@@ -185,6 +185,10 @@ def masked(axes: str, density: float = 0.7, layout: str = "contiguous", **kwargs
     return build
 
 
+# Every way a mask can broadcast; see `masked`.
+MASK_AXES = ("N", "MN", "1N", "M1", "HMN", "11MN", "B11N", "B1MN", "1H1N", "1HMN", "BHMN", "BHM1", "B1M1", "111N")
+
+
 def chunked_mask(chunk: int) -> Vision:
     """Causal inside chunks of slots, as llama4 masks; it comes as a plain mask."""
 
@@ -201,7 +205,7 @@ def chunked_mask(chunk: int) -> Vision:
 
 def _lengths() -> Iterator[Case]:
     """Every way a length can fall against tiles of 16 to 256 rows, widths and head groups taken in turn."""
-    lengths = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 191, 192, 193, 255, 256, 257)
+    lengths = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 191, 193, 255, 256, 257)
     shapes = ((2, 1, 64), (4, 2, 32), (3, 3, 16), (6, 2, 80), (2, 2, 128), (5, 1, 24), (2, 1, 36))
     for index, length in enumerate(lengths):
         heads, key_heads, width = shapes[index % len(shapes)]
@@ -223,10 +227,11 @@ def _lengths() -> Iterator[Case]:
 
 
 def _widths() -> Iterator[Case]:
-    widths = (1, 2, 3, 4, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40, 48, 63, 65, 72, 80, 96, 112, 120, 127, 128, 129, 160, 192)
-    for width in (*widths, 224, 255, 256):
+    widths = (1, 2, 3, 4, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40, 48, 63, 65, 72, 80, 96, 112, 120, 127, 128, 129)
+    for width in (*widths, 160, 192, 224, 255, 256):
         yield Case(f"width {width}", 1, 2, 1, 37, 53, width)
-    for width, value_width in ((64, 128), (128, 64), (192, 128), (72, 40), (16, 1), (1, 16), (256, 33), (33, 256), (8, 7)):
+    pairs = ((64, 128), (128, 64), (192, 128), (72, 40), (16, 1), (1, 16), (256, 33), (33, 256), (8, 7))
+    for width, value_width in pairs:
         yield Case(f"width {width} value width {value_width}", 1, 4, 2, 45, 70, width, value_width)
         yield Case(f"width {width} value width {value_width} decode", 2, 4, 2, 1, 70, width, value_width)
 
@@ -289,7 +294,7 @@ def _visibilities() -> Iterator[Case]:
     yield with_vision("key range beyond the keys", ranges([-5, 0, 200], [400, 151, 300], causal=False))
     yield with_vision("key range with key offset", ranges([500, 533, 600], [650, 640, 610], key_offset=500))
     yield with_vision("causal window range", ranges([0, 33, 100], [150, 140, 120], window=48))
-    for axes in ("N", "MN", "1N", "M1", "HMN", "11MN", "B11N", "B1MN", "1H1N", "1HMN", "BHMN", "BHM1", "B1M1", "111N", "1111"):
+    for axes in MASK_AXES:
         yield with_vision(f"mask {axes}", masked(axes))
     for layout in ("transposed", "strided", "expanded"):
         yield with_vision(f"mask {layout}", masked("B1MN", layout=layout))
@@ -306,7 +311,9 @@ def _visibilities() -> Iterator[Case]:
     yield with_vision("chunked prefill", given(), batch=1, queries=128, keys=600)
     yield with_vision("chunked prefill into a static cache", given(query_offset=300), batch=1, queries=64, keys=700)
     yield with_vision("left-padded prefill", ranges([0, 40, 99]), queries=100, keys=100)
-    yield with_vision("left-padded windowed prefill with sinks", ranges([0, 40, 99], window=32), queries=100, keys=100, sinks=True)
+    yield with_vision(
+        "left-padded windowed prefill with sinks", ranges([0, 40, 99], window=32), queries=100, keys=100, sinks=True
+    )
 
 
 def _empty() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""What the whole Python suite shares: instruction set, threads, seeds, where shared data is, and the tally of close calls."""
+"""What the whole Python suite shares: instruction set, threads, seeds, shared data, and the tally of close calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--attnrb-cpu",
         metavar="SET",
         default=None,
-        help="run the native ops with this instruction set (portable, avx2, avx512, amx); as the variable ATTNRB_CPU does",
+        help="instruction set of the native ops (portable, avx2, avx512, amx), as the variable ATTNRB_CPU says it",
     )
 
 

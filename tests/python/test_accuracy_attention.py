@@ -1,4 +1,4 @@
-"""Every attention op against the float64 reference, over the whole case table and every dtype (Note: [Earned tolerance])."""
+"""Every attention op against the float64 reference, over the case table and every dtype (Note: [Earned tolerance])."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from attnrb import functional, reference
 from attnrb.outliers import Outliers
-from cases import DTYPES, Case, Inputs, sample, table
+from cases import DTYPES, Inputs, sample, table
 from conftest import CloseCalls
 from numpy.typing import NDArray
 from tolerance import Eager, assert_as_accurate, error, one_rounding, row_magnitude
@@ -50,7 +50,7 @@ def truth(request: pytest.FixtureRequest) -> Truth:
 
 
 def close_to_threshold(weights: NDArray[np.float64], threshold: float, dtype: torch.dtype) -> NDArray[np.bool_]:
-    """Entries that rounding may put on either side: within 1e-5 of the threshold, relatively, or a rounding of the dtype."""
+    """Entries that rounding may put on either side: within 1e-5 of the threshold, relatively, or one of the dtype."""
     margin = 1e-5 if dtype == torch.float32 else one_rounding(dtype)
     return np.asarray(np.abs(weights - threshold) <= margin * threshold)
 
@@ -60,13 +60,13 @@ def check_outliers(truth: Truth, outliers: Outliers, close_calls: CloseCalls) ->
     batch, heads, queries, keys = truth.weights.shape
     capacity = reference.outlier_capacity(threshold, keys)
     indices, counts = outliers.indices.numpy(), outliers.counts.numpy()
-    assert indices.shape == (batch, heads, queries, capacity) and indices.dtype == np.int32
-    assert counts.shape == (batch, heads, queries) and counts.dtype == np.int32
+    assert (indices.shape, indices.dtype) == ((batch, heads, queries, capacity), np.int32)
+    assert (counts.shape, counts.dtype) == ((batch, heads, queries), np.int32)
     assert ((counts >= 0) & (counts <= capacity)).all()
 
     filled = np.arange(capacity) < counts[..., None]
     assert (indices[~filled] == -1).all(), "what lies beyond a row's count is -1"
-    assert (indices[filled] >= truth.key_offset).all() and (indices[filled] < truth.key_offset + keys).all()
+    assert np.isin(indices[filled], truth.key_offset + np.arange(keys)).all(), "an outlier is a key held here"
     assert (np.diff(indices, axis=3)[filled[..., 1:]] > 0).all(), "slots ascend strictly"
 
     expected = reference.outlier_mask(
@@ -78,7 +78,9 @@ def check_outliers(truth: Truth, outliers: Outliers, close_calls: CloseCalls) ->
     assert not (found & ~truth.seen).any(), "an outlier is visible"
     close = close_to_threshold(truth.weights, threshold, dtype) & truth.seen & ~own
     different = found != expected
-    assert not (different & ~close).any(), f"{np.argwhere(different & ~close)[:5].tolist()} differ, far from the threshold"
+    assert not (different & ~close).any(), (
+        f"{np.argwhere(different & ~close)[:5].tolist()} differ, far from the threshold"
+    )
     close_calls.add(int((truth.seen & ~own).sum()), int(close.sum()), int(different.sum()))
 
 
@@ -87,14 +89,14 @@ def test_source_attention(truth: Truth, close_calls: CloseCalls) -> None:
     output, lse, outliers = functional.source_attention(
         inputs.query, inputs.key, inputs.value, threshold=inputs.case.threshold, **truth.options
     )
-    assert output.dtype == inputs.query.dtype and lse.dtype == torch.float32
+    assert (output.dtype, lse.dtype) == (inputs.query.dtype, torch.float32)
     eager = truth.eager.output(inputs.value)
     assert_as_accurate(output, eager, truth.output, truth.magnitude, truth.sdpa_error)
 
     blind = ~truth.seen.any(axis=3)
     assert np.isneginf(lse.numpy()[blind]).all(), "a row that sees no key has log-sum-exp -inf"
-    # An absolute error of a log-sum-exp is a relative one of every weight, so it is measured against 1, or against its own
-    # size where that is larger and its last digit is worth more.
+    # An absolute error of a log-sum-exp is a relative one of every weight, so it is measured against 1, or against its
+    # own size where that is larger and its last digit is worth more.
     true_lse = truth.lse[~blind]
     assert_as_accurate(
         lse[torch.from_numpy(~blind)],

@@ -27,9 +27,21 @@ ONE_IN = {"portable": "7", "avx2": "5"}
 def test_accuracy(name: str, close_calls: CloseCalls) -> None:
     environment = os.environ | {"ATTNRB_CPU": name, "ATTNRB_TEST_SAMPLE": ONE_IN.get(name, "3")}
     files = [HERE / f"test_accuracy_{stem}.py" for stem in ("attention", "weights", "not_finite")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *map(str, files)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=short",
+        *map(str, files),
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1], check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     tally = re.search(r"outliers \((.*)\): ([\d,]+) entries compared, ([\d,]+) .* ([\d,]+) of those", result.stdout)
-    assert tally is not None and tally[1] == name, "the other process ran another instruction set"
+    assert tally is not None
+    assert tally[1] == name, "the other process ran another instruction set"
     close_calls.add(*(int(count.replace(",", "")) for count in tally.groups()[1:]))

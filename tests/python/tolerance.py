@@ -9,11 +9,11 @@ where a row's magnitude is what its own rounding errors scale with: for an outpu
 
     e(op) <= 2 e(PyTorch) + u
 
-must hold, with u one rounding of the result's dtype (the spacing of its numbers at 1: one row may be exact in PyTorch by
-luck, and its neighbouring number must do as well), and e(PyTorch) the largest error
-among PyTorch's own ways to compute the same at the same dtype: eager, as models write it, and, for what it can express,
-`scaled_dot_product_attention`. Several ways, because the error of one on a few rows is a matter of luck. A row of magnitude 0
-must be exactly 0.
+must hold, with u one rounding of the result's dtype (the spacing of its numbers at 1: one row may be exact in PyTorch
+by luck, and its neighbouring number must do as well), and e(PyTorch) the largest error among PyTorch's own ways to
+compute the same at the same dtype: eager, as models write it, and, for what it can express,
+`scaled_dot_product_attention`. Several ways, because the error of one on a few rows is a matter of luck. A row of
+magnitude 0 must be exactly 0.
 """
 
 from __future__ import annotations
@@ -46,12 +46,11 @@ def error(actual: Tensor, truth: Floats, magnitude: Floats) -> float:
     return float((difference[~zero] / magnitude[~zero]).max(initial=0.0))
 
 
-def assert_as_accurate(
-    actual: Tensor, torch_own: Tensor, truth: Floats, magnitude: Floats, also: float = 0.0
-) -> None:
-    """`actual` is within the tolerance of Note: [Earned tolerance].
+def assert_as_accurate(actual: Tensor, torch_own: Tensor, truth: Floats, magnitude: Floats, also: float = 0.0) -> None:
+    """Asserts that `actual` is within the tolerance of Note: [Earned tolerance].
 
-    `torch_own` is PyTorch's result for the same; `also` an error of PyTorch's known from elsewhere, relative as they all are.
+    `torch_own` is PyTorch's result for the same; `also` an error of PyTorch's known from elsewhere, relative as they
+    all are.
     """
     assert tuple(actual.shape) == truth.shape
     assert np.isfinite(actual.double().numpy()).all(), "not finite"
@@ -69,7 +68,7 @@ def row_magnitude(weights: Floats, value: Tensor) -> Floats:
 
 
 class Eager:
-    """Attention as models write it in eager PyTorch, at the dtype of the inputs: products in that dtype, softmax in float32."""
+    """Attention as models write it in eager PyTorch: products in the dtype of the inputs, softmax in float32."""
 
     def __init__(self, query: Tensor, key: Tensor, **options: Any) -> None:
         batch, heads, queries, width = query.shape

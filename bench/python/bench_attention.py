@@ -1,0 +1,112 @@
+"""attnrb with re-balancing on, side by side with PyTorch's attention without it.
+
+    python bench/python/bench_attention.py [--quick] [--case PART]... [--threads N] [--cpu SET] [--json FILE]
+
+Every output is verified before it is timed; contenders run in turn in one process on the same threads; the figure is
+the median. The roofline (matrix products, plain reading) is measured in the same run. Exit status 1 means that an
+output was wrong, or, with --strict, that a bar was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+# What --cpu means to PyTorch; it has no lower set than "default".
+_TORCH_CAPABILITY = {"portable": "default", "avx2": "avx2", "avx512": "avx512", "amx": "amx"}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter sequences and fewer rounds: a look, not a figure")
+    parser.add_argument(
+        "--case", action="append", metavar="PART", help="only cases whose name contains this; repeatable"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of both libraries (default: 2)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing a case (default: 3)")
+    parser.add_argument("--cpu", choices=_TORCH_CAPABILITY, help="instruction set that both libraries are held to")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 where a bar is missed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures here")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.cpu is not None:  # both libraries read their variable once, when they are loaded
+        os.environ["ATTNRB_CPU"] = options.cpu
+        os.environ["ATEN_CPU_CAPABILITY"] = _TORCH_CAPABILITY[options.cpu]
+
+    import torch
+    from bars import CASES
+    from contenders import WrongResultError, smaller
+    from machine import describe, headline
+    from report import HEADER, lines, verdict
+
+    torch.set_num_threads(options.threads)
+    cases = [case for case in CASES if not options.case or any(part in case.name for part in options.case)]
+    if not cases:
+        print(f"no case is called like that; there are: {', '.join(case.name for case in CASES)}", file=sys.stderr)
+        return 2
+    description = describe()
+    print(headline(description))
+    print(HEADER, flush=True)
+    results: list[dict[str, Any]] = []
+    for case in cases:
+        try:
+            result = measure(smaller(case) if options.quick else case, options.seconds / (10 if options.quick else 1))
+        except WrongResultError as error:
+            print(f"WRONG RESULT, not timed: {error}", file=sys.stderr)
+            return 1
+        results.append(result)
+        print("\n".join(lines(result)), flush=True)
+    print(verdict(results) + (" (which are meant for the full lengths)" if options.quick else ""))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(description | {"quick": options.quick, "cases": results}, indent=1) + "\n")
+    missed = any(not bar["holds"] for result in results for bar in result["bars"])
+    return 1 if options.strict and missed else 0
+
+
+def measure(case: Any, seconds: float) -> dict[str, Any]:
+    """Verifies one case, times it, and sets it against what the machine can do, measured right after."""
+    from bars import READ_SHARE, SDPA
+    from contenders import contenders, prepare, verify
+    from roofline import products, reading
+    from timing import interleaved
+
+    operands = prepare(case)
+    runs = contenders(operands)
+    verify(operands, runs)
+    times = interleaved(runs, seconds=seconds)
+    own = times["attnrb"].median
+    limit = (
+        reading(int(case.bytes()), seconds=seconds / 6) if case.decode else products(case.dtype, seconds=seconds / 6)
+    )
+    rate = (case.bytes() if case.decode else case.flops()) / own / 1e9
+    bars = [{"against": name, "at_most": bar, "is": own / times[name].median} for name, bar in case.bars]
+    if case.least is not None:
+        bars.append({"against": SDPA, "at_most": case.least, "is": own / times[SDPA].median, "least": True})
+    for bar in bars:
+        bar["holds"] = bar["is"] <= bar["at_most"]
+    if case.decode and not case.ragged:
+        bars.append(
+            {"against": "plain read", "at_least": READ_SHARE, "is": rate / limit, "holds": rate / limit >= READ_SHARE}
+        )
+    return {
+        "name": case.name,
+        "seconds": {name: asdict(taken) for name, taken in times.items()},
+        "rate": rate,
+        "limit": limit,
+        "unit": "GB/s" if case.decode else "GFLOP/s",
+        "outliers_a_row": operands.outliers_a_row,
+        "bars": bars,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
