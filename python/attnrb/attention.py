@@ -1,7 +1,7 @@
 """The attention function of patched models: what transformers calls in place of its own, once in every layer.
 
-It is told which forward it belongs to by a keyword argument that the patch adds to the model's call and that the model hands
-down to its layers, so two forwards never share outliers, whatever threads they run in.
+It is told which forward it belongs to by a keyword argument that the patch adds to the model's call and that the model
+hands down to its layers, so two forwards never share outliers, whatever threads they run in.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Plan:
         return gain
 
     def nothing(self, query: torch.Tensor) -> tuple[Outliers, torch.Tensor]:
-        """An empty set of outliers for ``query [B, H, M, D]`` and a gain of 0: with them re-balancing is plain attention.
+        """An empty set of outliers for ``query [B, H, M, D]`` and a gain of 0, which make re-balancing plain attention.
 
         Kept for the next call, since every layer of every decoded token asks for the same.
         """
@@ -140,7 +140,7 @@ def attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
-    scaling: float | None = None,
+    scaling: float | torch.Tensor | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -179,15 +179,16 @@ def attention(
         or not _UNSUPPORTED.keys().isdisjoint(others)
     ):
         _check_call(module, forward, layer, dropout, query, others)
-        assert forward is not None and layer is not None
+    assert forward is not None
+    assert layer is not None
     plan = forward.plan
     gain = plan.gain(layer, query.device)
     is_source = layer == plan.source_layer
     if query.size(1) != plan.heads and (is_source or gain is not None):
         raise NotImplementedError(
-            f"layer {layer} ({type(module).__name__}) has {query.size(1)} query heads, others {plan.heads}. Outliers pair "
-            "by head index, so attnrb re-balances layers with as many heads as the model's configuration names; leave "
-            "this one out with RebalanceConfig(layers=...)"
+            f"layer {layer} ({type(module).__name__}) has {query.size(1)} query heads, others {plan.heads}. Outliers "
+            "pair by head index, so attnrb re-balances layers with as many heads as the model's configuration names; "
+            "leave this one out with RebalanceConfig(layers=...)"
         )
 
     geometry = getattr(attention_mask, GEOMETRY, None)
@@ -195,7 +196,7 @@ def attention(
         geometry = _foreign_geometry(forward, module, attention_mask, query, key, is_causal, sliding_window)
     if isinstance(scaling, torch.Tensor):
         scaling = float(scaling)
-    scores = {"scale": scaling, "visibility": geometry.visibility, "softcap": softcap, "sinks": s_aux}
+    scores: dict[str, Any] = {"scale": scaling, "visibility": geometry.visibility, "softcap": softcap, "sinks": s_aux}
 
     if is_source and not plan.boost_all:
         output, _, forward.outliers = functional.source_attention(query, key, value, threshold=plan.threshold, **scores)
@@ -226,8 +227,8 @@ def _layer_attention(
         outliers = forward.outliers
         if outliers is None:
             raise RuntimeError(
-                f"layer {layer} ran before the source layer {plan.source_layer}, which finds the outliers: attnrb needs the "
-                "layers of a model to run in order"
+                f"layer {layer} ran before the source layer {plan.source_layer}, which finds the outliers: attnrb "
+                "needs the layers of a model to run in order, all through transformers' AttentionInterface"
             )
         if outliers.counts.device != query.device:
             outliers = forward.outliers = Outliers(*(each.to(query.device) for each in outliers))
@@ -253,12 +254,11 @@ def _foreign_geometry(
 ) -> Geometry:
     """What a mask says that attnrb did not make: read once for all layers that share it."""
     keys = key.size(2)
-    if mask is None and (
-        sliding_window or not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    ):
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and (sliding_window or not causal):
         raise NotImplementedError(
-            f"{type(module).__name__} gave its attention no mask where it needs one (a sliding window, or attention to later "
-            "tokens): attnrb supports models whose masks come from transformers' AttentionMaskInterface"
+            f"{type(module).__name__} gave its attention no mask where it needs one (a sliding window, or attention to "
+            "later tokens): attnrb supports models whose masks come from transformers' AttentionMaskInterface"
         )
     known = forward.foreign.get((id(mask), keys))
     if known is None:
@@ -281,9 +281,9 @@ def _check_call(
     name = type(module).__name__
     if forward is None:
         raise RuntimeError(
-            f"{name} called its attention without the argument {FORWARD!r}, by which attnrb tells one forward from another. "
-            "Either this model does not hand keyword arguments down to its layers, which attnrb needs, or a part of a "
-            "patched model was called by itself: call the whole model, or remove the patch first"
+            f"{name} called its attention without the argument {FORWARD!r}, by which attnrb tells one forward from "
+            "another. Either this model does not hand keyword arguments down to its layers, which attnrb needs, or a "
+            "part of a patched model was called by itself: call the whole model, or remove the patch first"
         )
     if layer is None:
         raise NotImplementedError(
@@ -296,13 +296,13 @@ def _check_call(
         )
     if dropout:
         raise NotImplementedError(
-            f"{name} asks for attention dropout of {dropout}, which attnrb does not support: call model.eval(), or set the "
-            "model's attention dropout to 0"
+            f"{name} asks for attention dropout of {dropout}, which attnrb does not support: call model.eval(), or set "
+            "the model's attention dropout to 0"
         )
     if query.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
-            "this version of attnrb re-balances inference only, and gradients are being recorded: run the patched model "
-            "under torch.no_grad() or torch.inference_mode()"
+            "this version of attnrb re-balances inference only, and gradients are being recorded: run the patched "
+            "model under torch.no_grad() or torch.inference_mode()"
         )
     for argument, meaning in _UNSUPPORTED.items():
         if others.get(argument) is not None:

@@ -1,8 +1,8 @@
 """The masks of Hugging Face models, without an n×n matrix wherever the pattern has a structure.
 
-transformers asks the function registered here for the mask of each kind of attention, once in a forward, and hands what it
-returns to every layer. It returns a 2-D padding mask that carries what the layers need to know (`Geometry`): slots, window,
-and which slots are padding. Patterns that are none of these get the general boolean mask ``[B, 1, M, N]``.
+transformers asks the function registered here for the mask of each kind of attention, once in a forward, and hands what
+it returns to every layer. It returns a 2-D padding mask that carries what the layers need to know (`Geometry`): slots,
+window, and which slots are padding. Patterns that are none of these get the general boolean mask ``[B, 1, M, N]``.
 
 Needs transformers, so it is imported only once a model is patched.
 """
@@ -49,8 +49,8 @@ def attention_mask(
         kv_offset: slot of the first key.
         mask_function: the pattern, as transformers composes it from small functions.
         attention_mask: bool ``[B, slots]``, True for tokens, False for padding; None: no padding.
-        cache_position: int ``[M]``: slots of the queries, which transformers before 5.4 passes instead of ``q_length`` and
-            ``q_offset``.
+        cache_position: int ``[M]``: slots of the queries, which transformers before 5.4 passes instead of ``q_length``
+            and ``q_offset``.
         device: where the mask is to be.
         options: what else transformers passes to functions of its own.
     """
@@ -86,7 +86,7 @@ def attention_mask(
             position = {"cache_position": cache_position}
         # Those who ask for the general mask must get it: None would mean "plainly causal" or "everything".
         options["allow_is_causal_skip"] = options["allow_is_bidirectional_skip"] = False
-        mask = masking_utils.sdpa_mask(
+        general = masking_utils.sdpa_mask(
             batch_size=batch_size,
             kv_length=kv_length,
             kv_offset=kv_offset,
@@ -95,6 +95,8 @@ def attention_mask(
             **position,
             **options,
         )
+        assert general is not None
+        mask = general
         visibility = Visibility(causal=False, query_offset=first, key_offset=kv_offset, mask=mask)
     setattr(mask, GEOMETRY, Geometry(visibility, _query_tokens(attention_mask, first, q_length) if padded else None))
     return mask
@@ -122,15 +124,15 @@ def foreign_geometry(mask: torch.Tensor | None, first_slot: int | None, queries:
         return Geometry(Visibility(causal=True, query_offset=first_slot, key_offset=key_offset), None)
     if mask.dim() != 4:
         raise NotImplementedError(
-            f"attention_mask: the model changed the mask {tuple(mask.shape)} on its way to the attention, so attnrb cannot "
-            "tell what it means; masks must reach it as they were made, or have four dimensions"
+            f"attention_mask: the model changed the mask {tuple(mask.shape)} on its way to the attention, so attnrb "
+            "cannot tell what it means; masks must reach it as they were made, or have four dimensions"
         )
     if mask.dtype != torch.bool:
         hidden = mask <= torch.finfo(mask.dtype).min / 2
         if not bool((hidden | (mask == 0)).all()):
             raise NotImplementedError(
-                "attention_mask: attnrb supports additive masks of 0 (visible) and hugely negative numbers (not visible), "
-                "and not biases between them"
+                "attention_mask: attnrb supports additive masks of 0 (visible) and hugely negative numbers (not "
+                "visible), and not biases between them"
             )
         mask = ~hidden
     visibility = Visibility(causal=False, query_offset=first_slot, key_offset=key_offset, mask=mask[..., :keys])
@@ -179,7 +181,7 @@ def _cell(function: Any, name: str) -> Any:
 
 
 class _Padding(NamedTuple):
-    """The slots of each row that hold tokens: from ``start`` up to, not including, ``end``; int64 ``[B]``, None: no bound."""
+    """The slots of each row that hold tokens: ``start`` up to but not ``end``; int64 ``[B]``, None: no bound."""
 
     start: torch.Tensor | None = None
     end: torch.Tensor | None = None

@@ -2,11 +2,11 @@
 
 Note: [How a model is patched]
 transformers looks up its attention and its mask function by a name in the configuration that a module holds. A patch
-registers attnrb's functions under a name of its own and gives the modules of one model a copy of their configuration that
-says this name; the configuration itself, which other models may share, is never written to. A pre-hook on the decoder adds
-one keyword argument, the `attnrb.attention.Forward`, which models hand down to their attention. A hook after the decoder
-checks that every layer that was to be re-balanced did come by: what cannot be served raises, and nothing runs plainly in
-silence. `Patch.remove` puts the configurations back and takes both hooks out.
+registers attnrb's functions under a name of its own and gives the modules of one model a copy of their configuration
+that says this name; the configuration itself, which other models may share, is not written to. A hook before the decoder
+adds one keyword argument, the `attnrb.attention.Forward`, which models hand down to their attention. A hook after the
+decoder checks that every layer that was to be re-balanced did come by: what cannot be served raises, and nothing runs
+plainly in silence. `Patch.remove` puts the configurations back and takes both hooks out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import re
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -43,8 +44,8 @@ def patch(model: Any, config: RebalanceConfig | None = None, *, observer: Observ
             model.generate(**inputs)
 
     or, without ``with``, until ``remove()`` of the handle. Forward, ``generate`` with its caches, batches with padding,
-    sampling and beam search work as before. A model that shares modules or its configuration with others may be patched:
-    those that share a configuration do not notice, those that share modules share the patch.
+    sampling and beam search work as before. A model that shares modules or its configuration with others may be
+    patched: those that share a configuration do not notice, those that share modules share the patch.
 
     Args:
         model: a ``transformers`` decoder, with or without a head, in float32, bfloat16 or float16.
@@ -58,7 +59,7 @@ def patch(model: Any, config: RebalanceConfig | None = None, *, observer: Observ
         TypeError: an argument has the wrong type.
         ValueError: ``config`` names a layer or head that the model has not.
         RuntimeError: the model is patched already.
-        NotImplementedError: the model cannot be served; the message says why. What only a forward can show raises there.
+        NotImplementedError: the model cannot be served; the message says why. What only a forward shows raises there.
         ImportError: transformers is missing or too old.
     """
     if config is None:
@@ -185,7 +186,7 @@ def _find_decoder(model: Any) -> Any:
     if getattr(whole.config, "is_encoder_decoder", False) or getattr(whole.config, "add_cross_attention", False):
         raise NotImplementedError(f"model: {name} attends to an encoder; {_SUPPORTED}")
 
-    decoder: Any = whole.get_decoder()
+    decoder: Any = whole.get_decoder()  # type: ignore[no-untyped-call]
     if decoder is None or decoder is whole:
         decoder = whole.base_model
     if decoder.config.__dict__.get(_IMPLEMENTATION) == _NAME:
@@ -198,8 +199,8 @@ def _find_decoder(model: Any) -> Any:
     numbered = [module for module in modules if isinstance(getattr(module, "layer_idx", None), int)]
     if not numbered:
         raise NotImplementedError(
-            f"model: the attention modules of {name} ({type(modules[0]).__name__}) have no layer_idx, so attnrb cannot tell "
-            f"which layer each is; {_SUPPORTED}, in which attention modules know their layer"
+            f"model: the attention modules of {name} ({type(modules[0]).__name__}) have no layer_idx, so attnrb cannot "
+            f"tell which layer each is; {_SUPPORTED}, in which attention modules know their layer"
         )
     if not any(_uses_interface(type(module)) for module in numbered):
         raise NotImplementedError(
@@ -240,7 +241,7 @@ def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None)
             )
         config = dataclasses.replace(config, source_layer=has_attention.index(True))
     gains = config.layer_gains(layers, heads)
-    if config.layers is None and not isinstance(config.heads, dict):
+    if config.layers is None and not isinstance(config.heads, Mapping):
         gains = tuple(gain if has else None for gain, has in zip(gains, has_attention, strict=True))
     return Plan(config, heads, gains, observer)
 

@@ -93,7 +93,8 @@ class DenseOracle:
             self.outliers = torch.zeros(*weights.shape[:3], int(key_slots[-1]) + 1, dtype=torch.bool)
             self.outliers[..., key_slots] = chosen
             self.counts.append(chosen.sum(3))
-            self.closest = min(self.closest, float((weights[other.expand_as(weights)] - self.threshold).abs().min()))
+            distance = torch.where(other, (weights - self.threshold).abs(), 1.0)
+            self.closest = min(self.closest, float(distance.min()))
         elif layer > self.source_layer:
             assert self.outliers is not None
             slots = self.outliers.shape[3]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
+import attnrb
 import pytest
 import torch
-
-import attnrb
 
 pytest.importorskip("transformers")
 
@@ -131,7 +130,7 @@ def test_chunks_of_a_prompt_are_the_whole_prompt(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_oss"])
 def test_low_precision_is_no_worse_than_the_oracle_in_it(name: str, dtype: torch.dtype) -> None:
-    """Both against the float32 oracle: the patched model's error is at most twice that of exact attention in this dtype."""
+    """Both against the float32 oracle: the patched model errs at most twice as much as exact attention in this dtype."""
     ids, exact = decidable(tiny(name), 2, 20)
     model = tiny(name, dtype)
     with torch.no_grad(), oracle().attached(model):

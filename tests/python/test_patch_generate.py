@@ -1,0 +1,119 @@
+"""How models are run: batches, beams, sampling, caches, conversations, the base model alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attnrb
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from dense_oracle import DenseOracle, linear_gains
+from tiny_models import LAYERS, tiny, tokens
+
+ALPHA, THRESHOLD = 0.5, 0.05
+CONFIG = attnrb.RebalanceConfig(alpha=ALPHA, threshold=THRESHOLD)
+
+# Plain, windowed throughout, windows and full layers mixed with either kind as the source.
+some_architectures = pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt_oss"])
+
+
+def generate(model: Any, ids: torch.Tensor, **options: Any) -> list[list[int]]:
+    torch.manual_seed(7)
+    texts: list[list[int]] = model.generate(ids, max_new_tokens=12, **options).tolist()
+    return texts
+
+
+def as_the_oracle_says(model: Any, ids: torch.Tensor, **options: Any) -> None:
+    with DenseOracle(linear_gains(LAYERS, ALPHA), threshold=THRESHOLD).attached(model):
+        expected = generate(model, ids, **options)
+    with attnrb.patch(model, CONFIG):
+        assert generate(model, ids, **options) == expected
+
+
+@some_architectures
+def test_text_does_not_depend_on_the_batch(name: str) -> None:
+    model = tiny(name)
+    lengths = [9, 3, 1, 6]
+    ids, mask = tokens(4, 9), torch.zeros(4, 9, dtype=torch.int64)
+    for row, length in zip(mask, lengths, strict=True):
+        row[9 - length :] = 1
+    with attnrb.patch(model, CONFIG):
+        together = generate(model, ids, attention_mask=mask, do_sample=False)
+        for row, length in enumerate(lengths):
+            prompt = ids[row : row + 1, 9 - length :]
+            alone = generate(model, prompt, attention_mask=torch.ones_like(prompt), do_sample=False)
+            assert alone[0] == together[row][9 - length :]
+
+
+@some_architectures
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "do_sample": False},
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "prefill_chunk_size": 4},
+    ],
+    ids=["beams", "sampling", "several samples", "no cache", "static cache", "chunked prefill"],
+)
+def test_ways_to_generate(name: str, options: dict[str, Any]) -> None:
+    ids = tokens(2, 10)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    as_the_oracle_says(tiny(name), ids, attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_a_conversation_goes_on_from_its_cache(name: str) -> None:
+    model = tiny(name)
+    ids, more = tokens(1, 9), tokens(1, 5, seed=1)
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    with attnrb.patch(model, CONFIG):
+        first = model.generate(ids, **options)
+        said = torch.cat([first.sequences, more], dim=1)
+        second = model.generate(said, past_key_values=first.past_key_values, **options)
+        assert second.sequences.tolist() == model.generate(said, **options).sequences.tolist()
+
+
+def test_a_model_without_head() -> None:
+    model = tiny("llama")
+    ids = tokens(2, 12)
+    with torch.no_grad(), attnrb.patch(model, CONFIG):
+        expected = model.model(ids).last_hidden_state
+    with torch.no_grad(), attnrb.patch(model.model, CONFIG):
+        assert torch.equal(model.model(ids).last_hidden_state, expected)
+
+
+def test_embeddings_in_place_of_tokens() -> None:
+    model = tiny("qwen3")
+    ids = tokens(2, 12)
+    with torch.no_grad(), attnrb.patch(model, CONFIG):
+        expected = model(ids).logits
+        assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, expected)
+
+
+def test_two_patched_models_at_once() -> None:
+    one, other = tiny("llama"), tiny("llama")
+    ids = tokens(2, 12)
+    with torch.no_grad():
+        with attnrb.patch(one, CONFIG):
+            expected = one(ids).logits
+        with attnrb.patch(other, attnrb.RebalanceConfig(alpha=-0.3, threshold=0.1)):
+            expected_other = other(ids).logits
+        with attnrb.patch(one, CONFIG), attnrb.patch(other, attnrb.RebalanceConfig(alpha=-0.3, threshold=0.1)):
+            assert torch.equal(one(ids).logits, expected)
+            assert torch.equal(other(ids).logits, expected_other)
+            assert torch.equal(one(ids).logits, expected)
+
+
+def test_the_same_bits_every_time() -> None:
+    model = tiny("gemma2")
+    ids = tokens(2, 40)
+    with torch.no_grad(), attnrb.patch(model, CONFIG):
+        first = model(ids).logits
+        assert torch.equal(model(ids).logits, first)

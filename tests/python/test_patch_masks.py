@@ -1,0 +1,191 @@
+"""Masks: what is said without a matrix, what falls back to one, and masks that attnrb did not make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attnrb
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from attnrb import functional
+from attnrb.visibility import Visibility
+from dense_oracle import DenseOracle, linear_gains
+from test_patch_models import CONFIG, assert_close, oracle, run
+from tiny_models import LAYERS, WINDOW, tiny, tokens
+from torch import Tensor
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Visibility]:
+    """What each layer said that its queries may see."""
+    calls: list[Visibility] = []
+    for name in ("source_attention", "rebalanced_attention"):
+        real = getattr(functional, name)
+
+        def recorder(*args: Any, real: Any = real, **kwargs: Any) -> Any:
+            calls.append(kwargs["visibility"])
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(functional, name, recorder)
+    return calls
+
+
+def padding(*rows: str) -> Tensor:
+    return torch.tensor([[int(slot) for slot in row] for row in rows])
+
+
+def bounds(visibility: Visibility) -> tuple[list[int] | None, list[int] | None]:
+    start, end = visibility.key_start, visibility.key_end
+    return None if start is None else start.tolist(), None if end is None else end.tolist()
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (None, (None, None)),
+        (padding("11111111", "11111111"), (None, None)),
+        (padding("11111111", "00011111"), ([0, 3], [8, 8])),
+        (padding("11111111", "11110000"), ([0, 0], [8, 4])),
+        (padding("00111100", "00000001"), ([2, 7], [6, 8])),
+        (padding("11111111", "00000000"), ([0, 0], [8, 0])),
+    ],
+    ids=["no mask", "no padding", "left", "right", "both", "an empty row"],
+)
+def test_padding_is_two_numbers_a_row(mask: Tensor | None, expected: Any, seen: list[Visibility]) -> None:
+    model, ids = tiny("llama"), tokens(2, 8)
+    logits = run(model, ids, attention_mask=mask)
+    assert len(seen) == LAYERS
+    for visibility in seen:
+        assert visibility.mask is None
+        assert visibility.causal
+        assert bounds(visibility) == expected
+    with torch.no_grad(), oracle().attached(model):
+        truth = model(ids, attention_mask=mask).logits
+    tokens_of = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    assert_close(logits[tokens_of], truth[tokens_of])
+
+
+def test_windows_are_one_number(seen: list[Visibility]) -> None:
+    run(tiny("gemma3_text"), tokens(2, 20))
+    assert [visibility.window for visibility in seen] == [WINDOW, None, WINDOW, None, WINDOW]
+    assert all(visibility.mask is None for visibility in seen)
+
+
+def test_windowed_layers_number_their_keys_by_slot(seen: list[Visibility]) -> None:
+    """Decoding beyond the window: full layers hold every key, windowed ones the last few, and slots tell which."""
+    model = tiny("gemma3_text")
+    with torch.no_grad(), attnrb.patch(model, CONFIG):
+        cache = model(tokens(1, 20), use_cache=True).past_key_values
+        seen.clear()
+        model(tokens(1, 1), past_key_values=cache)
+    assert [visibility.query_offset for visibility in seen] == [20] * LAYERS
+    assert [visibility.key_offset for visibility in seen] == [20 - WINDOW + 1, 0] * 2 + [20 - WINDOW + 1]
+
+
+def test_holes_take_the_general_mask(seen: list[Visibility]) -> None:
+    model, ids = tiny("mistral"), tokens(2, 12)
+    mask = padding("111111111111", "001101101111")
+    logits = run(model, ids, attention_mask=mask)
+    assert all(visibility.mask is not None and visibility.mask.shape == (2, 1, 12, 12) for visibility in seen)
+    with torch.no_grad(), oracle().attached(model):
+        truth = model(ids, attention_mask=mask).logits
+    assert_close(logits[mask.bool()], truth[mask.bool()])
+
+
+def test_several_texts_in_one_row_keep_apart(seen: list[Visibility]) -> None:
+    """Packed sequences, told by their positions: the general mask, and each text as if it were alone."""
+    model, ids = tiny("llama"), tokens(1, 16)
+    positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
+    packed = run(model, ids, position_ids=positions, use_cache=False)
+    assert all(visibility.mask is not None for visibility in seen)
+    for text in (slice(0, 6), slice(6, 16)):
+        assert_close(packed[0, text], run(model, ids[:, text])[0])
+
+
+def test_a_pattern_of_the_users_own_takes_the_general_mask() -> None:
+    """Built by transformers from a function that nobody knows: here, every second key is hidden."""
+    from attnrb.attention import GEOMETRY
+    from attnrb.masks import attention_mask
+    from transformers import masking_utils
+
+    def odd_keys(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return key % 2 == 1
+
+    function = masking_utils.and_masks(masking_utils.causal_mask_function, odd_keys)
+    position = {"q_length": 3, "q_offset": 4}
+    if "cache_position" in masking_utils.sdpa_mask.__code__.co_varnames:
+        position = {"cache_position": torch.arange(4, 7)}
+    mask = attention_mask(batch_size=2, kv_length=6, kv_offset=1, mask_function=function, **position)
+    visibility = getattr(mask, GEOMETRY).visibility
+    expected = [[slot % 2 == 1 and slot <= query for slot in range(1, 7)] for query in range(4, 7)]
+    assert visibility.mask[0, 0].tolist() == expected
+    assert (visibility.causal, visibility.query_offset, visibility.key_offset) == (False, 4, 1)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_4d_mask_of_the_users_own(additive: bool) -> None:
+    """A prefix that sees all of itself: it comes as the user made it, and for the tokens after a cache too."""
+    model, ids = tiny("llama"), tokens(2, 12)
+    visible = torch.ones(12, 12, dtype=torch.bool).tril()
+    visible[:5, :5] = True
+    visible = visible.expand(2, 1, 12, 12)
+    mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min) if additive else visible
+    slots = DenseOracle(linear_gains(LAYERS, 0.5), threshold=0.05)
+    real = slots._attention
+
+    def with_slots(module: Any, q: Any, k: Any, v: Any, given: Tensor, **kwargs: Any) -> Any:
+        given = visible[..., -q.shape[2] :, :] if given.dim() == 4 else given
+        given = given.clone()
+        given._slots = 0, 0  # type: ignore[attr-defined]
+        return real(module, q, k, v, given, **kwargs)
+
+    slots._attention = with_slots  # type: ignore[method-assign]
+    with torch.no_grad(), slots.attached(model):
+        expected = model(ids, attention_mask=visible).logits
+    assert_close(run(model, ids, attention_mask=mask), expected)
+    with torch.no_grad(), attnrb.patch(model, CONFIG):
+        cache = model(ids[:, :8], attention_mask=mask[..., :8, :8], use_cache=True).past_key_values
+        last = model(ids[:, 8:], attention_mask=mask[..., 8:, :], past_key_values=cache).logits
+    assert_close(last, expected[:, 8:])
+
+
+def test_additive_masks_that_bias_are_refused() -> None:
+    model = tiny("llama")
+    mask = torch.zeros(1, 1, 6, 6)
+    mask[..., 2] = -1.0
+    with pytest.raises(NotImplementedError, match="attention_mask: attnrb supports additive masks of 0"):
+        run(model, tokens(1, 6), attention_mask=mask)
+
+
+def test_the_callers_mask_stays_as_it_was() -> None:
+    mask = padding("0011", "1111").bool()
+    run(tiny("llama"), tokens(2, 4), attention_mask=mask)
+    assert not vars(mask)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_no_matrix_of_all_queries_and_keys(name: str) -> None:
+    """No tensor with an entry for every pair of a query and a key is made for a long padded batch."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    length = 3000
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for each in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(each, Tensor):
+                    largest = max(largest, each.untyped_storage().nbytes())
+            return result
+
+    model = tiny(name)
+    mask = torch.ones(2, length, dtype=torch.int64)
+    mask[1, :1000] = 0
+    with Watch(), torch.no_grad(), attnrb.patch(model, CONFIG):
+        model.model(tokens(2, length), attention_mask=mask, use_cache=False)
+    assert 0 < largest < length * length

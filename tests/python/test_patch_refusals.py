@@ -1,0 +1,226 @@
+"""Models and uses that cannot be served: each raises and says why, and none runs plainly in silence."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import attnrb
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+from tiny_models import tiny, tokens
+from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+
+class BypassingAttention(modeling_llama.LlamaAttention):
+    """Computes attention itself, in a file that knows the interface."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return self.o_proj(self.q_proj(hidden_states)), None
+
+
+class ForgetfulLayer(modeling_llama.LlamaDecoderLayer):
+    """Drops the keyword arguments it does not know."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Any = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> Any:
+        return super().forward(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+        )
+
+
+def become(model: Any, layer: int, attention: type | None = None, decoder_layer: type | None = None) -> Any:
+    if attention is not None:
+        model.model.layers[layer].self_attn.__class__ = attention
+    if decoder_layer is not None:
+        model.model.layers[layer].__class__ = decoder_layer
+    return model
+
+
+def refused(model: Any, error: type[Exception], message: str, config: Any = None, **inputs: Any) -> None:
+    with torch.no_grad(), pytest.raises(error, match=message), attnrb.patch(model, config):
+        model(tokens(1, 6), **inputs)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_attention_that_bypasses_the_interface(layer: int) -> None:
+    model = become(tiny("llama"), layer, attention=BypassingAttention)
+    if layer == 0:
+        refused(model, RuntimeError, "layer 1 ran before the source layer 0")
+    else:
+        refused(model, NotImplementedError, r"the attention of layers \[2\] did not go through .* AttentionInterface")
+
+
+def test_a_layer_that_is_left_out_may_bypass_it() -> None:
+    model = become(tiny("llama"), 2, attention=BypassingAttention)
+    with torch.no_grad(), attnrb.patch(model, attnrb.RebalanceConfig(layers=[1, 3])) as patched:
+        model(tokens(1, 6))
+    assert patched.stats.rebalanced_layers == (1, 3)
+
+
+def test_attention_in_a_file_without_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    monkeypatch.delattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS")
+    refused(model, NotImplementedError, "LlamaAttention computes attention by itself")
+
+
+def test_keyword_arguments_that_get_lost() -> None:
+    model = become(tiny("llama"), 1, decoder_layer=ForgetfulLayer)
+    refused(model, RuntimeError, "does not hand keyword arguments down to its layers")
+
+
+def test_no_layer_idx() -> None:
+    model = tiny("llama")
+    for layer in model.model.layers:
+        del layer.self_attn.layer_idx
+    refused(
+        model, NotImplementedError, r"the attention modules of LlamaForCausalLM \(LlamaAttention\) have no layer_idx"
+    )
+
+
+def test_no_layer_idx_in_one_layer() -> None:
+    model = tiny("llama")
+    del model.model.layers[3].self_attn.layer_idx
+    refused(model, NotImplementedError, "LlamaAttention has no layer_idx", use_cache=False)
+
+
+def test_a_layer_idx_that_no_layer_has() -> None:
+    model = tiny("llama")
+    model.model.layers[4].self_attn.layer_idx = 9
+    refused(model, NotImplementedError, "layer_idx 9, which is none of the model's 5", use_cache=False)
+
+
+def other_head_count() -> Any:
+    model = tiny("llama")
+    attention = model.model.layers[2].self_attn
+    attention.q_proj = torch.nn.Linear(32, 16, bias=False)
+    attention.o_proj = torch.nn.Linear(16, 32, bias=False)
+    return model
+
+
+def test_layers_with_another_number_of_heads() -> None:
+    refused(other_head_count(), NotImplementedError, "layer 2 .LlamaAttention. has 2 query heads, others 4")
+
+
+def test_layers_with_another_number_of_heads_may_be_left_out() -> None:
+    model = other_head_count()
+    with torch.no_grad(), attnrb.patch(model, attnrb.RebalanceConfig(layers=[1, 3])):
+        model(tokens(1, 6))
+
+
+def test_no_one_number_of_heads() -> None:
+    model = tiny("llama")
+    vars(model.config)["num_attention_heads"] = [4, 4, 2, 4, 4]  # past the validation that some versions have
+    refused(model, NotImplementedError, r"no one number of heads \(num_attention_heads\)")
+
+
+def test_options_beyond_the_model() -> None:
+    refused(tiny("llama"), ValueError, "layers: the model's layers are 0 to 4", attnrb.RebalanceConfig(layers=[7]))
+
+
+def test_dropout_in_training_mode() -> None:
+    model = tiny("llama").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    refused(model, NotImplementedError, r"attention dropout of 0.1, which attnrb does not support: call model.eval\(\)")
+
+
+def test_gradients() -> None:
+    model = tiny("llama")
+    with attnrb.patch(model):
+        with pytest.raises(NotImplementedError, match="inference only, and gradients are being recorded"):
+            model(tokens(1, 6))
+        with torch.inference_mode():
+            model(tokens(1, 6))
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model(tokens(1, 6))
+        with pytest.raises(NotImplementedError, match="gradients are being recorded"):
+            model(inputs_embeds=torch.randn(1, 6, 32, requires_grad=True))
+
+
+def test_weights_are_not_returned() -> None:
+    refused(tiny("llama"), NotImplementedError, "output_attentions: attnrb never computes", output_attentions=True)
+
+
+def test_position_biases_and_the_like() -> None:
+    refused(tiny("llama"), NotImplementedError, "position biases added to the scores", position_bias=torch.zeros(1))
+
+
+def test_encoders_and_decoders() -> None:
+    config = transformers.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    refused(
+        transformers.T5ForConditionalGeneration(config), NotImplementedError, "attends to an encoder; attnrb serves"
+    )
+
+
+def test_a_model_that_is_none() -> None:
+    refused(torch.nn.Linear(2, 2), TypeError, "model: expected a model of transformers, got Linear")
+    refused("llama", TypeError, "model: expected a model of transformers, got str")
+
+
+def test_other_arguments() -> None:
+    with pytest.raises(TypeError, match=r"config: expected an attnrb.RebalanceConfig or None, got dict"):
+        attnrb.patch(tiny("llama"), {"alpha": 0.1})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="observer: expected a function or None, got int"):
+        attnrb.patch(tiny("llama"), observer=3)  # type: ignore[arg-type]
+
+
+def test_transformers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        ImportError, match=r"needs transformers 4.57 or newer, below 6: run `pip install 'attnrb\[hf\]'`"
+    ):
+        attnrb.patch(model)
+
+
+def test_a_second_patch() -> None:
+    model = tiny("llama")
+    with attnrb.patch(model):
+        for part in (model, model.model):
+            with pytest.raises(RuntimeError, match="is patched already; remove that patch first"):
+                attnrb.patch(part)
+        with torch.no_grad():
+            model(tokens(1, 4))
+    with attnrb.patch(model):
+        pass
+
+
+def test_a_part_of_a_patched_model() -> None:
+    model = tiny("llama")
+    hidden = torch.randn(1, 4, 32)
+    with torch.no_grad(), attnrb.patch(model):
+        position = model.model.rotary_emb(hidden, torch.arange(4)[None])
+        with pytest.raises(RuntimeError, match="a part of a patched model was called by itself"):
+            model.model.layers[0](hidden, position_embeddings=position)
+
+
+def test_another_attention_chosen_while_patched() -> None:
+    model = tiny("llama")
+    with torch.no_grad(), attnrb.patch(model):
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(NotImplementedError, match="did not go through"):
+            model(tokens(1, 4))
+
+
+def test_a_removed_patch_is_not_entered_again() -> None:
+    patched = attnrb.patch(tiny("llama"))
+    patched.remove()
+    patched.remove()
+    with pytest.raises(RuntimeError, match="this patch was removed"), patched:
+        pass
