@@ -51,6 +51,7 @@ struct AttentionProblem {
   void* output = nullptr;                  // [B, H, M, Dv] by strides, innermost stride 1, same dtype as query
   int64_t output_strides[3] = {0, 0, 0};   // B, H, M
   float* lse = nullptr;                    // [B, H, M] contiguous, or null
+  float* softmax = nullptr;                // [B, H, M, 2] contiguous: (m, l) of Note: [Online softmax in base 2], or null
 
   struct Emit {
     int32_t* indices = nullptr;  // [B, H, M, capacity] contiguous: ascending key slots, then -1

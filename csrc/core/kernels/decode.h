@@ -399,7 +399,7 @@ class Decode {
 
       const int64_t head = head_of(key_head, r), query = query_of(r);
       const int64_t index = (batch * shape_.heads + head) * shape_.queries + query;
-      if (problem_.lse != nullptr) problem_.lse[index] = rules_.log_sum_exp(total);
+      rules_.report(total, index);
       for (int64_t d = 0; d < shape_.value_width; ++d) worker.row[d] = sums[Dot::place(d)];
       if (shape_.value_width > 0) write_output<Input>(problem_, rules_, total, worker.row, batch, head, query);
       if (!rules_.emits()) continue;

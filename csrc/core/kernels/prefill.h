@@ -248,7 +248,7 @@ class Prefill {
   void finish(const Worker& worker, int64_t r, int64_t batch, int64_t head, int64_t query) {
     const Row& row = worker.rows[r];
     const int64_t index = (batch * shape_.heads + head) * shape_.queries + query;
-    if (problem_.lse != nullptr) problem_.lse[index] = rules_.log_sum_exp(row);
+    rules_.report(row, index);
     if (rules_.emits()) rules_.emit(row, row.candidate_scores, row.candidates, row.candidate_count, index);
     if (shape_.value_width > 0)
       write_output<Input>(problem_, rules_, row, worker.sums + r * engine_.value_columns, batch, head, query);

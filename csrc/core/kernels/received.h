@@ -1,6 +1,6 @@
 // How much attention each key receives: column means of the weight matrix, without the matrix.
 //
-// A first pass over the rows finds their log-sum-exps; a second walks down the columns, block by block, recomputing
+// A first pass over the rows finds their softmax references and sums; a second walks down the columns, block by block, recomputing
 // scores. Every block of columns is one task, so sums are added in one order whatever the number of threads.
 #pragma once
 
@@ -14,7 +14,7 @@ class Received {
   using Input = typename Engine::Input;
 
  public:
-  // `rows` is the attention problem with the same queries and keys and no values, its lse filled in.
+  // `rows` is the attention problem with the same queries and keys and no values, its softmax filled in.
   Received(const ReceivedProblem& problem, const AttentionProblem& rows, const ThreadPool& pool, Scratch& scratch)
       : problem_(problem), rows_(rows), shape_(rows.shape), pool_(pool), scratch_(scratch), engine_(rows.shape), rules_(rows) {}
 
@@ -101,14 +101,15 @@ class Received {
     for (int64_t r = 0; r < queries; ++r) {
       float* scores = worker.scores + r * Engine::block_keys;
       count_seen(worker, worker.rows[r], key, count);
-      const float lse = rows_.lse[(batch * shape_.heads + head) * shape_.queries + first_query + r];
-      if (lse == -kInfinity) continue;
+      const float* softmax = rows_.softmax + 2 * ((batch * shape_.heads + head) * shape_.queries + first_query + r);
+      if (softmax[1] == 0.0f) continue;
       rules_.finish_scores(worker.rows[r], scores, key, last, partial);
-      const Vec to_log2 = Vec::set(rules_.to_log2()), reference = Vec::set(lse * kLog2E);
+      const Vec to_log2 = Vec::set(rules_.to_log2()), reference = Vec::set(softmax[0]);
+      const Vec share = Vec::set(1.0f / softmax[1]);
       for (int64_t j = 0; j < last; j += Vec::width) {
         const Vec score = Vec::load(scores + j), exponent = Vec::fms(score, to_log2, reference);
-        const Vec weight = exp2<Engine::exp2_degree>(Vec::max(Vec::set(-200.0f), exponent));
-        // A row whose LSE is NaN must not reach the keys that it does not see.
+        const Vec weight = exp2<Engine::exp2_degree>(Vec::max(Vec::set(-200.0f), exponent)) * share;
+        // A row whose softmax is NaN must not reach the keys that it does not see.
         const typename Vec::Mask hidden = Vec::greater_equal(Vec::set(-kInfinity), score);
         (Vec::load(worker.strip_sums + j) + Vec::select(hidden, Vec::zero(), weight)).store(worker.strip_sums + j);
       }

@@ -148,9 +148,15 @@ class RowRules {
   // What the output row is divided by; 0 when the row saw no key.
   float denominator(const Row& row) const { return row.seen ? row.sum + row.boosted : 0.0f; }
 
-  // Natural log-sum-exp, of the strengthened scores when they are normalized.
-  float log_sum_exp(const Row& row) const {
-    return row.seen ? (row.max + std::log2(row.sum + row.boosted)) * kLn2 : -kInfinity;
+  // What the caller asked to know of a row's softmax: the natural log-sum-exp, of the strengthened scores when they are
+  // normalized; the reference and the sum, 0 where the row saw no key.
+  void report(const Row& row, int64_t index) const {
+    if (problem_.lse != nullptr)
+      problem_.lse[index] = row.seen ? (row.max + std::log2(row.sum + row.boosted)) * kLn2 : -kInfinity;
+    if (problem_.softmax != nullptr) {
+      problem_.softmax[2 * index] = row.max;
+      problem_.softmax[2 * index + 1] = row.seen ? row.sum : 0.0f;
+    }
   }
 
   // Writes the row's outliers: ascending slots, then -1.

@@ -53,8 +53,8 @@ void run_received(const ReceivedProblem& problem, const ThreadPool& pool, Scratc
   rows.key = problem.key;
   rows.visibility = problem.visibility;
   rows.scoring = problem.scoring;
-  rows.lse = static_cast<float*>(
-      (*rows_scratch).shared.reserve(sizeof(float) * size_t(shape.batch * shape.heads * shape.queries + 1)));
+  rows.softmax = static_cast<float*>(
+      (*rows_scratch).shared.reserve(2 * sizeof(float) * size_t(shape.batch * shape.heads * shape.queries + 1)));
   run_attention<Choice>(rows, pool, scratch);
   with_element_type(problem.dtype, [&](auto element) {
     Received<typename Choice<decltype(element)>::Engine>(problem, rows, pool, scratch).run();
