@@ -451,16 +451,20 @@ def _gain_tensor(gain: Any, device: torch.device) -> Tensor:
             raise TypeError(f"gain: expected numbers or a floating-point tensor, got {describe(gain)}")
         return (gain.reshape(1) if gain.dim() == 0 else gain).to(torch.float32)
     if isinstance(gain, (int, float)):
-        if not math.isfinite(gain):
-            raise ValueError(f"gain: expected a finite number, got {gain}")
+        _check_finite("gain", gain)
         return torch.full((1,), gain, dtype=torch.float32, device=device)
     try:
         gains = [float(each) for each in (gain if isinstance(gain, Sequence) else [gain])]
     except (TypeError, ValueError):
         raise TypeError(f"gain: expected a number, or one for each head, got {describe(gain)}") from None
-    if not all(map(math.isfinite, gains)):
-        raise ValueError(f"gain: expected finite numbers, got {gains}")
+    for each in gains:
+        _check_finite("gain", each)
     return torch.tensor(gains, dtype=torch.float32, device=device)
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite() of a dynamic float
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def _attention_output(query: Tensor, value: Tensor) -> Tensor:

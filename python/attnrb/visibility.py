@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,4 +119,4 @@ def describe(value: Any) -> str:
     """What came, for the end of an error message."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
-    return f"{type(value).__name__} ({value!r})"
+    return f"{type(value).__name__} ({reprlib.repr(value)})"

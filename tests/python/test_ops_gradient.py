@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,10 +25,11 @@ def test_gradients_of_weights_and_gains(heads: int, normalize: bool) -> None:
     mask, gain, upstream = torch.rand(2, 1, 4, 6) > 0.5, torch.rand(heads), torch.randn(2, 3, 4, 6)
     found: list[Any] = []
     expected: list[Any] = []
-    for dtype, function, gradients in (
+    cases: list[tuple[torch.dtype, Callable[[Tensor, Tensor], Tensor], list[Any]]] = [
         (torch.float32, lambda w, g: functional.rebalance(w, mask, g, normalize=normalize), found),
         (torch.float64, lambda w, g: formula(w, mask, g, normalize), expected),
-    ):
+    ]
+    for dtype, function, gradients in cases:
         leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (weights, gain)]
         gradients += torch.autograd.grad((function(*leaves) * upstream).sum(), leaves)
     for came, truth in zip(found, expected, strict=True):

@@ -202,6 +202,41 @@ def test_compiles_with_inductor() -> None:
     assert torch.equal(torch.compile(layer, fullgraph=True, dynamic=True)(*inputs), layer(*inputs))
 
 
+def test_numbers_may_be_dynamic() -> None:
+    """A float argument of a compiled function is a symbol, of which not every Python function can be asked."""
+    torch._dynamo.reset()
+    query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
+
+    def program(query: Tensor, gain: float, threshold: float, gains: list[float]) -> Tensor:
+        outliers = functional.source_attention(query, key, value, threshold=threshold)[2]
+        first = functional.rebalanced_attention(query, key, value, outliers, gain)
+        return functional.rebalanced_attention(first, key, value, outliers, gains)
+
+    compiled = torch.compile(program, fullgraph=True, dynamic=True, backend="aot_eager")
+    for number in (0.1, 0.2, 0.3):
+        assert torch.equal(
+            compiled(query, number, number, [number, 0.5]), program(query, number, number, [number, 0.5])
+        )
+
+
+def test_decoding_steps_share_a_graph() -> None:
+    """A new Visibility with every token: one graph for the first, one for all others."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 40, 16)
+    outliers = functional.source_attention(query, key, key)[2]
+
+    def step(query: Tensor, key: Tensor, visibility: Visibility) -> Tensor:
+        return functional.rebalanced_attention(query, key, key, outliers, 0.1, visibility=visibility)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for length in range(20, 30):
+        visibility = Visibility(query_offset=length - 1, window=9)
+        held = key[:, :, :length]
+        assert torch.equal(compiled(query, held, visibility), step(query, held, visibility))
+    assert counter.frame_count == 2
+
+
 def test_visibility_and_outliers_cross_the_border_of_a_compiled_function() -> None:
     torch._dynamo.reset()
     query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
