@@ -20,7 +20,7 @@ for package in ("typer", "rich", "transformers"):
 
 from attnrb.cli.app import app  # noqa: E402
 from rich.cells import cell_len  # noqa: E402
-from tiny_model import CHAT_TEMPLATE, LAYERS, TEXT, save_tiny_model  # noqa: E402
+from saved_tiny_model import CHAT_TEMPLATE, LAYERS, TEXT, save_tiny_model  # noqa: E402
 from typer.testing import CliRunner, Result  # noqa: E402
 
 Run = Callable[..., Result]

@@ -14,7 +14,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from attnrb import models  # noqa: E402
-from tiny_model import TEXT, save_tiny_gguf, save_tiny_model, tiny_model, tiny_tokenizer  # noqa: E402
+from saved_tiny_model import TEXT, save_tiny_gguf, save_tiny_model, tiny_model, tiny_tokenizer  # noqa: E402
 
 
 @pytest.fixture
