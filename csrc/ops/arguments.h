@@ -120,4 +120,21 @@ struct OutputLayout {
   }
 };
 
+// What both kinds of attention ask of the core; the caller adds what it wants found or strengthened.
+inline AttentionProblem attention_problem(const Operand& query, const Operand& key, const Operand& value, DType dtype,
+                                          const Shape& shape, const SharedArguments& shared, const OutputLayout& layout,
+                                          const Tensor& output) {
+  AttentionProblem problem;
+  problem.shape = shape;
+  problem.dtype = dtype;
+  problem.query = view_of(query);
+  problem.key = view_of(key);
+  problem.value = view_of(value);
+  problem.visibility = shared.visibility;
+  problem.scoring = shared.scoring;
+  problem.output = output.mutable_data_ptr();
+  std::copy_n(layout.strides.begin(), 3, problem.output_strides);
+  return problem;
+}
+
 }  // namespace attnrb::ops

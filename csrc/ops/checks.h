@@ -80,11 +80,11 @@ inline float check_finite(const char* argument, double value) {
   return float(value);
 }
 
-// Slots travel as int32 in outlier rows, where -1 is padding.
-inline void check_slots(const char* argument, int64_t offset, int64_t count, int64_t lowest) {
-  constexpr int64_t highest = std::numeric_limits<int32_t>::max();
-  if (offset < lowest || offset > highest - count)
-    refuse(argument, "expected a slot from ", lowest, " to ", highest, " less ", count, " rows, got ", offset);
+// The slot of the first of `count` rows. Slots travel as int32 in outlier rows, where -1 is padding.
+inline void check_slots(const char* argument, int64_t first, int64_t count, int64_t lowest) {
+  const int64_t highest = int64_t(std::numeric_limits<int32_t>::max()) - count;
+  if (first < lowest || first > highest)
+    refuse(argument, "expected a slot from ", lowest, " to ", highest, ", got ", first);
 }
 
 inline Shape check_query_key(const Operand& query, const Operand& key) {
@@ -110,13 +110,15 @@ inline Shape check_query_key(const Operand& query, const Operand& key) {
   return shape;
 }
 
-inline void check_value(const Operand& value, const Operand& query, Shape& shape) {
+inline Shape check_attention(const Operand& query, const Operand& key, const Operand& value) {
+  Shape shape = check_query_key(query, key);
   check_rank(value, 4, "[B, Hk, N, Dv]");
   check_companion(value, query);
   if (value.sizes[0] != shape.batch || value.sizes[1] != shape.key_heads || value.sizes[2] != shape.keys)
     refuse("value", "expected [B, Hk, N] of key, ", shape_text({shape.batch, shape.key_heads, shape.keys}),
            ", then Dv, got ", shape_text(value));
   shape.value_width = value.sizes[3];
+  return shape;
 }
 
 inline Shape check_weights(const Operand& weights) {

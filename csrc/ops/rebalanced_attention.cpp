@@ -10,11 +10,8 @@ Tensor rebalanced_attention(const Tensor& query_tensor, const Tensor& key_tensor
                             const OptionalTensor& key_start, const OptionalTensor& key_end, const OptionalTensor& mask,
                             double scale, double softcap, const OptionalTensor& sinks) {
   const Operand query("query", query_tensor), key("key", key_tensor), value("value", value_tensor);
-  AttentionProblem problem;
-  problem.dtype = check_element_type(query);
-  problem.shape = check_query_key(query, key);
-  check_value(value, query, problem.shape);
-  const Shape& shape = problem.shape;
+  const DType dtype = check_element_type(query);
+  const Shape shape = check_attention(query, key, value);
   const OutlierArguments outliers(indices, counts, shape, query);
   const GainRow gains(gain, shape, query);
   const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
@@ -23,13 +20,7 @@ Tensor rebalanced_attention(const Tensor& query_tensor, const Tensor& key_tensor
   const OutputLayout layout(shape);
   Tensor output = empty_strided(layout.sizes, layout.strides, query.dtype, query);
 
-  problem.query = view_of(query);
-  problem.key = view_of(key);
-  problem.value = view_of(value);
-  problem.visibility = shared.visibility;
-  problem.scoring = shared.scoring;
-  problem.output = output.mutable_data_ptr();
-  std::copy_n(layout.strides.begin(), 3, problem.output_strides);
+  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared, layout, output);
   if (outliers.capacity > 0) {  // an empty set leaves plain attention
     problem.boost.indices = outliers.indices;
     problem.boost.counts = outliers.counts;

@@ -14,12 +14,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(const Tensor& query_
                                                             const OptionalTensor& key_end, const OptionalTensor& mask,
                                                             double scale, double softcap, const OptionalTensor& sinks) {
   const Operand query("query", query_tensor), key("key", key_tensor), value("value", value_tensor);
-  AttentionProblem problem;
-  problem.dtype = check_element_type(query);
-  problem.shape = check_query_key(query, key);
-  check_value(value, query, problem.shape);
+  const DType dtype = check_element_type(query);
+  const Shape shape = check_attention(query, key, value);
   check_threshold(threshold);
-  const Shape& shape = problem.shape;
   const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
                                {scale, softcap, sinks}, shape, query);
 
@@ -30,13 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(const Tensor& query_
   Tensor indices = empty<4>({shape.batch, shape.heads, shape.queries, capacity}, dtype_codes().int32, query);
   Tensor counts = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().int32, query);
 
-  problem.query = view_of(query);
-  problem.key = view_of(key);
-  problem.value = view_of(value);
-  problem.visibility = shared.visibility;
-  problem.scoring = shared.scoring;
-  problem.output = output.mutable_data_ptr();
-  std::copy_n(layout.strides.begin(), 3, problem.output_strides);
+  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared, layout, output);
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
   problem.emit.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   problem.emit.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
