@@ -3,9 +3,9 @@
 Note: [How a model is patched]
 transformers looks up its attention and its mask function by a name in the configuration that a module holds. A patch
 registers attnrb's functions under a name of its own and gives the modules of one model a copy of their configuration
-that says this name; the configuration itself, which other models may share, is not written to. A hook before the decoder
-adds one keyword argument, the `attnrb.attention.Forward`, which models hand down to their attention. A hook after the
-decoder checks that every layer that was to be re-balanced did come by: what cannot be served raises, and nothing runs
+that says this name; the configuration itself, which other models may share, is not written to. A hook before the
+decoder adds one keyword argument, the `attnrb.attention.Forward`, which models hand down to their attention. A hook
+after it checks that every layer that was to be re-balanced did come by: what cannot be served raises, and nothing runs
 plainly in silence. `Patch.remove` puts the configurations back and takes both hooks out.
 """
 

@@ -68,6 +68,8 @@ def test_forward_is_the_oracles(name: str) -> None:
 @every_architecture
 def test_alpha_zero_is_the_plain_model(name: str) -> None:
     model = tiny(name)
+    if name == "gemma2":
+        model.set_attn_implementation("eager")  # the default of transformers 4 leaves the softcap out
     ids = tokens(2, 20)
     with torch.no_grad():
         plain = model(ids).logits
@@ -130,7 +132,7 @@ def test_chunks_of_a_prompt_are_the_whole_prompt(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_oss"])
 def test_low_precision_is_no_worse_than_the_oracle_in_it(name: str, dtype: torch.dtype) -> None:
-    """Both against the float32 oracle: the patched model errs at most twice as much as exact attention in this dtype."""
+    """Both against the float32 oracle: the patched model errs at most twice as much as exact attention in its dtype."""
     ids, exact = decidable(tiny(name), 2, 20)
     model = tiny(name, dtype)
     with torch.no_grad(), oracle().attached(model):
