@@ -14,6 +14,8 @@ CPP_FILES := $(shell find csrc tests/cpp bench/cpp -name '*.cpp' -o -name '*.h')
 SANITIZED_CASES := 300
 
 .DEFAULT_GOAL := help
+# Stages follow each other, whatever -j says; each uses JOBS cores by itself.
+.NOTPARALLEL:
 .PHONY: help demo test bench install lint test-cpp test-python test-aarch64 clean
 
 help:
