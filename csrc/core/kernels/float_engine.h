@@ -12,7 +12,8 @@ namespace ATTNRB_ISA {
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // c[Rows, Columns] (+)= a[Rows, depth] * b[depth, Columns] with Columns = Vectors * width: `a` is read by broadcast, `b`
-// is (the left part of) a packed panel, the accumulators never leave their registers.
+// is (the left part of) a packed panel, the accumulators never leave their registers. They start from zero even where c
+// is added to: rounding errors grow with the length of a chain of additions, so chains are kept short.
 template <int Rows, int Vectors, bool Accumulate>
 ATTNRB_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                                  int64_t c_stride, int64_t depth) {
@@ -20,8 +21,7 @@ ATTNRB_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* 
   constexpr int kPrefetch = 1024;
   Vec sum[Rows][Vectors];
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v)
-      sum[r][v] = Accumulate ? Vec::load(c + r * c_stride + v * Vec::width) : Vec::zero();
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec::zero();
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     Vec column[Vectors];
     for (int v = 0; v < Vectors; ++v) {
@@ -34,7 +34,10 @@ ATTNRB_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* 
     }
   }
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) sum[r][v].store(c + r * c_stride + v * Vec::width);
+    for (int v = 0; v < Vectors; ++v) {
+      float* out = c + r * c_stride + v * Vec::width;
+      (Accumulate ? Vec::load(out) + sum[r][v] : sum[r][v]).store(out);
+    }
 }
 
 // Register blocking: rows x vectors accumulators, leaving room for one row of b and a broadcast.
@@ -70,6 +73,7 @@ struct FloatEngine {
   static constexpr int block_rows = 96;  // query rows that share one walk over the keys
   static constexpr int block_keys = 256;
   static constexpr int panel = Blocking::panel;
+  static constexpr int chain = 32;  // components of a score that are summed in one go
   static constexpr int key_granule = 2 * Vec::width;  // blocks of keys are cut to multiples of this
   static_assert(block_keys % panel == 0 && strip % Blocking::rows == 0, "blocks hold whole tiles");
 
@@ -125,9 +129,14 @@ struct FloatEngine {
   void scores(const void* queries, int64_t row, int64_t rows, const void* keys, int64_t first, int64_t last,
               float* scores) const {
     const float* query = static_cast<const float*>(queries) + row * width;
-    for (int64_t key = first / panel * panel; key < last; key += panel)
-      multiply_panel<false>(query, width, rows, static_cast<const float*>(keys) + key * width, last - key,
-                            scores + key, block_keys, width);
+    for (int64_t key = first / panel * panel; key < last; key += panel) {
+      const float* panel_keys = static_cast<const float*>(keys) + key * width;
+      multiply_panel<false>(query, width, rows, panel_keys, last - key, scores + key, block_keys,
+                            width < chain ? width : chain);
+      for (int64_t d = chain; d < width; d += chain)
+        multiply_panel<true>(query + d, width, rows, panel_keys + d * panel, last - key, scores + key, block_keys,
+                             width - d < chain ? width - d : chain);
+    }
   }
 
   // sums[rows, value_columns] += probabilities[rows, first..last) * values.

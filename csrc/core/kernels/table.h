@@ -55,9 +55,11 @@ void run_received(const ReceivedProblem& problem, const ThreadPool& pool, Scratc
   rows.scoring = problem.scoring;
   rows.softmax = static_cast<float*>(
       (*rows_scratch).shared.reserve(2 * sizeof(float) * size_t(shape.batch * shape.heads * shape.queries + 1)));
-  run_attention<Choice>(rows, pool, scratch);
   with_element_type(problem.dtype, [&](auto element) {
-    Received<typename Choice<decltype(element)>::Engine>(problem, rows, pool, scratch).run();
+    // One engine for both passes: scores that differ in their last bit would not cancel between weight and sum.
+    using Engine = typename Choice<decltype(element)>::Engine;
+    if (shape.queries > 0) Prefill<Engine>(rows, pool, scratch).run();
+    Received<Engine>(problem, rows, pool, scratch).run();
   });
 }
 
