@@ -21,9 +21,9 @@ NEW_TOKENS = 64
 
 # Any text does: attention does not care, and nothing has to be downloaded.
 _TEXT = (
-    "The river rises in the hills, gathers the streams of three valleys, and is broad and slow when it reaches the "
-    "town. There the old mill still turns on market days; the miller's daughter keeps its books, counts the sacks, and knows "
-    "which farmer pays late. "
+    "The river rises in the hills, gathers the streams of three valleys, and is broad and slow when it reaches "
+    "the town. There the old mill still turns on market days; the miller's daughter keeps its books, counts the "
+    "sacks, and knows which farmer pays late. "
 )
 
 

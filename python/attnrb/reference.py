@@ -164,6 +164,11 @@ def attention_weights(
     return weights, lse[..., 0]
 
 
+def _seen(weights: Floats, visibility: Visibility | Any | None) -> Bools:
+    batch, heads, queries, keys = weights.shape
+    return visible(batch, heads, queries, keys, visibility)
+
+
 def weighted_values(weights: Floats, value: Any, seen: Bools) -> Floats:
     """``weights @ value`` [B,H,M,Dv]; what a query does not see cannot reach it, not even as ``0 * NaN``."""
     v = _floats(value)
@@ -269,7 +274,7 @@ def source_attention(
     v = resolve_visibility(queries, keys, visibility)
     mask = outlier_mask(weights, threshold, query_offset=v.query_offset, key_offset=v.key_offset)
     rows = outlier_rows(mask, outlier_capacity(threshold, keys), v.key_offset)
-    return weighted_values(weights, value, visible(*weights.shape, visibility=visibility)), lse, rows
+    return weighted_values(weights, value, _seen(weights, visibility)), lse, rows
 
 
 def rebalanced_attention(
@@ -287,8 +292,9 @@ def rebalanced_attention(
 ) -> Floats:
     """Attention with the entries that ``outliers`` (indices, counts) names strengthened: output [B,H,M,Dv]."""
     weights, lse = attention_weights(query, key, scale=scale, visibility=visibility, softcap=softcap, sinks=sinks)
-    seen = visible(*weights.shape, visibility=visibility)
-    key_offset = resolve_visibility(*weights.shape[2:], visibility=visibility).key_offset
+    seen = _seen(weights, visibility)
+    queries, keys = weights.shape[2:]
+    key_offset = resolve_visibility(queries, keys, visibility).key_offset
     mask = held_mask(*outliers, seen, key_offset)
     boosted, _ = rebalanced_weights(weights, lse, mask, gain, normalize=normalize)
     return weighted_values(boosted, value, seen)
@@ -305,7 +311,7 @@ def received_attention(
 ) -> Floats:
     """[B,H,N]: the mean weight that each key receives from the queries that can see it; 0 where none can."""
     weights, _ = attention_weights(query, key, scale=scale, visibility=visibility, softcap=softcap, sinks=sinks)
-    onlookers = visible(*weights.shape, visibility=visibility).sum(axis=2)
+    onlookers = _seen(weights, visibility).sum(axis=2)
     return np.asarray(weights.sum(axis=2) / np.maximum(onlookers, 1))
 
 

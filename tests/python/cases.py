@@ -44,9 +44,9 @@ class Case:
     layout: str = "contiguous"
     vision: Vision = _default
 
-    def build(self, dtype: torch.dtype) -> Inputs:
-        """The tensors of this case; the same bits on every run and machine."""
-        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+    def build(self, dtype: torch.dtype, draw: int = 0) -> Inputs:
+        """The tensors of this case; the same bits on every run and machine. Another `draw` has other numbers."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + draw)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)

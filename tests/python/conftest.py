@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -37,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen = config.getoption("--attnrb-cpu")
     if chosen is not None:
         os.environ["ATTNRB_CPU"] = chosen
+    # A thread that waits must not spin: beside another load, the suite would take ten times as long. OpenMP reads this
+    # when torch loads it, which is why torch is imported late here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
     # Two threads: the fewest that can show a race, and what every machine has.
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -68,6 +72,8 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -79,7 +79,7 @@ def test_rebalancing_by_hand() -> None:
 
 
 def test_slots_that_are_not_held_or_not_visible_are_skipped() -> None:
-    # Keys at slots 10, 11, 12, queries at 11 and 12. Of the slots named, 9 and 13 are not held; query 0 does not see 12.
+    # Keys at slots 10, 11, 12, queries at 11 and 12. Of the slots named, 9 and 13 are not held; query 0 is before 12.
     operands = tiny([[0, 0, 0], [0, 0, 0]], key_offset=10)
     rows = (np.array([[[[9, 10, 12, 13], [9, 10, 12, 13]]]]), np.array([[[4, 2]]]))
     output = reference.rebalanced_attention(**operands, outliers=rows, gain=1.0)
