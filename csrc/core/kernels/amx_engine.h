@@ -61,31 +61,6 @@ ATTNRB_INLINE __m512i load_plane(const float16* p, int n) {
                       Vec{_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))});
 }
 
-// 16 rows of 16 32-bit elements, transposed in registers and stored as one tile.
-ATTNRB_INLINE void store_transposed(const __m512i* rows, bfloat16* tile) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i)
-    for (int h = 0; h < 2; ++h) {
-      b[4 * i + 2 * h] = _mm512_unpacklo_epi64(a[4 * i + h], a[4 * i + h + 2]);
-      b[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(a[4 * i + h], a[4 * i + h + 2]);
-    }
-  // Lane l of b[4i + c] now holds element 4l + c of rows 4i .. 4i+3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i low = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), low_odd = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd);
-    const __m512i high = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
-    const __m512i high_odd = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
-    __m512i* out = reinterpret_cast<__m512i*>(tile);
-    _mm512_store_si512(out + c, _mm512_shuffle_i32x4(low, high, 0x88));
-    _mm512_store_si512(out + 4 + c, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
-    _mm512_store_si512(out + 8 + c, _mm512_shuffle_i32x4(low, high, 0xdd));
-    _mm512_store_si512(out + 12 + c, _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
-  }
-}
-
 // T is bfloat16 (one plane) or float16 (two planes, three products).
 template <class T>
 struct AmxEngine {
@@ -244,11 +219,14 @@ struct AmxEngine {
   template <int Plane>
   void pack_key_tile(bfloat16* tile, const T* keys, int64_t row_stride, int64_t column_stride, int64_t count,
                      int64_t d) const {
-    __m512i rows[16];
+    // A pair of components is one 32-bit element here: the keys' rows become the tile's columns.
+    Vec rows[16];
     const int n = components(width, d);
     for (int i = 0; i < 16; ++i)
-      rows[i] = i < count ? load_components<Plane>(keys + i * row_stride, column_stride, n) : _mm512_setzero_si512();
-    store_transposed(rows, tile);
+      rows[i].v = _mm512_castsi512_ps(i < count ? load_components<Plane>(keys + i * row_stride, column_stride, n)
+                                                : _mm512_setzero_si512());
+    Vec::transpose(rows);
+    for (int i = 0; i < 16; ++i) rows[i].store(reinterpret_cast<float*>(tile) + 16 * i);
   }
 
   template <int Plane>

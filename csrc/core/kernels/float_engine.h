@@ -93,35 +93,44 @@ struct FloatEngine {
 
   // Keys [count, width] become panels [block_keys / panel][width][panel]; the last panel is filled with zeros.
   void pack_keys(void* packed, const T* keys, int64_t row_stride, int64_t column_stride, int64_t count) const {
+    constexpr int W = Vec::width;
     float* out = static_cast<float*>(packed);
-    for (int64_t first = 0; first < round_up(count, panel); first += panel, out += width * panel)
-      for (int64_t lane = 0; lane < panel; ++lane) {
-        const T* row = keys + (first + lane) * row_stride;
-        const bool present = first + lane < count;
-        for (int64_t d = 0; d < width; ++d) out[d * panel + lane] = present ? to_float(row[d * column_stride]) : 0.0f;
+    for (int64_t key = 0; key < round_up(count, panel); key += W) {
+      float* columns = out + key / panel * panel * width + key % panel;
+      for (int64_t d = 0; d < width; d += W) {
+        const int n = int(width - d < W ? width - d : W);
+        Vec rows[W];
+        for (int i = 0; i < W; ++i)
+          rows[i] = key + i < count ? load(keys + (key + i) * row_stride + d * column_stride, column_stride, n)
+                                    : Vec::zero();
+        Vec::transpose(rows);
+        for (int i = 0; i < n; ++i) rows[i].store(columns + (d + i) * panel);
       }
+    }
   }
 
   // Values [count, value_width] become panels [value_columns / panel][block_keys][panel]; the rest is zeros.
   void pack_values(void* packed, const T* values, int64_t row_stride, int64_t column_stride, int64_t count) const {
     float* out = static_cast<float*>(packed);
     const int64_t filled = round_up(count, key_granule);
-    for (int64_t first = 0; first < value_columns; first += panel)
-      for (int64_t row = 0; row < block_keys; ++row, out += panel) {
-        if (row >= filled) continue;
-        const int64_t columns = row < count ? (value_width - first < panel ? value_width - first : panel) : 0;
-        const T* in = values + row * row_stride + first * column_stride;
-        for (int64_t lane = 0; lane < columns; ++lane) out[lane] = to_float(in[lane * column_stride]);
-        for (int64_t lane = columns; lane < panel; ++lane) out[lane] = 0.0f;
+    for (int64_t row = 0; row < filled; ++row)
+      for (int64_t d = 0; d < value_columns; d += Vec::width) {
+        const int n = int(value_width - d < Vec::width ? value_width - d : Vec::width);
+        const Vec x = row < count ? load(values + row * row_stride + d * column_stride, column_stride, n) : Vec::zero();
+        x.store(out + (d / panel * block_keys + row) * panel + d % panel);
       }
   }
 
   void pack_query_row(void* packed, int64_t row, const T* query, int64_t column_stride, float factor) const {
     float* out = static_cast<float*>(packed) + row * width;
-    if (query == nullptr) {
-      for (int64_t d = 0; d < width; ++d) out[d] = 0.0f;
-    } else {
-      for (int64_t d = 0; d < width; ++d) out[d] = factor * to_float(query[d * column_stride]);
+    for (int64_t d = 0; d < width; d += Vec::width) {
+      const int n = int(width - d < Vec::width ? width - d : Vec::width);
+      const Vec x =
+          query == nullptr ? Vec::zero() : load(query + d * column_stride, column_stride, n) * Vec::set(factor);
+      if (n == Vec::width)
+        x.store(out + d);
+      else
+        x.store(out + d, n);
     }
   }
 
@@ -154,6 +163,15 @@ struct FloatEngine {
   }
   static ATTNRB_INLINE float load_probability(const Probability* row, int64_t key) { return row[key]; }
   static ATTNRB_INLINE void scale_probability(Probability* row, int64_t key, float factor) { row[key] *= factor; }
+
+ private:
+  // The first n <= Vec::width elements; zeros follow.
+  static ATTNRB_INLINE Vec load(const T* p, int64_t stride, int n) {
+    if (stride == 1) return n == Vec::width ? Vec::load(p) : Vec::load(p, n);
+    float lanes[Vec::width] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i * stride]);
+    return Vec::load(lanes);
+  }
 };
 
 }  // namespace ATTNRB_ISA

@@ -120,6 +120,23 @@ struct Vec {
     return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31))};
   }
 
+  static ATTNRB_INLINE void transpose(Vec* rows) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 4; ++i) {
+      a[2 * i] = _mm256_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v);
+      a[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v);
+    }
+    for (int i = 0; i < 2; ++i)
+      for (int h = 0; h < 2; ++h) {
+        b[4 * i + 2 * h] = _mm256_shuffle_ps(a[4 * i + h], a[4 * i + h + 2], 0x44);
+        b[4 * i + 2 * h + 1] = _mm256_shuffle_ps(a[4 * i + h], a[4 * i + h + 2], 0xee);
+      }
+    for (int c = 0; c < 4; ++c) {
+      rows[c].v = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+      rows[4 + c].v = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+    }
+  }
+
   static ATTNRB_INLINE int compress(Mask m, Vec x, int32_t base, float* values, int32_t* indices) {
     float lanes[width];
     x.store(lanes);

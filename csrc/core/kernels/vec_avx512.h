@@ -115,6 +115,32 @@ struct Vec {
     return {_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
   }
 
+  // rows[i] lane j becomes rows[j] lane i.
+  static ATTNRB_INLINE void transpose(Vec* rows) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 8; ++i) {
+      a[2 * i] = _mm512_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v);
+      a[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v);
+    }
+    for (int i = 0; i < 4; ++i)
+      for (int h = 0; h < 2; ++h) {
+        const __m512d x = _mm512_castps_pd(a[4 * i + h]), y = _mm512_castps_pd(a[4 * i + h + 2]);
+        b[4 * i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+        b[4 * i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+      }
+    // 128-bit lane l of b[4i + c] now holds lane 4l + c of rows 4i .. 4i+3.
+    for (int c = 0; c < 4; ++c) {
+      const __m512 even_low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
+      const __m512 odd_low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+      const __m512 even_high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+      const __m512 odd_high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+      rows[c].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      rows[4 + c].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      rows[8 + c].v = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      rows[12 + c].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+  }
+
   // Writes the selected lanes of `x` one after the other, and base + lane for each to `indices`; returns how many.
   static ATTNRB_INLINE int compress(Mask m, Vec x, int32_t base, float* values, int32_t* indices) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -3,7 +3,7 @@
 //   width, Mask; zero, set, iota; load and store of float, bfloat16 and float16, whole or the first n lanes;
 //   load_pair (two vectors' worth, in an order of its own choice) and pair_place (that order);
 //   + - * /, fma (a*b+c), fms (a*b-c), max (a NaN in b survives), abs, round, copy_sign, scale_exponent (x * 2^n);
-//   sum, max (over lanes), sums (of `width` vectors); first, none, both, from_bytes, greater, greater_equal, select, bits;
+//   sum, max (over lanes), sums (of `width` vectors), transpose (of as many); first, none, both, from_bytes, greater, greater_equal, select, bits;
 //   compress (the selected lanes, packed).
 #pragma once
 
@@ -113,6 +113,15 @@ struct Vec {
 
   static ATTNRB_INLINE Vec sums(const Vec* a) {
     return {Floats{a[0].sum(), a[1].sum(), a[2].sum(), a[3].sum()}};
+  }
+
+  static ATTNRB_INLINE void transpose(Vec* rows) {
+    for (int i = 0; i < width; ++i)
+      for (int j = i + 1; j < width; ++j) {
+        const float x = rows[i].v[j];
+        rows[i].v[j] = rows[j].v[i];
+        rows[j].v[i] = x;
+      }
   }
 
   static ATTNRB_INLINE int compress(Mask m, Vec x, int32_t base, float* values, int32_t* indices) {
