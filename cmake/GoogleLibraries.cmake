@@ -1,4 +1,5 @@
-# GoogleTest and Google Benchmark: the installed ones, else built from pinned archives, else not at all.
+# GoogleTest and Google Benchmark: the installed ones, else built from the sources that Debian's package brings or from
+# pinned archives, else not at all.
 include(FetchContent)
 
 # Declares the archive and builds it, unless the machine cannot reach it: FetchContent stops the whole configuration then,
@@ -25,8 +26,15 @@ macro(attnrb_find_googletest)
   if(NOT TARGET GTest::gtest_main)
     set(INSTALL_GTEST OFF)
     set(BUILD_GMOCK OFF)
-    attnrb_fetch(googletest https://github.com/google/googletest/archive/refs/tags/v1.14.0.tar.gz
-                 8ad598c73ad796e0d8280b082cebd82a630d73e73cd3c70057938a6501bba5d7)
+    if(EXISTS /usr/src/googletest/CMakeLists.txt)
+      add_subdirectory(/usr/src/googletest ${CMAKE_BINARY_DIR}/googletest EXCLUDE_FROM_ALL)
+    else()
+      attnrb_fetch(googletest https://github.com/google/googletest/archive/refs/tags/v1.14.0.tar.gz
+                   8ad598c73ad796e0d8280b082cebd82a630d73e73cd3c70057938a6501bba5d7)
+    endif()
+    if(TARGET gtest_main AND NOT TARGET GTest::gtest_main)
+      add_library(GTest::gtest_main ALIAS gtest_main)
+    endif()
   endif()
 endmacro()
 
