@@ -86,7 +86,6 @@ class Patch:
         self.config = config
         self.stats = PatchStats()
         self._plan = _make_plan(decoder, config, observer)
-        # From here on nothing can fail.
         self._configurations = _Configurations(model, decoder)
         self._hooks = [
             decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -187,7 +186,7 @@ def _find_decoder(model: Any) -> Any:
         raise NotImplementedError(f"model: {name} attends to an encoder; {_SUPPORTED}")
 
     decoder: Any = whole.get_decoder()  # type: ignore[no-untyped-call]
-    if decoder is None or decoder is whole:
+    if decoder is whole or not isinstance(decoder, PreTrainedModel):  # some call their last projection a decoder
         decoder = whole.base_model
     if decoder.config.__dict__.get(_IMPLEMENTATION) == _NAME:
         raise RuntimeError(f"model: this {name} is patched already; remove that patch first")
@@ -241,6 +240,10 @@ def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None)
             )
         config = dataclasses.replace(config, source_layer=has_attention.index(True))
     gains = config.layer_gains(layers, heads)
+    if True not in has_attention[config.source_layer + 1 :]:
+        raise ValueError(
+            f"source_layer: this model has no attention above layer {config.source_layer}, so nothing to re-balance"
+        )
     if config.layers is None and not isinstance(config.heads, Mapping):
         gains = tuple(gain if has else None for gain, has in zip(gains, has_attention, strict=True))
     return Plan(config, heads, gains, observer)
@@ -290,8 +293,10 @@ class _Configurations:
             for name, original in held(module).items():
                 twin = replacement(original)
                 if twin is not original:
-                    vars(module)[name] = twin
                     self._places.append((module, name, original, twin))
+        # Only now, when nothing can fail any more.
+        for module, name, _, twin in self._places:
+            vars(module)[name] = twin
 
     def restore(self) -> None:
         """Put the originals back, with what was set on their copies meanwhile."""

@@ -28,6 +28,7 @@ class DenseOracle:
         source_layer: int = 0,
         normalize: bool = False,
         boost_all: bool = False,
+        keep_weights: bool = False,
     ) -> None:
         """Note the options.
 
@@ -37,12 +38,14 @@ class DenseOracle:
             source_layer: the layer that decides which keys are.
             normalize: divide each row by 1 + what was added to it.
             boost_all: strengthen every entry.
+            keep_weights: keep the weights of every layer in ``weights``.
         """
         self.gains = [torch.as_tensor(gain, dtype=torch.float64).reshape(1, -1, 1, 1) for gain in gains]
         self.threshold = threshold
         self.source_layer = source_layer
         self.normalize = normalize
         self.boost_all = boost_all
+        self.keep_weights = keep_weights
         self.outliers: Tensor | None = None  # bool [B, H, M, slots]
         self.counts: list[Tensor] = []  # int64 [B, H, M] of each forward
         self.weights: dict[int, Tensor] = {}  # of the last forward, as applied, float64 [B, H, M, N]
@@ -103,7 +106,8 @@ class DenseOracle:
             added = self.gains[layer] * weights * (torch.ones_like(held) if self.boost_all else held)
             total = 1.0 + added.sum(3, keepdim=True) if self.normalize else 1.0
             weights = (weights + added) / total
-        self.weights[layer] = weights
+        if self.keep_weights:
+            self.weights[layer] = weights
         return (weights @ v).transpose(1, 2).to(query.dtype).contiguous(), None
 
 

@@ -50,3 +50,23 @@ def test_patched_model_is_the_published_code(smollm2: Any, goldens: Any) -> None
         error = np.abs(logits - goldens[f"{case}_last_logits"]).max()
         assert error <= 2e-3, f"{case}: logits differ by {error:.1e}"
         assert text[0, ids.shape[1] :].tolist() == goldens[f"{case}_greedy"].tolist(), case
+
+
+@pytest.mark.model
+def test_patched_model_is_the_dense_oracles(smollm2: Any) -> None:
+    """Without the shared data too: tokens drawn at random, the second row padded on the left."""
+    from dense_oracle import DenseOracle, linear_gains
+
+    ids = torch.randint(2, 49152, (2, 48), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    config = attnrb.RebalanceConfig(alpha=0.3)
+    truth = DenseOracle(linear_gains(smollm2.config.num_hidden_layers, 0.3), threshold=config.threshold)
+    with torch.inference_mode():
+        with truth.attached(smollm2):
+            expected = smollm2(ids, attention_mask=mask).logits
+        with attnrb.patch(smollm2, config) as patched:
+            logits = smollm2(ids, attention_mask=mask).logits
+    error = (logits - expected).abs()[mask.bool()].max()
+    assert error <= 2e-3, f"logits differ by {error:.1e}"
+    assert patched.stats.rows == smollm2.config.num_attention_heads * int(mask.sum())

@@ -89,6 +89,14 @@ def test_a_model_without_head() -> None:
         assert torch.equal(model.model(ids).last_hidden_state, expected)
 
 
+def test_a_model_that_calls_its_last_projection_a_decoder() -> None:
+    model = tiny("llama")
+    model.decoder = model.lm_head
+    with torch.no_grad(), attnrb.patch(model, CONFIG) as patched:
+        model(tokens(1, 4))
+    assert patched.stats.layers == 3
+
+
 def test_embeddings_in_place_of_tokens() -> None:
     model = tiny("qwen3")
     ids = tokens(2, 12)

@@ -87,7 +87,7 @@ def test_normalising_and_boosting_all_with_sinks_is_refused() -> None:
 def test_an_observer_sees_every_layer_and_can_run_it_again() -> None:
     model = tiny("gemma2")
     ids = tokens(1, 20)
-    truth = DenseOracle(LINEAR, threshold=0.05)
+    truth = DenseOracle(LINEAR, threshold=0.05, keep_weights=True)
     with torch.no_grad(), truth.attached(model):
         model(ids)
 

@@ -132,6 +132,11 @@ def test_options_beyond_the_model() -> None:
     refused(tiny("llama"), ValueError, "layers: the model's layers are 0 to 4", attnrb.RebalanceConfig(layers=[7]))
 
 
+def test_nothing_above_the_source_layer() -> None:
+    config = attnrb.RebalanceConfig(source_layer=4)
+    refused(tiny("llama"), ValueError, "source_layer: this model has no attention above layer 4", config)
+
+
 def test_dropout_in_training_mode() -> None:
     model = tiny("llama").train()
     for layer in model.model.layers:
