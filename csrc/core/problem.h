@@ -18,13 +18,13 @@ struct View {
 
 // Which keys a query may see. Every condition that is set must hold.
 struct Visibility {
-  bool causal = true;                   // key slot <= query slot
-  int64_t query_offset = 0;             // slot of query 0
-  int64_t key_offset = 0;               // slot of key 0
-  int64_t window = 0;                   // key slot > query slot - window; 0: no limit
-  const int64_t* key_start = nullptr;   // [B], first visible slot, or null
-  const int64_t* key_end = nullptr;     // [B], one past the last visible slot, or null
-  const bool* mask = nullptr;           // [B, H, M, N] by strides (0 where broadcast), true = visible, or null
+  bool causal = true;                  // key slot <= query slot
+  int64_t query_offset = 0;            // slot of query 0
+  int64_t key_offset = 0;              // slot of key 0
+  int64_t window = 0;                  // key slot > query slot - window; 0: no limit
+  const int64_t* key_start = nullptr;  // [B], first visible slot, or null
+  const int64_t* key_end = nullptr;    // [B], one past the last visible slot, or null
+  const bool* mask = nullptr;          // [B, H, M, N] by strides (0 where broadcast), true = visible, or null
   int64_t mask_strides[4] = {0, 0, 0, 0};
 };
 
@@ -48,10 +48,10 @@ struct AttentionProblem {
   Visibility visibility;
   Scoring scoring;
 
-  void* output = nullptr;                  // [B, H, M, Dv] by strides, innermost stride 1, same dtype as query
-  int64_t output_strides[3] = {0, 0, 0};   // B, H, M
-  float* lse = nullptr;                    // [B, H, M] contiguous, or null
-  float* softmax = nullptr;                // [B, H, M, 2] contiguous: (m, l) of Note: [Online softmax in base 2], or null
+  void* output = nullptr;                 // [B, H, M, Dv] by strides, innermost stride 1, same dtype as query
+  int64_t output_strides[3] = {0, 0, 0};  // B, H, M
+  float* lse = nullptr;                   // [B, H, M] contiguous, or null
+  float* softmax = nullptr;  // [B, H, M, 2] contiguous: (m, l) of Note: [Online softmax in base 2], or null
 
   struct Emit {
     int32_t* indices = nullptr;  // [B, H, M, capacity] contiguous: ascending key slots, then -1
@@ -94,7 +94,7 @@ struct RebalanceProblem {
   Shape shape;  // batch, heads, queries, keys
   DType dtype = DType::float32;
   View weights;
-  View mask;  // bool
+  View mask;                    // bool
   const float* gain = nullptr;  // [H]
   bool normalize = false;
   void* output = nullptr;  // contiguous, dtype of weights

@@ -44,7 +44,7 @@ class ScratchLease {
   std::unique_ptr<Scratch> scratch_;
 };
 
-size_t scratch_bytes();    // held by idle scratches
-void release_scratch();    // frees all idle scratches
+size_t scratch_bytes();  // held by idle scratches
+void release_scratch();  // frees all idle scratches
 
 }  // namespace attnrb

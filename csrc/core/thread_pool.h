@@ -7,7 +7,8 @@
 namespace attnrb {
 
 struct ThreadPool {
-  // Calls body(context, worker) once for every worker in [0, workers), in parallel if it can, and returns when all have.
+  // Calls body(context, worker) once for every worker in [0, workers), in parallel if it can, and returns when all
+  // have.
   using Body = void (*)(void* context, int64_t worker);
   int64_t workers = 1;
   void (*run)(int64_t workers, Body body, void* context) = nullptr;

@@ -55,8 +55,7 @@ ATTNRB_INLINE __m512i split(Vec a, Vec b) {
 
 template <int Plane>
 ATTNRB_INLINE __m512i load_plane(const float16* p, int n) {
-  const __m512i halves =
-      n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(n <= 0 ? 0u : (1u << n) - 1u, p);
+  const __m512i halves = n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(n <= 0 ? 0u : (1u << n) - 1u, p);
   return split<Plane>(Vec{_mm512_cvtph_ps(_mm512_castsi512_si256(halves))},
                       Vec{_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))});
 }

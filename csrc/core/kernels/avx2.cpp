@@ -1,5 +1,6 @@
 #define ATTNRB_ISA avx2
 #include "vec_avx2.h"
+
 #include "table.h"
 
 namespace attnrb {

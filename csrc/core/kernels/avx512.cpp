@@ -1,5 +1,6 @@
 #define ATTNRB_ISA avx512
 #include "vec_avx512.h"
+
 #include "table.h"
 
 namespace attnrb {

@@ -1,9 +1,9 @@
 // The two operations on weight matrices that the caller already holds: plain loops over rows.
 #pragma once
 
-#include "math.h"
 #include "../problem.h"
 #include "../thread_pool.h"
+#include "math.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {

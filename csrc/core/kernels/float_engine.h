@@ -11,9 +11,9 @@ namespace ATTNRB_ISA {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// c[Rows, Columns] (+)= a[Rows, depth] * b[depth, Columns] with Columns = Vectors * width: `a` is read by broadcast, `b`
-// is (the left part of) a packed panel, the accumulators never leave their registers. They start from zero even where c
-// is added to: rounding errors grow with the length of a chain of additions, so chains are kept short.
+// c[Rows, Columns] (+)= a[Rows, depth] * b[depth, Columns] with Columns = Vectors * width: `a` is read by broadcast,
+// `b` is (the left part of) a packed panel, the accumulators never leave their registers. They start from zero even
+// where c is added to: rounding errors grow with the length of a chain of additions, so chains are kept short.
 template <int Rows, int Vectors, bool Accumulate>
 ATTNRB_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                                  int64_t c_stride, int64_t depth) {
@@ -73,7 +73,7 @@ struct FloatEngine {
   static constexpr int block_rows = 96;  // query rows that share one walk over the keys
   static constexpr int block_keys = 256;
   static constexpr int panel = Blocking::panel;
-  static constexpr int chain = 32;  // components of a score that are summed in one go
+  static constexpr int chain = 32;                    // components of a score that are summed in one go
   static constexpr int key_granule = 2 * Vec::width;  // blocks of keys are cut to multiples of this
   static_assert(block_keys % panel == 0 && strip % Blocking::rows == 0, "blocks hold whole tiles");
 
@@ -101,8 +101,8 @@ struct FloatEngine {
         const int n = int(width - d < W ? width - d : W);
         Vec rows[W];
         for (int i = 0; i < W; ++i)
-          rows[i] = key + i < count ? load(keys + (key + i) * row_stride + d * column_stride, column_stride, n)
-                                    : Vec::zero();
+          rows[i] =
+              key + i < count ? load(keys + (key + i) * row_stride + d * column_stride, column_stride, n) : Vec::zero();
         Vec::transpose(rows);
         for (int i = 0; i < n; ++i) rows[i].store(columns + (d + i) * panel);
       }

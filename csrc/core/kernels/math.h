@@ -11,14 +11,14 @@ constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// 2^x. With n = round(x) and r = x - n in [-1/2, 1/2], 2^x = 2^n * 2^r; 2^r is a polynomial of least relative error with
-// p(0) = 1: 2.8e-6 at degree 4 (ample for bfloat16), 2e-9 at degree 6 (below float32 rounding). NaN gives NaN.
+// 2^x. With n = round(x) and r = x - n in [-1/2, 1/2], 2^x = 2^n * 2^r; 2^r is a polynomial of least relative error
+// with p(0) = 1: 2.8e-6 at degree 4 (ample for bfloat16), 2e-9 at degree 6 (below float32 rounding). NaN gives NaN.
 template <int Degree>
 ATTNRB_INLINE Vec exp2(Vec x) {
   static_assert(Degree == 4 || Degree == 6, "coefficients are given for degrees 4 and 6");
   constexpr float kDegree4[] = {9.582853189e-3f, 5.590642647e-2f, 2.402409862e-1f, 6.931241932e-1f, 1.0f};
-  constexpr float kDegree6[] = {1.535336204e-4f, 1.339887462e-3f, 9.618437359e-3f, 5.550332471e-2f,
-                                2.402264791e-1f, 6.931472029e-1f, 1.0f};
+  constexpr float kDegree6[] = {
+      1.535336204e-4f, 1.339887462e-3f, 9.618437359e-3f, 5.550332471e-2f, 2.402264791e-1f, 6.931472029e-1f, 1.0f};
   const float* coefficients = Degree == 4 ? kDegree4 : kDegree6;
   const Vec n = x.round(), r = x - n;
   Vec p = Vec::set(coefficients[0]);

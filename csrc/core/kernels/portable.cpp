@@ -1,5 +1,6 @@
 #define ATTNRB_ISA portable
 #include "vec_portable.h"
+
 #include "table.h"
 
 namespace attnrb {

@@ -2,9 +2,10 @@
 // its outliers still to be strengthened.
 //
 // Note: [Online softmax in base 2]
-// Scores are kept as t = score * log2(e), so that weights are 2^(t - m) / l with m a reference near the largest t so far
-// and l = sum of 2^(t - m). m moves only when the maximum outgrows it by more than 8 (a factor of 256, harmless in
-// float32 sums and bfloat16 products), which spares nearly all rescaling of the output row. log-sum-exp = ln(2)(m + log2 l).
+// Scores are kept as t = score * log2(e), so that weights are 2^(t - m) / l with m a reference near the largest t so
+// far and l = sum of 2^(t - m). m moves only when the maximum outgrows it by more than 8 (a factor of 256, harmless in
+// float32 sums and bfloat16 products), which spares nearly all rescaling of the output row. log-sum-exp = ln(2)(m +
+// log2 l).
 //
 // Note: [One-pass outliers]
 // The weight of key j exceeds the threshold tau when t_j > m + log2(tau * l) at the end. m + log2 l only grows, so the
@@ -29,11 +30,11 @@ struct Row {
   float max = -kInfinity;  // m
   float sum = 0.0f;        // l
   float boosted = 0.0f;
-  bool seen = false;       // some key was visible
+  bool seen = false;  // some key was visible
   int32_t low = 0, high = 0;
-  int64_t own = -1;                 // position of the query's own key
-  const bool* mask = nullptr;       // its row of the boolean mask, or null
-  const int32_t* boost = nullptr;   // outlier slots to strengthen
+  int64_t own = -1;                // position of the query's own key
+  const bool* mask = nullptr;      // its row of the boolean mask, or null
+  const int32_t* boost = nullptr;  // outlier slots to strengthen
   int32_t boost_count = 0, boost_next = 0;
   float gain = 0.0f;
   float* candidate_scores = nullptr;
@@ -48,7 +49,9 @@ class RowRules {
       : problem_(problem),
         capped_(problem.scoring.softcap > 0),
         // A negative or zero scale cannot be applied after the maximum was taken: it goes into the query instead.
-        query_factor_(problem.scoring.scale > 0 ? 1.0f : problem.scoring.scale < 0 ? -1.0f : 0.0f),
+        query_factor_(problem.scoring.scale > 0   ? 1.0f
+                      : problem.scoring.scale < 0 ? -1.0f
+                                                  : 0.0f),
         scale_(problem.scoring.scale == 0 ? 1.0f : std::fabs(problem.scoring.scale)),
         to_log2_(capped_ ? kLog2E : scale_ * kLog2E),
         threshold_log2_(float(std::log2(problem.emit.threshold))),
@@ -125,11 +128,13 @@ class RowRules {
     }
     row.seen = true;
     if (block_max > row.max + 8.0f || row.max == -kInfinity) {
-      const float factor = std::exp2(row.max - block_max);
+      if (row.max != -kInfinity) {
+        const float factor = std::exp2(row.max - block_max);
+        row.sum *= factor;
+        row.boosted *= factor;
+        rescale(factor);
+      }
       row.max = block_max;
-      row.sum *= factor;
-      row.boosted *= factor;
-      rescale(factor);
     }
     const Vec to_log2 = Vec::set(to_log2_), reference = Vec::set(row.max);
     Vec sum0 = Vec::zero(), sum1 = Vec::zero();
@@ -176,7 +181,8 @@ class RowRules {
   template <class Engine, bool Partial>
   static ATTNRB_INLINE Vec probability(Vec score, Vec to_log2, Vec reference) {
     const Vec exponent = Vec::fms(score, to_log2, reference);
-    // -infinity minus its own rounding is NaN inside exp2; anything below -200 gives 0 just as well.
+    // -infinity minus its own rounding is NaN inside exp2; anything below -200 gives 0 just as well
+    // (see Note: [Subnormal results]).
     return exp2<Engine::exp2_degree>(Partial ? Vec::max(Vec::set(-200.0f), exponent) : exponent);
   }
 
@@ -273,8 +279,7 @@ template <class Output>
 void write_output(const AttentionProblem& problem, const RowRules& rules, const Row& row, const float* sums,
                   int64_t batch, int64_t head, int64_t query) {
   const int64_t* strides = problem.output_strides;
-  Output* out =
-      static_cast<Output*>(problem.output) + batch * strides[0] + head * strides[1] + query * strides[2];
+  Output* out = static_cast<Output*>(problem.output) + batch * strides[0] + head * strides[1] + query * strides[2];
   write_row(out, sums, problem.shape.value_width, rules.denominator(row));
 }
 

@@ -20,7 +20,9 @@ struct Vec {
   static ATTNRB_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static ATTNRB_INLINE Vec load(const bfloat16* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
   static ATTNRB_INLINE Vec load(const float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
-  static ATTNRB_INLINE Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, _mm256_castps_si256(first(n)))}; }
+  static ATTNRB_INLINE Vec load(const float* p, int n) {
+    return {_mm256_maskload_ps(p, _mm256_castps_si256(first(n)))};
+  }
   template <class Half>
   static ATTNRB_INLINE Vec load(const Half* p, int n) {
     Half lanes[width] = {};
@@ -80,7 +82,8 @@ struct Vec {
     return {_mm256_or_ps(_mm256_andnot_ps(bit, magnitude.v), _mm256_and_ps(bit, sign.v))};
   }
   static ATTNRB_INLINE Vec scale_exponent(Vec x, Vec n) {
-    // Two factors, so that results below 2^-126 fade out instead of wrapping round. A NaN in n becomes one in the result.
+    // Two factors, so that results below 2^-126 fade out instead of wrapping round. A NaN in n becomes one in the
+    // result.
     const __m256 clamped = _mm256_min_ps(_mm256_set1_ps(252.0f), _mm256_max_ps(_mm256_set1_ps(-252.0f), n.v));
     const __m256i whole = _mm256_cvtps_epi32(clamped), half = _mm256_srai_epi32(whole, 1);
     const __m256 scaled =

@@ -20,9 +20,7 @@ struct Vec {
 
   static ATTNRB_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
   static ATTNRB_INLINE Vec set(float x) { return {_mm512_set1_ps(x)}; }
-  static ATTNRB_INLINE Vec iota() {
-    return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
-  }
+  static ATTNRB_INLINE Vec iota() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 
   static ATTNRB_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static ATTNRB_INLINE Vec load(const bfloat16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
@@ -73,13 +71,11 @@ struct Vec {
   static ATTNRB_INLINE Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
   static ATTNRB_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   ATTNRB_INLINE Vec abs() const { return {_mm512_abs_ps(v)}; }
-  ATTNRB_INLINE Vec round() const {
-    return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  }
+  ATTNRB_INLINE Vec round() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   static ATTNRB_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
     const __m512i bit = _mm512_set1_epi32(int(0x80000000u));
-    return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign.v),
-                                                          _mm512_castps_si512(magnitude.v), 0xca))};
+    return {_mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xca))};
   }
   static ATTNRB_INLINE Vec scale_exponent(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
@@ -102,16 +98,16 @@ struct Vec {
   static ATTNRB_INLINE Vec sums(const Vec* a) {
     __m512 pair[8], quad[4];
     for (int i = 0; i < 8; ++i)
-      pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v),
-                              _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
+      pair[i] =
+          _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
     for (int i = 0; i < 4; ++i) {
       const __m512d x = _mm512_castps_pd(pair[2 * i]), y = _mm512_castps_pd(pair[2 * i + 1]);
       quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
     }
-    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88),
-                                     _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
-    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88),
-                                      _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
+    const __m512 low =
+        _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
+    const __m512 high =
+        _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
     return {_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
   }
 
@@ -170,9 +166,7 @@ struct Vec {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
 #endif
   }
-  ATTNRB_INLINE __m256i narrow_f16() const {
-    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
+  ATTNRB_INLINE __m256i narrow_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 
 }  // namespace ATTNRB_ISA

@@ -3,8 +3,8 @@
 //   width, Mask; zero, set, iota; load and store of float, bfloat16 and float16, whole or the first n lanes;
 //   load_pair (two vectors' worth, in an order of its own choice) and pair_place (that order);
 //   + - * /, fma (a*b+c), fms (a*b-c), max (a NaN in b survives), abs, round, copy_sign, scale_exponent (x * 2^n);
-//   sum, max (over lanes), sums (of `width` vectors), transpose (of as many); first, none, both, from_bytes, greater, greater_equal, select, bits;
-//   compress (the selected lanes, packed).
+//   sum, max (over lanes), sums (of `width` vectors), transpose (of as many); first, none, both, from_bytes, greater,
+//   greater_equal, select, bits; compress (the selected lanes, packed).
 #pragma once
 
 #include "../types.h"
@@ -81,7 +81,8 @@ struct Vec {
     return {Floats((Mask(magnitude.v) & ~bit) | (Mask(sign.v) & bit))};
   }
   static ATTNRB_INLINE Vec scale_exponent(Vec x, Vec n) {
-    // Two factors, so that results below 2^-126 fade out instead of wrapping round. A NaN in n becomes one in the result.
+    // Two factors, so that results below 2^-126 fade out instead of wrapping round. A NaN in n becomes one in the
+    // result.
     const Vec low = max(set(-252.0f), n), half = select(greater(low, set(252.0f)), set(252.0f), low);
     Vec result = x;
     const Vec first = (half * set(0.5f)).round(), second = half - first;
@@ -104,16 +105,12 @@ struct Vec {
   static ATTNRB_INLINE Mask from_bytes(const bool* p) { return Mask{-p[0], -p[1], -p[2], -p[3]}; }
   static ATTNRB_INLINE Mask greater(Vec a, Vec b) { return a.v > b.v; }
   static ATTNRB_INLINE Mask greater_equal(Vec a, Vec b) { return a.v >= b.v; }
-  static ATTNRB_INLINE Vec select(Mask m, Vec yes, Vec no) {
-    return {Floats((m & Mask(yes.v)) | (~m & Mask(no.v)))};
-  }
+  static ATTNRB_INLINE Vec select(Mask m, Vec yes, Vec no) { return {Floats((m & Mask(yes.v)) | (~m & Mask(no.v)))}; }
   static ATTNRB_INLINE uint32_t bits(Mask m) {
     return uint32_t(m[0] & 1) | uint32_t(m[1] & 2) | uint32_t(m[2] & 4) | uint32_t(m[3] & 8);
   }
 
-  static ATTNRB_INLINE Vec sums(const Vec* a) {
-    return {Floats{a[0].sum(), a[1].sum(), a[2].sum(), a[3].sum()}};
-  }
+  static ATTNRB_INLINE Vec sums(const Vec* a) { return {Floats{a[0].sum(), a[1].sum(), a[2].sum(), a[3].sum()}}; }
 
   static ATTNRB_INLINE void transpose(Vec* rows) {
     for (int i = 0; i < width; ++i)
