@@ -12,8 +12,8 @@
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-// Rows that will be read next, fetched into the second-level cache a row at a time while others are being used: keys and
-// values alternate block by block, which the hardware's own prefetchers take for the end of a stream each time.
+// Rows that will be read next, fetched into the second-level cache a row at a time while others are being used: keys
+// and values alternate block by block, which the hardware's own prefetchers take for the end of a stream each time.
 struct Upcoming {
   const char* next = nullptr;
   int64_t stride = 0, row_bytes = 0, rows = 0;
@@ -24,9 +24,9 @@ struct Upcoming {
   }
 };
 
-// Products of query rows with key and value rows where they lie, for any input type, in float32. Rows are read in chunks
-// of two vectors; Vec::load_pair may deal out a chunk's components between the two in whatever order is cheapest, which
-// packed queries and output sums then follow (`place`).
+// Products of query rows with key and value rows where they lie, for any input type, in float32. Rows are read in
+// chunks of two vectors; Vec::load_pair may deal out a chunk's components between the two in whatever order is
+// cheapest, which packed queries and output sums then follow (`place`).
 template <class T>
 struct FloatDot {
   using Input = T;
@@ -178,8 +178,8 @@ class Decode {
     typename Dot::Query* queries;
     float* scores;
     Probability* probabilities;
-    Input* keys;    // a copy of keys or values whose columns do not follow each other
-    float* row;  // output sums in the order of their columns
+    Input* keys;  // a copy of keys or values whose columns do not follow each other
+    float* row;   // output sums in the order of their columns
     float* merged_scores;
     int32_t* merged;
   };
@@ -218,6 +218,7 @@ class Decode {
   }
 
   void attend(int64_t worker_index, int64_t batch, int64_t key_head, int64_t span) {
+    const FlushSubnormals flush;
     Worker worker = carve_worker(scratch_.workers[size_t(worker_index)].reserve(0), nullptr);
     const int64_t index = partial_index(batch, key_head, span);
     Row* rows = rows_state_ + index;
@@ -241,8 +242,7 @@ class Decode {
     const Interval seen = visible_interval(problem_.visibility, batch, 0, shape_.queries, shape_.keys);
     const int64_t begin = span * span_keys_ > seen.low ? span * span_keys_ : seen.low;
     const int64_t end = (span + 1) * span_keys_ < seen.high ? (span + 1) * span_keys_ : seen.high;
-    for (int64_t key = begin; key < end; key += kBlockKeys)
-      attend_block(worker, rows, sums, batch, key_head, key, end);
+    for (int64_t key = begin; key < end; key += kBlockKeys) attend_block(worker, rows, sums, batch, key_head, key, end);
   }
 
   // Rows of keys or values with adjacent columns: where they lie, or copied.
@@ -293,8 +293,8 @@ class Decode {
         for (int64_t j = 0; j < count; ++j)
           if (rules_.visible(rows[r], key + j))
             for (int64_t d = 0; d < shape_.value_width; ++d)
-              sums[r * sum_columns_ + Dot::place(d)] += Dot::load_probability(worker.probabilities + r * kBlockKeys, j) *
-                                            to_float(values[j * stride + d]);
+              sums[r * sum_columns_ + Dot::place(d)] +=
+                  Dot::load_probability(worker.probabilities + r * kBlockKeys, j) * to_float(values[j * stride + d]);
       return;
     }
     Upcoming keys_ahead = upcoming(problem_.key, batch, key_head, key + count, end - key - count, shape_.width);
@@ -375,8 +375,8 @@ class Decode {
     const Probability* probabilities = worker.probabilities + r * kBlockKeys;
     float* out = sums + r * sum_columns_;
     const auto mix = [&](auto chunks, auto whole) {
-      Dot::template mix<Rows, decltype(chunks)::value, decltype(whole)::value>(probabilities, kBlockKeys, values, stride,
-                                                                               count, columns, out, sum_columns_, ahead);
+      Dot::template mix<Rows, decltype(chunks)::value, decltype(whole)::value>(
+          probabilities, kBlockKeys, values, stride, count, columns, out, sum_columns_, ahead);
     };
     if (columns >= 2 * Dot::chunk)
       mix(std::integral_constant<int, 2>(), std::true_type());

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "rows.h"
+#include "subnormals.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
@@ -32,7 +33,12 @@ class Prefill {
 
  public:
   Prefill(const AttentionProblem& problem, const ThreadPool& pool, Scratch& scratch)
-      : problem_(problem), shape_(problem.shape), pool_(pool), scratch_(scratch), engine_(problem.shape), rules_(problem) {
+      : problem_(problem),
+        shape_(problem.shape),
+        pool_(pool),
+        scratch_(scratch),
+        engine_(problem.shape),
+        rules_(problem) {
     // A block of rows holds many queries of one head, or all queries of several heads where queries are few.
     if (shape_.queries * 2 > Engine::block_rows) {
       queries_per_block_ = shape_.queries < Engine::block_rows ? shape_.queries : Engine::block_rows;
@@ -145,7 +151,8 @@ class Prefill {
 
   void attend(int64_t first_batch, int64_t worker_index, int64_t task) {
     // Heads of one key head follow each other and share its packed keys; within it, long (late) queries come first.
-    const int64_t head_block = task % head_blocks_, query_block = query_blocks_ - 1 - task / head_blocks_ % query_blocks_;
+    const int64_t head_block = task % head_blocks_,
+                  query_block = query_blocks_ - 1 - task / head_blocks_ % query_blocks_;
     const int64_t key_head = task / head_blocks_ / query_blocks_ % shape_.key_heads;
     const int64_t element = task / head_blocks_ / query_blocks_ / shape_.key_heads, batch = first_batch + element;
     const int64_t group = shape_.heads / shape_.key_heads, first_head = head_block * heads_per_block_;
@@ -158,6 +165,7 @@ class Prefill {
     const auto head_of = [&](int64_t r) { return key_head * group + first_head + r / queries; };
     const auto query_of = [&](int64_t r) { return first_query + r % queries; };
 
+    const FlushSubnormals flush;
     engine_.start_worker();
     const int64_t padded_rows = round_up(row_count, Engine::strip);
     const int64_t candidate_capacity = rules_.candidate_capacity(Engine::block_keys);
@@ -171,14 +179,14 @@ class Prefill {
           row.candidate_scores = worker.candidate_scores + r * candidate_capacity;
           row.candidates = worker.candidates + r * candidate_capacity;
         }
-        query = static_cast<const Input*>(problem_.query.data) + batch * qs[0] + head_of(r) * qs[1] + query_of(r) * qs[2];
+        query =
+            static_cast<const Input*>(problem_.query.data) + batch * qs[0] + head_of(r) * qs[1] + query_of(r) * qs[2];
       }
       engine_.pack_query_row(worker.queries, r, query, qs[3], rules_.query_factor());
     }
     for (int64_t i = 0; i < padded_rows * engine_.value_columns; ++i) worker.sums[i] = 0.0f;
 
-    const Interval seen =
-        visible_interval(problem_.visibility, batch, first_query, first_query + queries, shape_.keys);
+    const Interval seen = visible_interval(problem_.visibility, batch, first_query, first_query + queries, shape_.keys);
     for (int64_t block = seen.low / Engine::block_keys; block * Engine::block_keys < seen.high; ++block)
       for (int64_t r = 0; r < row_count; r += Engine::strip)
         attend_strip(worker, batch, element, key_head, block, r,
@@ -207,8 +215,7 @@ class Prefill {
 
     char* keys = packed_keys(element, key_head, block);
     engine_.scores(worker.queries, first_row, rows, keys, first, last, worker.scores);
-    const bool partial =
-        all_low > key + first || all_high < key + last || problem_.visibility.mask != nullptr;
+    const bool partial = all_low > key + first || all_high < key + last || problem_.visibility.mask != nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = worker.scores + r * Engine::block_keys + first;
       Probability* probabilities = worker.probabilities + r * Engine::block_keys + first;

@@ -1,7 +1,8 @@
 // How much attention each key receives: column means of the weight matrix, without the matrix.
 //
-// A first pass over the rows finds their softmax references and sums; a second walks down the columns, block by block, recomputing
-// scores. Every block of columns is one task, so sums are added in one order whatever the number of threads.
+// A first pass over the rows finds their softmax references and sums; a second walks down the columns, block by block,
+// recomputing scores. Every block of columns is one task, so sums are added in one order whatever the number of
+// threads.
 #pragma once
 
 #include "prefill.h"
@@ -16,7 +17,13 @@ class Received {
  public:
   // `rows` is the attention problem with the same queries and keys and no values, its softmax filled in.
   Received(const ReceivedProblem& problem, const AttentionProblem& rows, const ThreadPool& pool, Scratch& scratch)
-      : problem_(problem), rows_(rows), shape_(rows.shape), pool_(pool), scratch_(scratch), engine_(rows.shape), rules_(rows) {}
+      : problem_(problem),
+        rows_(rows),
+        shape_(rows.shape),
+        pool_(pool),
+        scratch_(scratch),
+        engine_(rows.shape),
+        rules_(rows) {}
 
   void run() {
     int64_t bytes = 0;
@@ -24,7 +31,8 @@ class Received {
     if (int64_t(scratch_.workers.size()) < pool_.workers) scratch_.workers.resize(size_t(pool_.workers));
     for (int64_t w = 0; w < pool_.workers; ++w) scratch_.workers[size_t(w)].reserve(size_t(bytes));
     // Under a causal mask the first keys are seen by the most queries: their blocks come first.
-    const int64_t blocks = (shape_.keys + Engine::block_keys - 1) / Engine::block_keys, heads = shape_.batch * shape_.heads;
+    const int64_t blocks = (shape_.keys + Engine::block_keys - 1) / Engine::block_keys,
+                  heads = shape_.batch * shape_.heads;
     for_each_task(pool_, blocks * heads, [&](int64_t worker, int64_t task) {
       receive(worker, task % heads / shape_.heads, task % heads % shape_.heads, task / heads * Engine::block_keys);
     });
@@ -56,6 +64,7 @@ class Received {
   }
 
   void receive(int64_t worker_index, int64_t batch, int64_t head, int64_t key) {
+    const FlushSubnormals flush;
     Worker worker = carve_worker(scratch_.workers[size_t(worker_index)].reserve(0), nullptr);
     const int64_t count = shape_.keys - key < Engine::block_keys ? shape_.keys - key : Engine::block_keys;
     const int64_t* ks = problem_.key.strides;
@@ -92,7 +101,8 @@ class Received {
       if (r < queries) {
         rules_.start(row, batch, head, first_query + r);
         partial = partial || row.low > key || row.high < key + last;
-        query = static_cast<const Input*>(problem_.query.data) + batch * qs[0] + head * qs[1] + (first_query + r) * qs[2];
+        query =
+            static_cast<const Input*>(problem_.query.data) + batch * qs[0] + head * qs[1] + (first_query + r) * qs[2];
       }
       engine_.pack_query_row(worker.queries, r, query, qs[3], rules_.query_factor());
     }

@@ -133,6 +133,8 @@ class RowRules {
         row.sum *= factor;
         row.boosted *= factor;
         rescale(factor);
+      } else {
+        row.sum = 0.0f;  // a sink of minus infinity adds nothing
       }
       row.max = block_max;
     }
