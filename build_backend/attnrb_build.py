@@ -10,17 +10,13 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 from find_torch import REQUIREMENT, find_torch, require_torch
 from scikit_build_core import build as backend
-from scikit_build_core.build import (
-    build_sdist,
-    get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
-)
+from scikit_build_core.build import build_sdist, get_requires_for_build_sdist
 from scikit_build_core.errors import CMakeNotFoundError, NinjaNotFoundError
 
 __all__ = [
@@ -38,37 +34,51 @@ Settings: TypeAlias = "dict[str, str | list[str]] | None"
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    return backend.get_requires_for_build_wheel(config_settings) + _torch_requirement()
+    with _plain_sentences():
+        return backend.get_requires_for_build_wheel(config_settings) + _torch_requirement()
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
-    return backend.get_requires_for_build_editable(config_settings) + _torch_requirement()
+    with _plain_sentences():
+        return backend.get_requires_for_build_editable(config_settings) + _torch_requirement()
 
 
-def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
-    return _build(backend.build_wheel, wheel_directory, config_settings, metadata_directory)
+def prepare_metadata_for_build_wheel(folder: str, config_settings: Settings = None) -> str:
+    with _plain_sentences():
+        return backend.prepare_metadata_for_build_wheel(folder, config_settings)
 
 
-def build_editable(
-    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
-) -> str:
-    return _build(backend.build_editable, wheel_directory, config_settings, metadata_directory)
+def prepare_metadata_for_build_editable(folder: str, config_settings: Settings = None) -> str:
+    with _plain_sentences():
+        return backend.prepare_metadata_for_build_editable(folder, config_settings)
+
+
+def build_wheel(folder: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+    with _plain_sentences():
+        return backend.build_wheel(folder, _with_torch(config_settings), metadata_directory)
+
+
+def build_editable(folder: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+    with _plain_sentences():
+        return backend.build_editable(folder, _with_torch(config_settings), metadata_directory)
 
 
 def _torch_requirement() -> list[str]:
-    # Said here already, before pip fetches anything.
-    _check_compiler()
     return [] if find_torch() else [REQUIREMENT]
 
 
-def _build(
-    hook: Callable[[str, Settings, str | None], str], folder: str, settings: Settings, metadata: str | None
-) -> str:
-    _check_compiler()
+def _with_torch(config_settings: Settings) -> Settings:
     torch = require_torch()
     print(f"attnrb: building against torch {torch.version_text} at {torch.folder}", file=sys.stderr)
+    return {**(config_settings or {}), "cmake.define.ATTNRB_TORCH": str(torch.folder)}
+
+
+@contextmanager
+def _plain_sentences() -> Iterator[None]:
+    """Says in one sentence what the machine lacks, at the first hook and before anything is fetched for it."""
+    _check_compiler()
     try:
-        return hook(folder, {**(settings or {}), "cmake.define.ATTNRB_TORCH": str(torch.folder)}, metadata)
+        yield
     except CMakeNotFoundError:
         raise SystemExit("attnrb needs CMake 3.24 or newer to build: run `pip install 'cmake>=3.24'`.") from None
     except NinjaNotFoundError:

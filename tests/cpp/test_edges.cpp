@@ -66,6 +66,18 @@ TEST_P(Edges, LargeScoresDoNotOverflow) {
   }
 }
 
+TEST_P(Edges, SubnormalFloat16ValuesAreKept) {
+  for (const int64_t queries : {1, 40}) {
+    AttentionCase attention = simple_case(make_shape(1, 2, 1, queries, 90, 24), DType::float16);
+    Random random(2);
+    attention.value.fill_uniform(random, -0x1p-15, 0x1p-15);
+    const AttentionTruth truth = attention_truth(attention.problem());
+    run_attention(kernels(), attention, 1);
+    int64_t ties = 0;
+    EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
+  }
+}
+
 // Which operand is poisoned, with what, for how many queries.
 struct Poison {
   char operand;
