@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "pairs.h"
 #include "prefill.h"
 
 namespace attnrb {
@@ -25,18 +26,17 @@ struct Upcoming {
 };
 
 // Products of query rows with key and value rows where they lie, for any input type, in float32. Rows are read in
-// chunks of two vectors; Vec::load_pair may deal out a chunk's components between the two in whatever order is
+// chunks of two vectors; load_pair may deal out a chunk's components between the two in whatever order is
 // cheapest, which packed queries and output sums then follow (`place`).
 template <class T>
-struct FloatDot {
+struct FloatDot : FloatProbabilities {
   using Input = T;
   using Query = float;
-  using Probability = float;
   static constexpr int exp2_degree = 6;
   static constexpr int chunk = 2 * Vec::width;
 
   // Where component d lies in a row of packed queries or sums.
-  static ATTNRB_INLINE int64_t place(int64_t d) { return d / chunk * chunk + Vec::pair_place(T(), int(d % chunk)); }
+  static ATTNRB_INLINE int64_t place(int64_t d) { return d / chunk * chunk + pair_place(T(), int(d % chunk)); }
 
   static void pack_query(Query* out, const T* query, int64_t stride, int64_t width, float factor) {
     for (int64_t d = 0; d < round_up(width, chunk); ++d)
@@ -53,12 +53,12 @@ struct FloatDot {
     int64_t d = 0;
     for (; d + chunk <= width; d += chunk) {
       Vec low[Keys], high[Keys];
-      for (int k = 0; k < Keys; ++k) Vec::load_pair(keys + k * key_stride + d, low[k], high[k]);
+      for (int k = 0; k < Keys; ++k) load_pair(keys + k * key_stride + d, low[k], high[k]);
       add_products<Rows, Keys>(sum, queries + d, query_stride, low, high);
     }
     if (d < width) {
       Vec low[Keys], high[Keys];
-      for (int k = 0; k < Keys; ++k) Vec::load_pair(keys + k * key_stride + d, int(width - d), low[k], high[k]);
+      for (int k = 0; k < Keys; ++k) load_pair(keys + k * key_stride + d, int(width - d), low[k], high[k]);
       add_products<Rows, Keys>(sum, queries + d, query_stride, low, high);
     }
     float total[Vec::width];
@@ -81,9 +81,9 @@ struct FloatDot {
       Vec value[Vectors];
       for (int c = 0; c < Chunks; ++c) {
         if (Whole)
-          Vec::load_pair(values + c * chunk, value[2 * c], value[2 * c + 1]);
+          load_pair(values + c * chunk, value[2 * c], value[2 * c + 1]);
         else
-          Vec::load_pair(values + c * chunk, int(columns - c * chunk), value[2 * c], value[2 * c + 1]);
+          load_pair(values + c * chunk, int(columns - c * chunk), value[2 * c], value[2 * c + 1]);
       }
       for (int r = 0; r < Rows; ++r) {
         const Vec p = Vec::set(probabilities[r * probability_stride + j]);
@@ -93,13 +93,6 @@ struct FloatDot {
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < Vectors; ++v) sum[r][v].store(sums + r * sum_stride + v * Vec::width);
   }
-
-  static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {
-    a.store(row + key);
-    b.store(row + key + Vec::width);
-  }
-  static ATTNRB_INLINE float load_probability(const Probability* row, int64_t key) { return row[key]; }
-  static ATTNRB_INLINE void scale_probability(Probability* row, int64_t key, float factor) { row[key] *= factor; }
 
  private:
   template <int Rows, int Keys>

@@ -64,10 +64,21 @@ void multiply_panel(const float* a, int64_t a_stride, int64_t rows, const float*
   }
 }
 
-template <class T>
-struct FloatEngine {
-  using Input = T;
+// Probabilities as plain floats, for whatever multiplies in float32.
+struct FloatProbabilities {
   using Probability = float;
+
+  static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {
+    a.store(row + key);
+    b.store(row + key + Vec::width);
+  }
+  static ATTNRB_INLINE float load_probability(const Probability* row, int64_t key) { return row[key]; }
+  static ATTNRB_INLINE void scale_probability(Probability* row, int64_t key, float factor) { row[key] *= factor; }
+};
+
+template <class T>
+struct FloatEngine : FloatProbabilities {
+  using Input = T;
   static constexpr int exp2_degree = 6;
   static constexpr int strip = 24;       // query rows multiplied at a time: scores stay in the first-level cache
   static constexpr int block_rows = 96;  // query rows that share one walk over the keys
@@ -156,13 +167,6 @@ struct FloatEngine {
                            static_cast<const float*>(values) + column * block_keys + first * panel,
                            value_columns - column, sums + column, value_columns, last - first);
   }
-
-  static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {
-    a.store(row + key);
-    b.store(row + key + Vec::width);
-  }
-  static ATTNRB_INLINE float load_probability(const Probability* row, int64_t key) { return row[key]; }
-  static ATTNRB_INLINE void scale_probability(Probability* row, int64_t key, float factor) { row[key] *= factor; }
 
  private:
   // The first n <= Vec::width elements; zeros follow.

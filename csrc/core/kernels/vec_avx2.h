@@ -30,30 +30,14 @@ struct Vec {
     return load(lanes);
   }
 
-  // As in vec_avx512.h.
-  template <class T>
-  static ATTNRB_INLINE void load_pair(const T* p, Vec& low, Vec& high) {
-    low = load(p);
-    high = load(p + width);
-  }
-  template <class T>
-  static ATTNRB_INLINE void load_pair(const T* p, int n, Vec& low, Vec& high) {
-    low = load(p, n);
-    high = n > width ? load(p + width, n - width) : zero();
-  }
-  static ATTNRB_INLINE void load_pair(const bfloat16* p, Vec& even, Vec& odd) {
+  static ATTNRB_INLINE void load_even_odd(const bfloat16* p, Vec& even, Vec& odd) {
     deal(_mm256_loadu_si256((const __m256i*)p), even, odd);
   }
-  static ATTNRB_INLINE void load_pair(const bfloat16* p, int n, Vec& even, Vec& odd) {
+  static ATTNRB_INLINE void load_even_odd(const bfloat16* p, int n, Vec& even, Vec& odd) {
     bfloat16 lanes[2 * width] = {};
     for (int i = 0; i < 2 * width && i < n; ++i) lanes[i] = p[i];
-    load_pair(lanes, even, odd);
+    load_even_odd(lanes, even, odd);
   }
-  template <class T>
-  static ATTNRB_INLINE int pair_place(T, int i) {
-    return i;
-  }
-  static ATTNRB_INLINE int pair_place(bfloat16, int i) { return i % 2 * width + i / 2; }
 
   ATTNRB_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   ATTNRB_INLINE void store(bfloat16* p) const { _mm_storeu_si128((__m128i*)p, narrow_bf16()); }

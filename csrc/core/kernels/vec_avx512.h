@@ -31,30 +31,12 @@ struct Vec {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
   }
 
-  // Two vectors' worth of elements, or the first n of them. bfloat16 comes out as even and odd elements: one operation
-  // each on whole registers, where widening in order takes two.
-  template <class T>
-  static ATTNRB_INLINE void load_pair(const T* p, Vec& low, Vec& high) {
-    low = load(p);
-    high = load(p + width);
-  }
-  template <class T>
-  static ATTNRB_INLINE void load_pair(const T* p, int n, Vec& low, Vec& high) {
-    low = load(p, n);
-    high = n > width ? load(p + width, n - width) : zero();
-  }
-  static ATTNRB_INLINE void load_pair(const bfloat16* p, Vec& even, Vec& odd) {
+  static ATTNRB_INLINE void load_even_odd(const bfloat16* p, Vec& even, Vec& odd) {
     deal(_mm512_loadu_si512(p), even, odd);
   }
-  static ATTNRB_INLINE void load_pair(const bfloat16* p, int n, Vec& even, Vec& odd) {
+  static ATTNRB_INLINE void load_even_odd(const bfloat16* p, int n, Vec& even, Vec& odd) {
     deal(_mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffffu : (1u << n) - 1u, p), even, odd);
   }
-  // Where element i of a pair ends up.
-  template <class T>
-  static ATTNRB_INLINE int pair_place(T, int i) {
-    return i;
-  }
-  static ATTNRB_INLINE int pair_place(bfloat16, int i) { return i % 2 * width + i / 2; }
 
   ATTNRB_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   ATTNRB_INLINE void store(bfloat16* p) const { _mm256_storeu_si256((__m256i*)p, narrow_bf16()); }

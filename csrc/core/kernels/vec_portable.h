@@ -1,7 +1,7 @@
 // Four floats in GCC's vector extension: SSE2 on x86-64, NEON on AArch64, scalars elsewhere. Every vec_*.h defines one
 // type `Vec` with this vocabulary:
 //   width, Mask; zero, set, iota; load and store of float, bfloat16 and float16, whole or the first n lanes;
-//   load_pair (two vectors' worth, in an order of its own choice) and pair_place (that order);
+//   load_even_odd (two vectors' worth of bfloat16, the even elements and the odd ones);
 //   + - * /, fma (a*b+c), fms (a*b-c), max (a NaN in b survives), abs, round, copy_sign, scale_exponent (x * 2^n);
 //   sum, max (over lanes), sums (of `width` vectors), transpose (of as many); first, none, both, from_bytes, greater,
 //   greater_equal, select, bits; compress (the selected lanes, packed).
@@ -38,19 +38,14 @@ struct Vec {
     return {x};
   }
 
-  template <class T>
-  static ATTNRB_INLINE void load_pair(const T* p, Vec& low, Vec& high) {
-    low = load(p);
-    high = load(p + width);
+  static ATTNRB_INLINE void load_even_odd(const bfloat16* p, Vec& even, Vec& odd) {
+    load_even_odd(p, 2 * width, even, odd);
   }
-  template <class T>
-  static ATTNRB_INLINE void load_pair(const T* p, int n, Vec& low, Vec& high) {
-    low = load(p, n);
-    high = n > width ? load(p + width, n - width) : zero();
-  }
-  template <class T>
-  static ATTNRB_INLINE int pair_place(T, int i) {
-    return i;
+  static ATTNRB_INLINE void load_even_odd(const bfloat16* p, int n, Vec& even, Vec& odd) {
+    Floats parts[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    for (int i = 0; i < 2 * width && i < n; ++i) parts[i % 2][i / 2] = to_float(p[i]);
+    even = {parts[0]};
+    odd = {parts[1]};
   }
 
   ATTNRB_INLINE void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
