@@ -42,10 +42,10 @@ struct Vec {
     load_even_odd(p, 2 * width, even, odd);
   }
   static ATTNRB_INLINE void load_even_odd(const bfloat16* p, int n, Vec& even, Vec& odd) {
-    Floats parts[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    float parts[2][width] = {};
     for (int i = 0; i < 2 * width && i < n; ++i) parts[i % 2][i / 2] = to_float(p[i]);
-    even = {parts[0]};
-    odd = {parts[1]};
+    even = load(parts[0]);
+    odd = load(parts[1]);
   }
 
   ATTNRB_INLINE void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
