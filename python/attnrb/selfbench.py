@@ -119,7 +119,7 @@ def run(
     setting = (
         f"{HEADS} heads, {KEY_HEADS} key heads, width {WIDTH}, {str(dtype).removeprefix('torch.')}; "
         f"prefill {length} tokens, decode {length * DECODE_FACTOR} keys; "
-        f"{_C.instruction_set()}, {torch.get_num_threads()} threads"
+        f"{_C.instruction_set()}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     )
     return Report(setting, outlier_count / outlier_rows, rows)
 

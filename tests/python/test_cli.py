@@ -299,7 +299,10 @@ class TestProcess:
     def test_ascii_output(self, folder: Path) -> None:
         result = process("compare", TEXT, "--model", folder, "-n", "8", PYTHONIOENCODING="ascii")
         assert result.returncode == 0, result.stderr.decode()
-        assert re.search(rb"^ +0 .*\d+\.\d -> +\d+\.\d %", result.stdout, re.MULTILINE)
+        out = result.stdout.decode("ascii")
+        assert re.search(r"^ +0 [=.']* +\d+\.\d -> +\d+\.\d %", out, re.MULTILINE)
+        assert max(map(len, out.splitlines())) <= 80
+        assert "?" not in result.stderr.decode("ascii")
 
     def test_colour_can_be_forced_and_refused(self, folder: Path) -> None:
         arguments = ("compare", TEXT, "--model", folder, "-n", "8")

@@ -90,7 +90,8 @@ def steps() -> Iterator[Callable[[str], None]]:
     """Show the step in progress and its time on a terminal, a line a step elsewhere. Yields what names a step."""
     console = errors()
     if not console.is_terminal:
-        yield lambda step: console.print(Text(f"{step} …"), soft_wrap=True)
+        dots = "..." if console.options.ascii_only else "…"
+        yield lambda step: console.print(Text(f"{step} {dots}"), soft_wrap=True)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

@@ -29,12 +29,13 @@ def comparison(console: Console, result: Comparison, tokenizer: Any, about: Mapp
     """Print what `attnrb.compare.compare` found."""
     console.print(_heading(result, about))
     console.print()
+    mark = ">" if console.options.ascii_only else "▶"
     texts = [
-        _marked(tokenizer, generation, result.first_difference, colour)
+        _marked(tokenizer, generation, result.first_difference, f"bold {colour}", mark)
         for generation, colour in ((result.plain, _PLAIN), (result.rebalanced, _REBALANCED))
     ]
     console.print(_side_by_side(console.width, texts, [_speed(result.plain), _speed(result.rebalanced)]))
-    console.print(_difference(result))
+    console.print(_difference(result, mark))
     console.print()
     console.print(first_key_chart(result.first_key_plain, result.first_key_rebalanced, console))
 
@@ -43,12 +44,13 @@ def _heading(result: Comparison, about: Mapping[str, Any]) -> Table:
     config = result.config
     depth = "" if config.depth is None else f", depth {config.depth:g}"
     extras = [name for name, on in (("normalised", config.normalize), ("every entry", config.boost_all)) if on]
+    threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
     choice = "greedy" if about["temperature"] == 0 else f"temperature {about['temperature']:g}, seed {about['seed']}"
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
     table.add_row("prompt", Text(printable(result.prompt)))
-    table.add_row("model", Text(printable(f"{about['model']}, {about['dtype']}, {about['threads']} threads, {choice}")))
+    table.add_row("model", Text(printable(f"{about['model']}, {about['dtype']}, {threads}, {choice}")))
     table.add_row(
         "method",
         Text(", ".join([f"alpha {config.alpha:g}, threshold {config.threshold:g}{depth}", *extras])),
@@ -77,7 +79,7 @@ def _side_by_side(width: int, texts: Sequence[Text], speeds: Sequence[Text]) -> 
     return table
 
 
-def _marked(tokenizer: Any, generation: Generation, at: int | None, colour: str) -> Text:
+def _marked(tokenizer: Any, generation: Generation, at: int | None, style: str, mark: str) -> Text:
     """The text, its token number `at` set off by a mark and by style."""
     if at is None:
         return Text(printable(generation.text))
@@ -87,8 +89,8 @@ def _marked(tokenizer: Any, generation: Generation, at: int | None, colour: str)
     before, token, after = generation.text[:start], generation.text[start:end], generation.text[end:]
     gap = token[: len(token) - len(token.lstrip())]
     text = Text(printable(before + gap))
-    text.append("▶", style=f"bold {colour}")
-    text.append(printable(token[len(gap) :]) or "(ends here)", style=f"bold {colour} underline")
+    text.append(mark, style=style)
+    text.append(printable(token[len(gap) :]) or "(ends here)", style=f"{style} underline")
     text.append(printable(after))
     return text
 
@@ -103,11 +105,11 @@ def _common(start: str, text: str) -> int:
     return length
 
 
-def _difference(result: Comparison) -> Text:
+def _difference(result: Comparison, mark: str) -> Text:
     at = result.first_difference
     if at is None:
-        return Text("▶ no token differs")
-    return Text(f"▶ first differing token: number {at + 1}")
+        return Text(f"{mark} no token differs")
+    return Text(f"{mark} first differing token: number {at + 1}")
 
 
 def first_key_chart(plain: Sequence[float], rebalanced: Sequence[float], console: Console) -> Group:
@@ -118,7 +120,7 @@ def first_key_chart(plain: Sequence[float], rebalanced: Sequence[float], console
     columns = 2 if console.width >= _WIDE and len(plain) >= 8 else 1
     gap = 3
     width = (min(console.width, _WIDEST) - gap * (columns - 1)) // columns
-    bars = _Bars(console, room=max(6, width - len("000  100.0 → 100.0 %")), top=max([*plain, *rebalanced, 1e-9]))
+    bars = _Bars(console, width, top=max([*plain, *rebalanced, 1e-9]))
 
     pairs = list(zip(plain, rebalanced, strict=True))
     lines = [bars.line(f"{layer:>3}", *pair) for layer, pair in enumerate(pairs)]
@@ -130,13 +132,14 @@ def first_key_chart(plain: Sequence[float], rebalanced: Sequence[float], console
 
 
 class _Bars:
-    """The characters of the chart, for one console."""
+    """The characters of the chart, for one console and lines of one width."""
 
-    def __init__(self, console: Console, room: int, top: float) -> None:
-        self.room, self.top = room, top
+    def __init__(self, console: Console, width: int, top: float) -> None:
+        self.top = top
         self.colour = console.is_terminal and not console.no_color
         self.upper, self.lower, self.both = "'.=" if console.options.ascii_only else "▀▄█"
         self.arrow = "->" if console.options.ascii_only else "→"
+        self.room = max(6, width - len(f"000  100.0 {self.arrow} 100.0 %"))
 
     def legend(self, plain: float, rebalanced: float) -> Text:
         text = Text("Attention on the first key, by layer", style="bold")
