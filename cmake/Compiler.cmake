@@ -18,6 +18,10 @@ int main() {}" ATTNRB_TARGET_X86_64)
 
 add_library(attnrb_options INTERFACE)
 target_compile_options(attnrb_options INTERFACE -Wall -Wextra)
+if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  # GCC's names in pragmas are no mistake.
+  target_compile_options(attnrb_options INTERFACE -Wno-unknown-warning-option)
+endif()
 if(ATTNRB_WERROR)
   target_compile_options(attnrb_options INTERFACE -Werror)
 endif()

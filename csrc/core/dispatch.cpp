@@ -27,19 +27,24 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-
 void cpuid(unsigned leaf, unsigned subleaf, unsigned registers[4]) {
   __asm__ volatile("cpuid"
                    : "=a"(registers[0]), "=b"(registers[1]), "=c"(registers[2]), "=d"(registers[3])
                    : "a"(leaf), "c"(subleaf));
+}
+
+// Clang's __builtin_cpu_supports() knows no "f16c".
+bool has_f16c() {
+  unsigned registers[4];
+  cpuid(1, 0, registers);
+  return (registers[2] >> 29) & 1u;
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
 // Linux gives the 8 KB of tile registers only to a process that asks for them.
