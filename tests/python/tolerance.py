@@ -9,11 +9,10 @@ where a row's magnitude is what its own rounding errors scale with: for an outpu
 
     e(op) <= 2 e(PyTorch) + u
 
-must hold, with u one rounding of the result's dtype (the spacing of its numbers at 1: PyTorch may be exact by luck,
-and the neighbouring number must do as well), and e(PyTorch) the largest error among PyTorch's own ways to compute the
-same at the same dtype: eager, as models write it; the sparse correction of docs/method.md in eager; and, for what it
-can express, `scaled_dot_product_attention`. Several ways, and several draws of a case that has but a few rows,
-because the error of one way on one row is a matter of luck. A row of magnitude 0 must be exactly 0.
+must hold, with u one rounding of the result's dtype, and e(PyTorch) the largest error among PyTorch's own ways to
+compute the same at the same dtype: eager, as models write it; the sparse correction of docs/method.md in eager; and,
+for what it can express, `scaled_dot_product_attention`. Several ways, and several draws of a case that has but a few
+rows, because the error of one way on one row is a matter of luck. A row of magnitude 0 must be exactly 0.
 """
 
 from __future__ import annotations
@@ -32,8 +31,13 @@ Floats = NDArray[np.float64]
 
 
 def one_rounding(dtype: torch.dtype) -> float:
-    """The relative distance of neighbouring numbers of `dtype`, at its largest."""
-    return torch.finfo(dtype).eps
+    """The u of Note: [Earned tolerance]: half the spacing of numbers at 1, and the whole of it for float32.
+
+    A 16-bit result is computed in float32 and rounded once. A float32 result is computed and kept in float32, where
+    even one key alone takes two roundings, p * v and its division by p; PyTorch's softmax happens to be exact there.
+    """
+    spacing = torch.finfo(dtype).eps
+    return spacing if dtype == torch.float32 else spacing / 2
 
 
 def error(actual: Tensor, truth: Floats, magnitude: Floats) -> float:
