@@ -93,7 +93,8 @@ def load(
             gguf = _only_gguf(path)
             source = _plain_source(path) if gguf is None else stack.enter_context(_gguf(gguf, say))
         elif model is not None and _is_hub_id(str(model)):
-            source = _plain_source(model)
+            say(f"Looking for {model} on the Hugging Face hub")
+            source = _hub_source(str(model))
         else:
             raise ModelError(f"model: {str(model)!r} is neither a folder, a .gguf file nor a hub id like 'owner/name'")
 
@@ -166,6 +167,15 @@ def _only_gguf(folder: Path) -> Path | None:
 
 def _plain_source(model: str | os.PathLike[str]) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(model)}
+
+
+def _hub_source(name: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    # Its smallest file first: a wrong name then reads as that, and not as a model without a tokenizer.
+    with _failures(f"model: {name!r} is no file or folder here and could not be had from the Hugging Face hub"):
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return _plain_source(name)
 
 
 def _tokenizer(source: dict[str, Any], name: str) -> Any:

@@ -101,9 +101,11 @@ def steps() -> Iterator[Callable[[str], None]]:
 
 def quiet_transformers() -> None:
     """Silence the bars and warnings of transformers, which would break the layout; downloads keep theirs."""
+    from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     enable_progress_bars()
