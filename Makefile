@@ -10,13 +10,14 @@ CMAKE := $(BIN)/cmake
 CORE_BUILD := -G Ninja -D CMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -D ATTNRB_BUILD_PACKAGE=OFF -D ATTNRB_WERROR=ON
 NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 CPP_FILES := $(shell find csrc tests/cpp bench/cpp -name '*.cpp' -o -name '*.h')
+CMAKE_FILES := CMakeLists.txt tests/cpp/CMakeLists.txt $(wildcard cmake/*.cmake)
 # Generated cases for the sanitized run, which is many times slower: enough to reach every feature.
 SANITIZED_CASES := 300
 
 .DEFAULT_GOAL := help
 # Stages follow each other, whatever -j says; each uses JOBS cores by itself.
 .NOTPARALLEL:
-.PHONY: help demo test bench install lint test-cpp test-python test-aarch64 clean
+.PHONY: help demo test bench install lint test-cpp cpp-verdict test-python test-aarch64 clean
 
 help:
 	@echo 'make demo          set up everything and compare a real model with and without re-balancing'
@@ -32,10 +33,17 @@ demo: $(DONE)/cli $(DONE)/model
 install: $(DONE)/test $(DONE)/model
 
 # pytest comes last, so that its summary is the last line.
-test: lint test-cpp test-python
+test: lint $(DONE)/test-cpp cpp-verdict test-python
 
+# Said also where nothing was run because nothing changed since.
+cpp-verdict:
+	@if test -e $(DONE)/test-cpp; then \
+	  echo 'The C++ tests have passed for these sources; make test-cpp runs them again.'; \
+	else echo 'C++ tests skipped: GoogleTest is neither installed nor to be had.'; fi
+
+# Two threads a process, where several processes share the cores; some tests set their own number.
 test-python: $(DONE)/test $(DONE)/model
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(DONE)/test
 	$(BIN)/ruff check .
@@ -80,7 +88,11 @@ $(DONE)/google: $(DONE)/venv
 
 # ---------------------------------------------------------------------------------------------------- C++
 
-test-cpp: $(DONE)/tools $(DONE)/google
+test-cpp:
+	@rm -f $(DONE)/test-cpp
+	@$(MAKE) --no-print-directory $(DONE)/test-cpp
+
+$(DONE)/test-cpp: $(filter-out bench/%,$(CPP_FILES)) $(CMAKE_FILES) $(DONE)/tools $(DONE)/google
 	$(CMAKE) -S . -B build/cpp $(CORE_BUILD) -D ATTNRB_BUILD_TESTS=ON
 	$(CMAKE) --build build/cpp --parallel $(JOBS)
 	$(BIN)/ctest --test-dir build/cpp --parallel $(JOBS) --output-on-failure
@@ -88,6 +100,7 @@ test-cpp: $(DONE)/tools $(DONE)/google
 	  -D CMAKE_CXX_FLAGS=-O1 -D ATTNRB_SANITIZE=address,undefined
 	$(CMAKE) --build build/cpp-sanitized --parallel $(JOBS)
 	ATTNRB_TEST_CASES=$(SANITIZED_CASES) $(BIN)/ctest --test-dir build/cpp-sanitized --parallel $(JOBS) --output-on-failure
+	@test ! -x build/cpp/tests/cpp/attnrb_tests || touch $@
 
 bench: $(DONE)/test $(DONE)/model $(DONE)/google
 	@mkdir -p build/bench
