@@ -1,12 +1,15 @@
 """The attention function of patched models: what transformers calls in place of its own, once in every layer.
 
 It is told which forward it belongs to by a keyword argument that the patch adds to the model's call and that the model
-hands down to its layers, so two forwards never share outliers, whatever threads they run in.
+hands down to its layers, so two forwards never share outliers, whatever threads they run in. A model that drops the
+argument on the way is served all the same, by the forward that runs in this thread (`current_forward`).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,7 @@ from attnrb import functional
 from attnrb.config import RebalanceConfig
 from attnrb.outliers import Outliers
 from attnrb.stats import PatchStats
+from attnrb.weights import attention_weights
 
 if TYPE_CHECKING:
     from attnrb.masks import Geometry
@@ -35,6 +39,7 @@ _UNSUPPORTED = {
     "sinks": "per-key sinks",
     "cache": "paged caches (continuous batching)",
 }
+_UNSUPPORTED_NAMES = frozenset(_UNSUPPORTED)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Plan:
         heads: int,
         gains: Sequence[Sequence[float] | None],
         observer: Observer | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         """Prepare the plan.
 
@@ -73,27 +79,45 @@ class Plan:
             heads: H, the number of query heads in the layers that take part.
             gains: for each of the L layers its H gains, or None where the layer stays as it is.
             observer: called after the attention of every layer.
+            shard: rank and number of ranks among which tensor parallelism splits the heads of a layer, in order.
         """
         self.source_layer = config.source_layer
         self.threshold = config.threshold
         self.normalize = config.normalize
         self.boost_all = config.boost_all
         self.heads = heads
+        rank, ranks = shard
+        self.local_heads = heads // ranks if heads % ranks == 0 else heads
         self.layers = len(gains)
         self.observer = observer
         touched = [layer for layer, gain in enumerate(gains) if gain is not None]
         # A layer that takes part must call in every forward; any other may be left out.
         self.required = frozenset([self.source_layer, *touched])
-        # float32 [H] for each layer that is re-balanced. A tensor that moved to its layer's device stays there.
-        self._gains = {layer: torch.tensor(gains[layer]) for layer in touched}
+        # float32 [H], by layer and number of heads: this rank's own, and all in a layer that is not split. A tensor that
+        # moved to its layer's device stays there.
+        self._gains: dict[tuple[int, int], torch.Tensor] = {}
+        for layer in touched:
+            gain = torch.tensor(gains[layer])
+            first = rank * self.local_heads if self.local_heads < heads else 0
+            self._gains[layer, self.local_heads] = gain[first : first + self.local_heads].clone()
+            self._gains[layer, heads] = gain
+        self._touched = frozenset(touched)
         self._no_gain = torch.zeros(1)
         self._no_outliers: Outliers | None = None
 
-    def gain(self, layer: int, device: torch.device) -> torch.Tensor | None:
-        """float32 ``[H]`` on ``device``, or None for a layer that stays as it is."""
-        gain = self._gains.get(layer)
-        if gain is not None and gain.device != device:
-            gain = self._gains[layer] = gain.to(device)
+    def takes_part(self, layer: int) -> bool:
+        """Whether a layer is the source or is re-balanced."""
+        return layer == self.source_layer or layer in self._touched
+
+    def gain(self, layer: int, heads: int, device: torch.device) -> torch.Tensor | None:
+        """float32 ``[heads]`` on ``device``, or None for a layer that stays as it is."""
+        if layer not in self._touched:
+            return None
+        gain = self._gains[layer, heads]
+        if gain.device != device:
+            gain = gain.to(device)
+            if not torch.compiler.is_compiling():
+                self._gains[layer, heads] = gain
         return gain
 
     def nothing(self, query: torch.Tensor) -> tuple[Outliers, torch.Tensor]:
@@ -101,8 +125,11 @@ class Plan:
 
         Kept for the next call, since every layer of every decoded token asks for the same.
         """
-        none = self._no_outliers
         rows = query.shape[:3]
+        if torch.compiler.is_compiling():  # a graph keeps nothing between calls
+            counts = torch.zeros(rows, dtype=torch.int32, device=query.device)
+            return Outliers(counts.new_empty((*rows, 0)), counts), torch.zeros(1, device=query.device)
+        none = self._no_outliers
         if none is None or none.counts.shape != rows or none.counts.device != query.device:
             counts = torch.zeros(rows, dtype=torch.int32, device=query.device)
             none = self._no_outliers = Outliers(counts.new_empty((*rows, 0)), counts)
@@ -113,24 +140,70 @@ class Plan:
 class Forward:
     """One forward of a patched model: what its layers tell each other."""
 
-    __slots__ = ("called", "first_slot", "foreign", "outliers", "plan", "rebalanced", "stats")
+    __slots__ = (
+        "__weakref__",
+        "called",
+        "first_slot",
+        "masks",
+        "outliers",
+        "packed",
+        "plan",
+        "rebalanced",
+        "stats",
+        "weights",
+    )
 
-    def __init__(self, plan: Plan, stats: PatchStats, first_slot: int | None) -> None:
+    def __init__(
+        self, plan: Plan, stats: PatchStats, first_slot: int | None, *, weights: bool = False, packed: bool = False
+    ) -> None:
         """Begin a forward.
 
         Args:
             plan: what to do.
             stats: where to count it.
-            first_slot: slot of the first query, known only where a mask of the user's own makes it needed.
+            first_slot: slot of the first query, where a mask of the user's own makes it needed. The mask function notes
+                it where transformers asks for a mask.
+            weights: whether the layers are to return their weights.
+            packed: whether positions may tell that several texts share a row.
         """
         self.plan = plan
         self.stats = stats
         self.first_slot = first_slot
+        self.weights = weights
+        self.packed = packed
         self.outliers: Outliers | None = None
         self.called: set[int] = set()
         self.rebalanced: set[int] = set()
-        # Masks not made by attnrb, read once for all layers. The mask is kept beside, so that its id stays its own.
-        self.foreign: dict[tuple[int, int], tuple[torch.Tensor | None, Geometry]] = {}
+        # Masks without a geometry of their own, read once for all layers: (mask, N, geometry).
+        self.masks: list[tuple[torch.Tensor | None, int, Geometry]] = []
+
+
+class _Traced:
+    """The forward that torch.compile is tracing, which cannot see context variables."""
+
+    def __init__(self) -> None:
+        self.forward: Forward | None = None
+
+
+_traced = _Traced()
+# Weak: a forward that failed must not be found later by parts of the model that are called by themselves.
+_running: ContextVar[weakref.ref[Forward] | None] = ContextVar("attnrb_forward", default=None)
+
+
+def enter_forward(forward: Forward | None) -> None:
+    """Make this the forward that runs in this thread; None when it is over."""
+    if torch.compiler.is_compiling():
+        _traced.forward = forward
+    else:
+        _running.set(None if forward is None else weakref.ref(forward))
+
+
+def current_forward() -> Forward | None:
+    """The forward of a patched model that runs in this thread, if any."""
+    if torch.compiler.is_compiling():
+        return _traced.forward
+    running = _running.get()
+    return None if running is None else running()
 
 
 def attention(
@@ -147,7 +220,7 @@ def attention(
     s_aux: torch.Tensor | None = None,
     attnrb_forward: Forward | None = None,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Re-balanced attention behind the `AttentionInterface` of transformers.
 
     Args:
@@ -166,9 +239,10 @@ def attention(
         others: not used, but refused where they would change what attention means.
 
     Returns:
-        ``[B, M, H, Dv]``, contiguous, and None for the weights, which are never computed.
+        ``[B, M, H, Dv]``, contiguous, and the weights ``[B, H, M, N]`` as applied, re-balanced where they are, in the
+        dtype of ``query``; None where nobody asked for them, which keeps memory linear.
     """
-    forward = attnrb_forward
+    forward = current_forward() if attnrb_forward is None else attnrb_forward
     layer = getattr(module, "layer_idx", None)
     if (
         forward is None
@@ -176,31 +250,34 @@ def attention(
         or not 0 <= layer < forward.plan.layers
         or dropout
         or (query.requires_grad and torch.is_grad_enabled())
-        or not _UNSUPPORTED.keys().isdisjoint(others)
+        or not _UNSUPPORTED_NAMES.isdisjoint(others)
     ):
         _check_call(module, forward, layer, dropout, query, others)
     assert forward is not None
     assert layer is not None
     plan = forward.plan
-    gain = plan.gain(layer, query.device)
-    is_source = layer == plan.source_layer
-    if query.size(1) != plan.heads and (is_source or gain is not None):
+    heads = query.size(1)
+    if heads != plan.local_heads and heads != plan.heads and plan.takes_part(layer):
         raise NotImplementedError(
-            f"layer {layer} ({type(module).__name__}) has {query.size(1)} query heads, others {plan.heads}. Outliers "
+            f"layer {layer} ({type(module).__name__}) has {heads} query heads, others {plan.heads}. Outliers "
             "pair by head index, so attnrb re-balances layers with as many heads as the model's configuration names; "
             "leave this one out with RebalanceConfig(layers=...)"
         )
+    gain = plan.gain(layer, heads, query.device)
+    is_source = layer == plan.source_layer
 
     geometry = getattr(attention_mask, GEOMETRY, None)
     if geometry is None:
-        geometry = _foreign_geometry(forward, module, attention_mask, query, key, is_causal, sliding_window)
+        geometry = _read_mask(forward, module, attention_mask, query, key, is_causal, sliding_window)
+    geometry = geometry.on(query.device)
     if isinstance(scaling, torch.Tensor):
         scaling = float(scaling)
     scores: dict[str, Any] = {"scale": scaling, "visibility": geometry.visibility, "softcap": softcap, "sinks": s_aux}
 
     if is_source and not plan.boost_all:
         output, _, forward.outliers = functional.source_attention(query, key, value, threshold=plan.threshold, **scores)
-        forward.stats.add_counts(forward.outliers.counts, geometry.tokens)
+        if not torch.compiler.is_compiling():  # a graph counts nothing
+            forward.stats.add_counts(forward.outliers.counts, geometry.tokens)
     else:
         output = _layer_attention(forward, layer, gain, query, key, scores, value)
         if gain is not None:
@@ -209,7 +286,11 @@ def attention(
     if plan.observer is not None:
         again = partial(_layer_attention, forward, layer, gain, query, key, scores)
         plan.observer(AttentionCall(layer, query, key, value, again))
-    return output.transpose(1, 2), None
+    weights = None
+    if forward.weights:
+        outliers = None if is_source or plan.boost_all else forward.outliers
+        weights = attention_weights(query, key, outliers, gain, normalize=plan.normalize, **scores)
+    return output.transpose(1, 2), weights
 
 
 def _layer_attention(
@@ -243,7 +324,7 @@ def _layer_attention(
     return output
 
 
-def _foreign_geometry(
+def _read_mask(
     forward: Forward,
     module: torch.nn.Module,
     mask: torch.Tensor | None,
@@ -252,7 +333,7 @@ def _foreign_geometry(
     is_causal: bool | None,
     sliding_window: int | None,
 ) -> Geometry:
-    """What a mask says that attnrb did not make: read once for all layers that share it."""
+    """What a mask says that bears no geometry (any more): read once for all layers that share it."""
     keys = key.size(2)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None and (sliding_window or not causal):
@@ -260,13 +341,14 @@ def _foreign_geometry(
             f"{type(module).__name__} gave its attention no mask where it needs one (a sliding window, or attention to "
             "later tokens): attnrb supports models whose masks come from transformers' AttentionMaskInterface"
         )
-    known = forward.foreign.get((id(mask), keys))
-    if known is None:
-        from attnrb.masks import foreign_geometry
+    for known, length, geometry in forward.masks:
+        if known is mask and length == keys:
+            return geometry
+    from attnrb.masks import read_mask
 
-        known = mask, foreign_geometry(mask, forward.first_slot, query.size(2), keys)
-        forward.foreign[id(mask), keys] = known
-    return known[1]
+    geometry = read_mask(mask, forward.first_slot, query.size(2), keys)
+    forward.masks.append((mask, keys, geometry))
+    return geometry
 
 
 def _check_call(
@@ -282,8 +364,9 @@ def _check_call(
     if forward is None:
         raise RuntimeError(
             f"{name} called its attention without the argument {FORWARD!r}, by which attnrb tells one forward from "
-            "another. Either this model does not hand keyword arguments down to its layers, which attnrb needs, or a "
-            "part of a patched model was called by itself: call the whole model, or remove the patch first"
+            "another, and no forward of a patched model runs in this thread. Most likely a part of a patched model was called "
+            "by itself: call the whole model, or remove the patch first. Or gradient checkpointing runs a layer again "
+            "that does not hand keyword arguments down to its attention: turn it off for this model"
         )
     if layer is None:
         raise NotImplementedError(

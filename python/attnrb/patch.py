@@ -7,6 +7,9 @@ that says this name; the configuration itself, which other models may share, is 
 decoder adds one keyword argument, the `attnrb.attention.Forward`, which models hand down to their attention. A hook
 after it checks that every layer that was to be re-balanced did come by: what cannot be served raises, and nothing runs
 plainly in silence. `Patch.remove` puts the configurations back and takes both hooks out.
+
+A patch belongs to one model. Copies of a patched model, made with ``copy.deepcopy``, by pickling or by
+``save_pretrained``, are not patched: when a hook is copied it leaves nothing but the original attention behind.
 """
 
 from __future__ import annotations
@@ -15,13 +18,13 @@ import copy
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from attnrb.attention import FORWARD, AttentionCall, Forward, Observer, Plan, attention
+from attnrb.attention import FORWARD, AttentionCall, Forward, Observer, Plan, attention, enter_forward
 from attnrb.config import RebalanceConfig
 from attnrb.stats import PatchStats
 
@@ -85,11 +88,11 @@ class Patch:
         decoder = _find_decoder(model)
         self.config = config
         self.stats = PatchStats()
-        self._plan = _make_plan(decoder, config, observer)
+        self._plan = _make_plan(decoder, config, observer, _shard(model))
         self._configurations = _Configurations(model, decoder)
         self._hooks = [
-            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            decoder.register_forward_hook(self._after_forward, with_kwargs=True),
+            decoder.register_forward_pre_hook(_Hook(self._before_forward, self._configurations), with_kwargs=True),
+            decoder.register_forward_hook(_Hook(self._after_forward, self._configurations), with_kwargs=True),
         ]
 
     @property
@@ -114,23 +117,29 @@ class Patch:
     ) -> None:
         self.remove()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a patch belongs to one model and cannot be copied: copy the model and patch the copy")
+
     def __repr__(self) -> str:
         return f"Patch({'active' if self.active else 'removed'}, {self.config}, {self.stats})"
 
     def _before_forward(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
-            raise NotImplementedError(
-                "output_attentions: attnrb never computes the n×n weights, so it cannot return them; leave it False"
-            )
-        kwargs[FORWARD] = Forward(self._plan, self.stats, _first_slot(args, kwargs))
+        inputs = _Inputs(decoder, args, kwargs)
+        inputs.rule_out_packing()
+        forward = Forward(
+            self._plan, self.stats, inputs.first_slot(), weights=inputs.weights_wanted(), packed=inputs.maybe_packed()
+        )
+        kwargs[FORWARD] = forward
+        enter_forward(forward)
         return args, kwargs
 
     def _after_forward(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         forward: Forward = kwargs[FORWARD]
+        enter_forward(None)
         if not self._plan.required <= forward.called:
             missing = sorted(self._plan.required - forward.called)
             raise NotImplementedError(
@@ -138,17 +147,54 @@ class Patch:
                 "AttentionInterface, so attnrb could not reach it. If these layers have no attention, name those to "
                 "re-balance with RebalanceConfig(layers=...)"
             )
-        self.stats.add_forward(forward.rebalanced)
+        if not torch.compiler.is_compiling():  # a graph counts nothing
+            self.stats.add_forward(forward.rebalanced)
 
 
-def _first_slot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Slot of the first query, where a 4-D mask of the user's own makes it needed: such a mask does not say."""
-    mask = kwargs.get("attention_mask")
-    masks = [*args, *(mask.values() if isinstance(mask, dict) else [mask])]
-    if not any(isinstance(each, torch.Tensor) and each.dim() == 4 for each in masks):
-        return None
-    cache = kwargs.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length())
+class _Inputs:
+    """What a decoder is called with, as far as attention needs to know."""
+
+    def __init__(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.decoder = decoder
+        self.args = args
+        self.kwargs = kwargs
+
+    def weights_wanted(self) -> bool:
+        wanted = self.kwargs.get("output_attentions")
+        return bool(getattr(self.decoder.config, "output_attentions", False) if wanted is None else wanted)
+
+    def first_slot(self) -> int | None:
+        """Slot of the first query, where a finished mask of the user's makes it needed: it does not say itself."""
+        mask = self.kwargs.get("attention_mask")
+        masks = [*self.args, *(mask.values() if isinstance(mask, dict) else [mask])]
+        if not any(isinstance(each, torch.Tensor) and each.dim() == 4 for each in masks):
+            return None
+        from attnrb.masks import integer
+
+        cache = self.kwargs.get("past_key_values")
+        return 0 if cache is None else integer(cache.get_seq_length())
+
+    def maybe_packed(self) -> bool:
+        """Whether transformers looks at the positions for several texts in one row."""
+        given = self.kwargs.get
+        return (
+            given("attention_mask") is None and given("past_key_values") is None and given("position_ids") is not None
+        )
+
+    def rule_out_packing(self) -> None:
+        """Say outright that a row is one text, where neither positions nor a mask could say otherwise.
+
+        In a compiled graph transformers cannot look at the positions that it makes itself, and would build a mask of
+        all queries and keys in case several texts share a row.
+        """
+        given = self.kwargs.get
+        if not torch.compiler.is_compiling() or self.args[1:]:
+            return
+        if any(given(name) is not None for name in ("attention_mask", "past_key_values", "position_ids")):
+            return
+        tokens = next((each for each in (*self.args, given("input_ids"), given("inputs_embeds")) if each is not None), None)
+        if isinstance(tokens, torch.Tensor):
+            self.kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def _register() -> None:
@@ -221,7 +267,20 @@ def _uses_interface(attention_class: type) -> bool:
     )
 
 
-def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None) -> Plan:
+def _shard(model: torch.nn.Module) -> tuple[int, int]:
+    """Rank and number of ranks among which transformers' tensor parallelism split this model's heads."""
+    for module in model.modules():
+        ranks = getattr(module, "_tp_size", None)
+        if isinstance(ranks, int) and ranks > 1:
+            mesh = getattr(module, "_device_mesh", None)
+            if mesh is None:
+                return torch.distributed.get_rank() % ranks, ranks
+            names = mesh.mesh_dim_names or ()
+            return (mesh["tp"] if "tp" in names else mesh).get_local_rank(), ranks
+    return 0, 1
+
+
+def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None, shard: tuple[int, int]) -> Plan:
     """Resolve the configuration for this model's layers and heads."""
     sizes = decoder.config.get_text_config(decoder=True)
     layers, heads = getattr(sizes, "num_hidden_layers", None), getattr(sizes, "num_attention_heads", None)
@@ -246,7 +305,7 @@ def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None)
         )
     if config.layers is None and not isinstance(config.heads, Mapping):
         gains = tuple(gain if has else None for gain, has in zip(gains, has_attention, strict=True))
-    return Plan(config, heads, gains, observer)
+    return Plan(config, heads, gains, observer, shard)
 
 
 def _layers_with_attention(sizes: Any, layers: int) -> list[bool]:
@@ -256,6 +315,31 @@ def _layers_with_attention(sizes: Any, layers: int) -> list[bool]:
         if isinstance(kinds, (list, tuple)) and len(kinds) >= layers:
             return [kind in _ATTENTION_KINDS for kind in kinds[:layers]]
     return [True] * layers
+
+
+class _Hook:
+    """A hook of a patch; a copy of it, made with the model that holds it, does nothing."""
+
+    def __init__(self, function: Callable[..., Any], configurations: _Configurations) -> None:
+        self._function = function
+        self._configurations = configurations
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __reduce__(self) -> Any:
+        return _leave_clean, (self._configurations.originals(),)
+
+
+def _leave_clean(configurations: list[tuple[Any, Any]]) -> Callable[..., None]:
+    """Give copied configurations the attention implementation that the originals of the copied model have."""
+    for configuration, implementation in configurations:
+        vars(configuration)[_IMPLEMENTATION] = implementation
+    return _do_nothing
+
+
+def _do_nothing(*_: Any) -> None:
+    """What a copy of a hook does."""
 
 
 class _Configurations:
@@ -308,3 +392,7 @@ class _Configurations:
                 if name != _IMPLEMENTATION and not (name in before and before[name] is value):
                     vars(original)[name] = value
         self._places, self._twins = [], []
+
+    def originals(self) -> list[tuple[Any, Any]]:
+        """Each copy, with the attention implementation of its original."""
+        return [(twin, vars(original).get(_IMPLEMENTATION)) for original, twin, _ in self._twins]
