@@ -79,7 +79,8 @@ class Patch:
 
     Attributes:
         config: the options, as given.
-        stats: what was done so far. It stays readable after `remove`.
+        stats: what was done so far. It stays readable after `remove`. Forwards inside a graph of ``torch.compile`` are
+            not counted.
     """
 
     def __init__(self, model: Any, config: RebalanceConfig, observer: Observer | None = None) -> None:
@@ -99,6 +100,16 @@ class Patch:
     def active(self) -> bool:
         """Whether the model is still patched."""
         return bool(self._hooks)
+
+    @property
+    def layers(self) -> int:
+        """L, how many decoder layers the model has."""
+        return self._plan.layers
+
+    @property
+    def source_layer(self) -> int:
+        """The layer that decides what the outliers are: in a hybrid, the first one with attention unless chosen."""
+        return self._plan.source_layer
 
     def remove(self) -> None:
         """Make the model what it was. A second call does nothing."""
@@ -238,7 +249,7 @@ def _find_decoder(model: Any) -> Any:
         raise RuntimeError(f"model: this {name} is patched already; remove that patch first")
 
     # Of nested modules named so (a layer that holds its attention) the inner ones have the number.
-    modules = [module for module in decoder.modules() if re.search("attention|attn", type(module).__name__, re.I)]
+    modules = [module for module in decoder.modules() if re.search("attention|attn|MLA$", type(module).__name__, re.I)]
     if not modules:
         raise NotImplementedError(f"model: {name} has no attention layers; {_SUPPORTED}")
     numbered = [module for module in modules if isinstance(getattr(module, "layer_idx", None), int)]
@@ -252,6 +263,12 @@ def _find_decoder(model: Any) -> Any:
             f"model: {type(numbered[0]).__name__} computes attention by itself and does not use transformers' "
             f"AttentionInterface, so attnrb cannot reach it; {_SUPPORTED}"
         )
+    for module in numbered:
+        if own := [method for method in dir(type(module)) if "mask" in method]:
+            raise NotImplementedError(
+                f"model: {type(module).__name__} makes masks of its own ({own[0]}), which attnrb cannot know; {_SUPPORTED} "
+                "and its masks"
+            )
     return decoder
 
 
@@ -283,7 +300,8 @@ def _shard(model: torch.nn.Module) -> tuple[int, int]:
 def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None, shard: tuple[int, int]) -> Plan:
     """Resolve the configuration for this model's layers and heads."""
     sizes = decoder.config.get_text_config(decoder=True)
-    layers, heads = getattr(sizes, "num_hidden_layers", None), getattr(sizes, "num_attention_heads", None)
+    layers = _size(sizes, "decoder_layers", "num_hidden_layers")
+    heads = _size(sizes, "decoder_attention_heads", "num_attention_heads")
     for what, value in (("layers (num_hidden_layers)", layers), ("heads (num_attention_heads)", heads)):
         if not isinstance(value, int):
             raise NotImplementedError(
@@ -292,8 +310,13 @@ def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None,
             )
     assert layers is not None and heads is not None
     has_attention = _layers_with_attention(sizes, layers)
+    if True not in has_attention:
+        raise NotImplementedError(
+            f"model: none of the layers of {type(decoder).__name__} has softmax attention over all keys or a window of "
+            f"them; their kinds are {', '.join(sorted(set(_kinds(sizes, layers) or [])))}"
+        )
     if config.source_layer < layers and not has_attention[config.source_layer]:
-        if config.source_layer > 0 or True not in has_attention:
+        if config.source_layer > 0:
             raise ValueError(
                 f"source_layer: expected a layer with attention, which this model's layer {config.source_layer} has not"
             )
@@ -308,13 +331,32 @@ def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None,
     return Plan(config, heads, gains, observer, shard)
 
 
+def _size(sizes: Any, *names: str) -> Any:
+    """The first of these that a configuration has."""
+    for name in names:
+        try:
+            value = getattr(sizes, name, None)
+        except Exception as error:  # some refuse to say what differs from layer to layer
+            return type(error).__name__
+        if value is not None:
+            return value
+    return None
+
+
 def _layers_with_attention(sizes: Any, layers: int) -> list[bool]:
-    """Which decoder layers have softmax attention, where the configuration says; all where it does not."""
+    """Which decoder layers have softmax attention of their own, where the configuration says; all where it does not."""
+    kinds = _kinds(sizes, layers)
+    has = [True] * layers if kinds is None else [kind in _ATTENTION_KINDS for kind in kinds]
+    crossing = getattr(sizes, "cross_attention_layers", None) or ()
+    return [each and layer not in crossing for layer, each in enumerate(has)]
+
+
+def _kinds(sizes: Any, layers: int) -> list[str] | None:
     for name in ("layer_types", "layers_block_type"):
         kinds = getattr(sizes, name, None)
         if isinstance(kinds, (list, tuple)) and len(kinds) >= layers:
-            return [kind in _ATTENTION_KINDS for kind in kinds[:layers]]
-    return [True] * layers
+            return [str(kind) for kind in kinds[:layers]]
+    return None
 
 
 class _Hook:

@@ -125,7 +125,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
             "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear "
-            "longcat_flash minicpm3 youtu"
+            "minicpm3 youtu"
         ).split(),
         _LATENT,
     ),
@@ -139,6 +139,33 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("granitemoehybrid", "nemotron_h"), _MIXED),
     **dict.fromkeys(("ministral", "nemotron", "hunyuan_v1_dense", "hunyuan_v1_moe"), {"head_dim": 8}),
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        "max_seq_len": 256,
+        "clip_qkv": 8,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2 + ["conv"], "num_dense_layers": 1},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "longcat_flash": {**_LATENT, "num_layers": 3, "num_hidden_layers": 6, "initializer_range": 0.2},
+    "laguna": {"num_attention_heads_per_layer": [4, 8, 4, 8, 4]},
+    "dots1": {"num_local_experts": 4, "n_routed_experts": 4, "n_shared_experts": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "xlstm": {"num_heads": 4},
+    # Experts and gates that amplify rounding would drown what is to be seen.
+    "gemma4_text": {"initializer_range": 0.2},
+    "minimax": {"initializer_range": 0.1},
+    "kimi_linear": {**_LATENT, "initializer_range": 0.2},
 }
 
 
@@ -161,8 +188,7 @@ def _shrunk(default: Any) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for name, value in list(vars(default).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            small[name] = _shrunk(value)
-            small[name]["model_type"] = value.model_type
+            small[name] = {**_shrunk(value), **_SPECIAL.get(value.model_type, {}), "model_type": value.model_type}
         elif isinstance(value, (list, tuple)) and len(value) == layers:
             small[name] = _fewer(list(value))
     for name, value in _SMALL.items():
@@ -212,3 +238,8 @@ def tiny_model(name: str) -> Any:
         if parameter.dim() == 1 or not parameter.isfinite().all() or bool((parameter == 0).all()):
             parameter.data = 1 + 0.3 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """int64 ``[batch, length]``, without the padding token."""
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

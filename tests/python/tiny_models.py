@@ -30,6 +30,8 @@ _COMMON: dict[str, Any] = {
 
 _ALTERNATING = ["sliding_attention", "full_attention"] * LAYERS
 
+_MIXED = ["linear_attention", "full_attention", "linear_attention", "full_attention", "full_attention"]
+
 # What each architecture needs besides, and what it is here for.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -73,6 +75,48 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "first_k_dense_replace": 4,
     },
+    "ministral": {"sliding_window": WINDOW, "layer_types": _ALTERNATING[:LAYERS], "head_dim": 8},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gemma": {"head_dim": 16},
+    "stablelm": {},  # its layers drop keyword arguments
+    "olmo": {},
+    "olmo3": {"sliding_window": WINDOW, "layer_types": _ALTERNATING[:LAYERS]},
+    "granite": {},
+    "cohere": {},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "smollm3": {},
+    "exaone4": {"sliding_window": WINDOW, "layer_types": _ALTERNATING[:LAYERS]},
+    "nemotron": {},
+    "qwen3_next": {  # attention in some layers only, as below
+        "layer_types": _MIXED,
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "granitemoehybrid": {
+        "layer_types": _MIXED,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+    },
     "llama4_text": {  # attention in chunks: a pattern without a name, so the general mask
         "head_dim": 8,
         "intermediate_size_mlp": 48,
@@ -80,6 +124,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 8,
     },
 }
+
+HYBRIDS = ("qwen3_next", "granitemoehybrid")
+
+
+def source_layer(name: str) -> int:
+    """The first layer with attention."""
+    return _MIXED.index("full_attention") if name in HYBRIDS else 0
 
 
 @cache
