@@ -49,8 +49,8 @@ handful of layers, and must give
   attnrb;
 - with `alpha=0` the logits of the unpatched model within {unpatched:g} of the largest.
 
-{works} are served, {refused} are refused with the reason given, {untried} could not be tried. A model that is refused is
-left as it was: nothing runs without re-balancing in silence.
+{works} are served, {refused} are refused with the reason given, {untried} could not be tried. A model that is refused
+is left as it was: nothing runs without re-balancing in silence.
 
 Of a model with several parts, such as one for images and text, the text decoder is patched (`gemma3`, `llava`,
 `qwen2_5_vl` and their like). In a hybrid, layers without softmax attention stay as they are, and the source layer is by
@@ -116,9 +116,7 @@ def compare(name: str, model: Any, patched: attnrb.Patch) -> Result:
     """Logits and text against the oracle, and the model with alpha = 0 against itself."""
 
     def oracle() -> DenseOracle:
-        return DenseOracle(
-            linear_gains(patched.layers, ALPHA), threshold=THRESHOLD, source_layer=patched.source_layer
-        )
+        return DenseOracle(linear_gains(patched.layers, ALPHA), threshold=THRESHOLD, source_layer=patched.source_layer)
 
     for seed in range(20):
         ids = tokens(2, 20, seed)

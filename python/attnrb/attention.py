@@ -93,8 +93,8 @@ class Plan:
         touched = [layer for layer, gain in enumerate(gains) if gain is not None]
         # A layer that takes part must call in every forward; any other may be left out.
         self.required = frozenset([self.source_layer, *touched])
-        # float32 [H], by layer and number of heads: this rank's own, and all in a layer that is not split. A tensor that
-        # moved to its layer's device stays there.
+        # float32 [H], by layer and number of heads: this rank's own, and all in a layer that is not split. A tensor
+        # that moved to its layer's device stays there.
         self._gains: dict[tuple[int, int], torch.Tensor] = {}
         for layer in touched:
             gain = torch.tensor(gains[layer])
@@ -150,11 +150,19 @@ class Forward:
         "plan",
         "rebalanced",
         "stats",
+        "unpadded",
         "weights",
     )
 
     def __init__(
-        self, plan: Plan, stats: PatchStats, first_slot: int | None, *, weights: bool = False, packed: bool = False
+        self,
+        plan: Plan,
+        stats: PatchStats,
+        first_slot: int | None,
+        *,
+        weights: bool = False,
+        packed: bool = False,
+        unpadded: bool = False,
     ) -> None:
         """Begin a forward.
 
@@ -165,12 +173,14 @@ class Forward:
                 it where transformers asks for a mask.
             weights: whether the layers are to return their weights.
             packed: whether positions may tell that several texts share a row.
+            unpadded: whether there is no padding, whatever mask transformers is given.
         """
         self.plan = plan
         self.stats = stats
         self.first_slot = first_slot
         self.weights = weights
         self.packed = packed
+        self.unpadded = unpadded
         self.outliers: Outliers | None = None
         self.called: set[int] = set()
         self.rebalanced: set[int] = set()
@@ -364,9 +374,9 @@ def _check_call(
     if forward is None:
         raise RuntimeError(
             f"{name} called its attention without the argument {FORWARD!r}, by which attnrb tells one forward from "
-            "another, and no forward of a patched model runs in this thread. Most likely a part of a patched model was called "
-            "by itself: call the whole model, or remove the patch first. Or gradient checkpointing runs a layer again "
-            "that does not hand keyword arguments down to its attention: turn it off for this model"
+            "another, and no forward of a patched model runs in this thread. Most likely a part of a patched model was "
+            "called by itself: call the whole model, or remove the patch first. Or gradient checkpointing runs a layer "
+            "again that does not hand keyword arguments down to its attention: turn it off for this model"
         )
     if layer is None:
         raise NotImplementedError(

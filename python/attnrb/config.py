@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-__all__ = ["RebalanceConfig"]
+__all__ = ["CONFIG_FILE", "RebalanceConfig"]
+
+CONFIG_FILE = "rebalance_config.json"
+"""Name of the file in a model's folder that `RebalanceConfig.save_pretrained` writes."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,57 @@ class RebalanceConfig:
                 for layer, heads in options["heads"].items()
             }
         return cls(**options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the options beside a model, as ``rebalance_config.json``; `from_pretrained` reads them.
+
+        Args:
+            folder: of the model; made if it is not there.
+
+        Returns:
+            The file.
+        """
+        path = Path(folder) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike[str]) -> RebalanceConfig:
+        """The options that `save_pretrained` wrote beside a model.
+
+        Args:
+            model: its folder, or its id on the Hugging Face hub, which needs the package huggingface_hub.
+
+        Raises:
+            FileNotFoundError: there is no ``rebalance_config.json``.
+            TypeError, ValueError: it is no JSON object, or an option in it is unknown or out of range.
+        """
+        path = Path(model) / CONFIG_FILE
+        if not Path(model).is_dir():
+            path = _from_hub(str(model))
+        if not path.is_file():
+            raise FileNotFoundError(f"model: there is no {CONFIG_FILE} in {str(model)!r}")
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except TypeError as error:
+            raise TypeError(f"{path}: {error}") from error
+        except ValueError as error:  # that of JSON has arguments of its own
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(name, CONFIG_FILE))
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise FileNotFoundError(
+            f"model: {name!r} is no folder here, and no {CONFIG_FILE} could be had from the Hugging Face hub: {reason}"
+        ) from error
 
 
 def _number(name: str, value: Any) -> float:

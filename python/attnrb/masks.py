@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,8 @@ def attention_mask(
     forward = current_forward()
     if forward is not None:
         forward.first_slot = first
+        if forward.unpadded:
+            attention_mask = None
 
     pattern = _pattern(mask_function)
     padding = None
@@ -208,7 +211,8 @@ def _integer(number: torch.Tensor) -> int:
 
 @_integer.register_fake
 def _(number: torch.Tensor) -> int:
-    return torch.library.get_ctx().new_dynamic_size(min=0)
+    size: Any = torch.library.get_ctx().new_dynamic_size(min=0)
+    return size  # type: ignore[no-any-return]
 
 
 def integer(number: torch.Tensor | int) -> int:
@@ -216,14 +220,16 @@ def integer(number: torch.Tensor | int) -> int:
     if not isinstance(number, torch.Tensor):
         return number
     if torch.compiler.is_dynamo_compiling():  # which breaks the graph at an item()
-        return torch.ops.attnrb.integer.default(number)
+        value: int = torch.ops.attnrb.integer.default(number)
+        return value
     return int(number)
 
 
 # ------------------------------------------------------------------------------------------------------ the patterns
 
 
-class _Pattern(NamedTuple):
+@dataclass(frozen=True)
+class _Pattern:
     """What a mask function says of a query and a key; acts as the boolean tensor that such functions return."""
 
     causal: bool = False
@@ -332,7 +338,7 @@ def _padding(mask: torch.Tensor | None, ends: tuple[int, ...]) -> _Padding | Non
     compiling = torch.compiler.is_compiling()
     if not compiling and bool(mask.all()):
         return _Padding(end=torch.full((rows,), width, device=mask.device) if width < min(ends) else None)
-    begins = torch.cat([mask[:, :1], mask[:, 1:] & ~mask[:, :-1]], dim=1)
+    begins = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
     whole = begins.sum(1) <= 1
     if compiling:
         torch._assert_async(whole.all(), _HOLES)
@@ -343,8 +349,8 @@ def _padding(mask: torch.Tensor | None, ends: tuple[int, ...]) -> _Padding | Non
 
 
 _HOLES = (
-    "attention_mask: a row has padding between its tokens, which attnrb supports only outside torch.compile; pass a mask "
-    "[B, 1, M, N] instead"
+    "attention_mask: a row has padding between its tokens, which attnrb supports only outside torch.compile; pass a "
+    "mask [B, 1, M, N] instead"
 )
 
 

@@ -138,9 +138,14 @@ class Patch:
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         inputs = _Inputs(decoder, args, kwargs)
-        inputs.rule_out_packing()
+        unpadded = inputs.rule_out_packing()
         forward = Forward(
-            self._plan, self.stats, inputs.first_slot(), weights=inputs.weights_wanted(), packed=inputs.maybe_packed()
+            self._plan,
+            self.stats,
+            inputs.first_slot(),
+            weights=inputs.weights_wanted(),
+            packed=inputs.maybe_packed(),
+            unpadded=unpadded,
         )
         kwargs[FORWARD] = forward
         enter_forward(forward)
@@ -192,20 +197,26 @@ class _Inputs:
             given("attention_mask") is None and given("past_key_values") is None and given("position_ids") is not None
         )
 
-    def rule_out_packing(self) -> None:
+    def rule_out_packing(self) -> bool:
         """Say outright that a row is one text, where neither positions nor a mask could say otherwise.
 
         In a compiled graph transformers cannot look at the positions that it makes itself, and would build a mask of
-        all queries and keys in case several texts share a row.
+        all queries and keys in case several texts share a row. Given a mask it does not look.
+
+        Returns:
+            Whether such a mask was added. It hides nothing.
         """
         given = self.kwargs.get
         if not torch.compiler.is_compiling() or self.args[1:]:
-            return
+            return False
         if any(given(name) is not None for name in ("attention_mask", "past_key_values", "position_ids")):
-            return
-        tokens = next((each for each in (*self.args, given("input_ids"), given("inputs_embeds")) if each is not None), None)
-        if isinstance(tokens, torch.Tensor):
-            self.kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            return False
+        inputs = (*self.args, given("input_ids"), given("inputs_embeds"))
+        tokens = next((each for each in inputs if isinstance(each, torch.Tensor)), None)
+        if tokens is None:
+            return False
+        self.kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return True
 
 
 def _register() -> None:
@@ -266,8 +277,8 @@ def _find_decoder(model: Any) -> Any:
     for module in numbered:
         if own := [method for method in dir(type(module)) if "mask" in method]:
             raise NotImplementedError(
-                f"model: {type(module).__name__} makes masks of its own ({own[0]}), which attnrb cannot know; {_SUPPORTED} "
-                "and its masks"
+                f"model: {type(module).__name__} makes masks of its own ({own[0]}), which attnrb cannot know; "
+                f"{_SUPPORTED} and its masks"
             )
     return decoder
 

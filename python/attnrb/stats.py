@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class PatchStats:
         self._rows = self._outliers = self._most = 0
         self._waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._rows_waiting = 0
+        self._lock = threading.RLock()  # threads may run one patched model at once
 
     @property
     def forwards(self) -> int:
@@ -89,17 +91,23 @@ class PatchStats:
             counts: int32 ``[B, H, M]``: outliers of each row.
             tokens: bool ``[B, M]``: which queries are tokens rather than padding; None: all.
         """
-        self._waiting.append((counts, tokens))
-        self._rows_waiting += counts.numel()
-        if self._rows_waiting > _MOST_ROWS_WAITING or len(self._waiting) >= _MOST_FORWARDS_WAITING:
-            self._add_up()
+        with self._lock:
+            self._waiting.append((counts, tokens))
+            self._rows_waiting += counts.numel()
+            if self._rows_waiting > _MOST_ROWS_WAITING or len(self._waiting) >= _MOST_FORWARDS_WAITING:
+                self._add_up()
 
     def add_forward(self, rebalanced_layers: set[int]) -> None:
         """Note that a forward completed, and which layers it re-balanced."""
-        self._forwards += 1
-        self._layers |= rebalanced_layers
+        with self._lock:
+            self._forwards += 1
+            self._layers |= rebalanced_layers
 
     def _add_up(self) -> None:
+        with self._lock:
+            self._add_up_waiting()
+
+    def _add_up_waiting(self) -> None:
         if not self._waiting:
             return
         rows = [

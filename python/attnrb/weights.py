@@ -47,8 +47,10 @@ def attention_weights(
     """
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
-    grouped = query.float().unflatten(1, (key.shape[1], -1))
-    scores = (grouped @ key.float()[:, :, None].transpose(3, 4)).flatten(1, 2) * (width**-0.5 if scale is None else scale)
+    grouped = query.float().reshape(batch, key.shape[1], -1, queries, width)
+    scores = (grouped @ key.float()[:, :, None].transpose(3, 4)).flatten(1, 2) * (
+        width**-0.5 if scale is None else scale
+    )
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible_keys(visibility, queries, keys, query.device), -torch.inf)
@@ -84,7 +86,7 @@ def visible_keys(visibility: Visibility, queries: int, keys: int, device: torch.
 
 
 def _held(outliers: Outliers, key_offset: int, keys: int) -> Tensor:
-    """bool ``[B, H, M, N]``: which of the keys that this layer holds are outliers."""
+    """Which of the keys that this layer holds are outliers: bool ``[B, H, M, N]``."""
     indices, counts = outliers
     positions = indices.long() - key_offset
     listed = torch.arange(indices.shape[3], device=indices.device) < counts[..., None]

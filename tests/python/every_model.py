@@ -116,28 +116,47 @@ _SMALL: dict[str, Any] = {
 _TOKENS = {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": None}
 _SMALL.update(_TOKENS)
 
+_LATENT_ATTENTION = (
+    "axk1",
+    "axk2",
+    "bailing_hybrid",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "minicpm3",
+    "youtu",
+)
+_ENCODERS = (
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "reformer",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 _LATENT = {"num_key_value_heads": 4}  # keys and values of latent attention are made for every head
 _MIXED = {"layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"]}
 _DECODER = {"is_decoder": True}  # encoders that also come as decoders
 
 # Where shrinking by name makes a configuration that contradicts itself, or leaves out what is of interest here.
 _SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        (
-            "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear "
-            "minicpm3 youtu"
-        ).split(),
-        _LATENT,
-    ),
-    **dict.fromkeys(
-        (
-            "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-            "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod reformer"
-        ).split(),
-        _DECODER,
-    ),
+    **dict.fromkeys(_LATENT_ATTENTION, _LATENT),
+    **dict.fromkeys(_ENCODERS, _DECODER),
     **dict.fromkeys(("granitemoehybrid", "nemotron_h"), _MIXED),
-    **dict.fromkeys(("ministral", "nemotron", "hunyuan_v1_dense", "hunyuan_v1_moe"), {"head_dim": 8}),
+    **{name: {"head_dim": 8} for name in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2, "n_routed_experts": 4},
@@ -159,6 +178,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {**_LATENT, "num_layers": 3, "num_hidden_layers": 6, "initializer_range": 0.2},
     "laguna": {"num_attention_heads_per_layer": [4, 8, 4, 8, 4]},
     "dots1": {"num_local_experts": 4, "n_routed_experts": 4, "n_shared_experts": 1},
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _SECTIONS),
+    "gemma3": {"mm_tokens_per_image": 4, "image_token_id": 90, "boi_token_id": 91, "eoi_token_id": 92},
+    "siglip_vision_model": {"image_size": 32, "patch_size": 8},
     "zaya": {"num_experts_per_tok": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "xlstm": {"num_heads": 4},
@@ -217,21 +239,26 @@ def _fewer(values: list[Any]) -> list[Any]:
     return [kinds[index % len(kinds)] for index in range(LAYERS)]
 
 
-def tiny_model(name: str) -> Any:
+def tiny_model(name: str, auto: Any = None) -> Any:
     """A float32 model of this architecture for inference, always with the same weights.
+
+    Args:
+        name: the ``model_type``.
+        auto: a class like ``AutoModelForCausalLM``, which is the default.
 
     Raises:
         Exception: whatever transformers raises; ValueError: the model came out large.
     """
     from transformers import AutoModelForCausalLM
 
+    auto = auto or AutoModelForCausalLM
     config = tiny_config(name)
     with torch.device("meta"), contextlib.suppress(RuntimeError, NotImplementedError):
-        count = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+        count = sum(each.numel() for each in auto.from_config(config).parameters())
         if count > 20_000_000:
             raise ValueError(f"{count:,} parameters")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto.from_config(config, dtype=torch.float32)
     # What starts as zeros or as an empty tensor (biases, sinks) would test nothing, and some are never initialised.
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,3 +157,34 @@ def test_dictionaries_are_checked() -> None:
         RebalanceConfig.from_dict({"apha": 0.5})
     with pytest.raises(TypeError, match="options: expected a mapping, got list"):
         RebalanceConfig.from_dict([("alpha", 0.5)])  # type: ignore[arg-type]
+
+
+def test_saved_in_a_model_folder_and_found_again(tmp_path: Path) -> None:
+    config = RebalanceConfig(alpha=0.3, source_layer=1, heads={2: [0, 3]}, normalize=True)
+    path = config.save_pretrained(tmp_path / "model")
+    assert [each.name for each in path.parent.iterdir()] == ["rebalance_config.json"]
+    assert RebalanceConfig.from_pretrained(tmp_path / "model") == config
+    RebalanceConfig(alpha=0.1).save_pretrained(path.parent)
+    assert RebalanceConfig.from_pretrained(str(path.parent)).alpha == 0.1
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model: there is no rebalance_config\.json in"):
+        RebalanceConfig.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no folder here, and no rebalance_config"):
+        RebalanceConfig.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("{", ValueError, "rebalance_config.json: Expecting"),
+        ("[]", TypeError, "rebalance_config.json: options: expected a mapping, got list"),
+        ('{"alfa": 1}', ValueError, "rebalance_config.json: options: unknown 'alfa'"),
+        ('{"alpha": "1"}', TypeError, "rebalance_config.json: alpha: expected a number"),
+    ],
+)
+def test_a_broken_configuration_file(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
+    (tmp_path / "rebalance_config.json").write_text(text)
+    with pytest.raises(error, match=message):
+        RebalanceConfig.from_pretrained(tmp_path)

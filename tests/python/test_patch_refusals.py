@@ -24,6 +24,12 @@ class BypassingAttention(modeling_llama.LlamaAttention):
         return self.o_proj(self.q_proj(hidden_states)), None
 
 
+class MaskMakingAttention(modeling_llama.LlamaAttention):
+    """Has a mask of its own."""
+
+    def prepare_own_mask(self) -> None: ...
+
+
 class ForgetfulLayer(modeling_llama.LlamaDecoderLayer):
     """Drops the keyword arguments it does not know."""
 
@@ -78,9 +84,40 @@ def test_attention_in_a_file_without_the_interface(monkeypatch: pytest.MonkeyPat
     refused(model, NotImplementedError, "LlamaAttention computes attention by itself")
 
 
-def test_keyword_arguments_that_get_lost() -> None:
-    model = become(tiny("llama"), 1, decoder_layer=ForgetfulLayer)
-    refused(model, RuntimeError, "does not hand keyword arguments down to its layers")
+def test_attention_with_masks_of_its_own() -> None:
+    model = become(tiny("llama"), 1, attention=MaskMakingAttention)
+    refused(model, NotImplementedError, r"MaskMakingAttention makes masks of its own \(prepare_own_mask\)")
+
+
+def test_keyword_arguments_that_get_lost_do_no_harm() -> None:
+    """The forward is found by the thread that it runs in; in a layer that runs again on its own there is none."""
+    model, ids = tiny("llama"), tokens(1, 6)
+    with torch.no_grad():
+        with attnrb.patch(model):
+            expected = model(ids).logits
+        become(model, 1, decoder_layer=ForgetfulLayer)
+        with attnrb.patch(model) as patched:
+            assert torch.equal(model(ids).logits, expected)
+            assert patched.stats.rebalanced_layers == (1, 2, 3)
+            hidden = torch.randn(1, 4, 32)
+            position = model.model.rotary_emb(hidden, torch.arange(4)[None])
+            with pytest.raises(RuntimeError, match="no forward of a patched model runs in this thread"):
+                model.model.layers[1](hidden, position_embeddings=position)
+
+
+def test_a_forward_that_failed_is_not_found_again() -> None:
+    model = tiny("llama")
+
+    def fail(_: Any) -> None:
+        raise ZeroDivisionError
+
+    with torch.no_grad(), attnrb.patch(model, observer=fail):
+        with pytest.raises(ZeroDivisionError):
+            model(tokens(1, 4))
+        hidden = torch.randn(1, 4, 32)
+        position = model.model.rotary_emb(hidden, torch.arange(4)[None])
+        with pytest.raises(RuntimeError, match="no forward of a patched model runs in this thread"):
+            model.model.layers[0](hidden, position_embeddings=position)
 
 
 def test_no_layer_idx() -> None:
@@ -137,6 +174,12 @@ def test_nothing_above_the_source_layer() -> None:
     refused(tiny("llama"), ValueError, "source_layer: this model has no attention above layer 4", config)
 
 
+def test_no_layer_of_a_known_kind() -> None:
+    model = tiny("llama")
+    vars(model.config)["layer_types"] = ["linear_attention"] * 5
+    refused(model, NotImplementedError, "none of the layers of LlamaModel .* their kinds are linear_attention")
+
+
 def test_dropout_in_training_mode() -> None:
     model = tiny("llama").train()
     for layer in model.model.layers:
@@ -156,10 +199,6 @@ def test_gradients() -> None:
         model(tokens(1, 6))
         with pytest.raises(NotImplementedError, match="gradients are being recorded"):
             model(inputs_embeds=torch.randn(1, 6, 32, requires_grad=True))
-
-
-def test_weights_are_not_returned() -> None:
-    refused(tiny("llama"), NotImplementedError, "output_attentions: attnrb never computes", output_attentions=True)
 
 
 def test_position_biases_and_the_like() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import attnrb
 import pytest
@@ -73,9 +74,27 @@ def test_a_forward_that_fails_is_not_counted() -> None:
     model = tiny("llama")
     with torch.no_grad(), attnrb.patch(model, CONFIG) as patched:
         with pytest.raises(NotImplementedError):
-            model(tokens(1, 4), output_attentions=True)
+            model(tokens(1, 4), position_bias=torch.zeros(1))
         assert patched.stats.forwards == 0
         assert patched.stats.rows == 0
+
+
+def test_threads_lose_no_count() -> None:
+    model, ids = tiny("gpt2"), tokens(1, 3)
+    with torch.no_grad(), attnrb.patch(model, CONFIG) as patched:
+
+        def work() -> None:
+            with torch.no_grad():
+                for _ in range(50):
+                    model(ids)
+                    patched.stats.rows  # noqa: B018 (adds up)
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (patched.stats.forwards, patched.stats.rows) == (150, 150 * 4 * 3)
 
 
 def test_boosting_all_looks_for_no_outliers() -> None:
