@@ -8,7 +8,7 @@ argument on the way is served all the same, by the forward that runs in this thr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,14 @@ class AttentionCall:
     attention: Callable[[torch.Tensor], torch.Tensor]
     """The attention that this layer applies, re-balanced where it is, for any values ``[B, Hk, N, any]``: output
     ``[B, H, M, any]``. It runs the op anew."""
+    scores: Mapping[str, Any]
+    """``scale``, ``visibility``, ``softcap`` and ``sinks`` of this layer, as the ops of `attnrb.functional` take them."""
+    gain: torch.Tensor | None
+    """float32 ``[H]``: the gain of each head; None in a layer that stays as it is."""
+    outliers: Outliers | None
+    """The source layer's outliers, which the gain strengthens; None where every entry is strengthened, or none yet."""
+    normalize: bool
+    """Whether the rows of a re-balanced layer are divided by their new sums."""
 
 
 Observer = Callable[[AttentionCall], None]
@@ -295,7 +303,9 @@ def attention(
     forward.called.add(layer)
     if plan.observer is not None:
         again = partial(_layer_attention, forward, layer, gain, query, key, scores)
-        plan.observer(AttentionCall(layer, query, key, value, again))
+        plan.observer(
+            AttentionCall(layer, query, key, value, again, scores, gain, forward.outliers, plan.normalize)
+        )
     weights = None
     if forward.weights:
         outliers = None if is_source or plan.boost_all else forward.outliers

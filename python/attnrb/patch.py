@@ -81,6 +81,7 @@ class Patch:
         config: the options, as given.
         stats: what was done so far. It stays readable after `remove`. Forwards inside a graph of ``torch.compile`` are
             not counted.
+        decoder: the part of the model that holds its layers. Called by itself, it computes no logits.
     """
 
     def __init__(self, model: Any, config: RebalanceConfig, observer: Observer | None = None) -> None:
@@ -89,6 +90,7 @@ class Patch:
         decoder = _find_decoder(model)
         self.config = config
         self.stats = PatchStats()
+        self.decoder = decoder
         self._plan = _make_plan(decoder, config, observer, _shard(model))
         self._configurations = _Configurations(model, decoder)
         self._hooks = [
