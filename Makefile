@@ -42,7 +42,7 @@ cpp-verdict:
 	else echo 'C++ tests skipped: GoogleTest is neither installed nor to be had.'; fi
 
 # Two threads a process, where several processes share the cores; some tests set their own number.
-test-python: $(DONE)/test $(DONE)/model
+test-python: $(DONE)/test $(DONE)/model $(DONE)/browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(DONE)/test
@@ -84,6 +84,10 @@ $(DONE)/model: constraints.txt $(DONE)/venv
 
 $(DONE)/google: $(DONE)/venv
 	@tools/install-google-libraries
+	@touch $@
+
+$(DONE)/browser: $(DONE)/venv
+	@tools/install-chromium
 	@touch $@
 
 # ---------------------------------------------------------------------------------------------------- C++

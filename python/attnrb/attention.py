@@ -57,7 +57,7 @@ class AttentionCall:
     """The attention that this layer applies, re-balanced where it is, for any values ``[B, Hk, N, any]``: output
     ``[B, H, M, any]``. It runs the op anew."""
     scores: Mapping[str, Any]
-    """``scale``, ``visibility``, ``softcap`` and ``sinks`` of this layer, as the ops of `attnrb.functional` take them."""
+    """``scale``, ``visibility``, ``softcap`` and ``sinks`` of this layer, as `attnrb.functional` takes them."""
     gain: torch.Tensor | None
     """float32 ``[H]``: the gain of each head; None in a layer that stays as it is."""
     outliers: Outliers | None

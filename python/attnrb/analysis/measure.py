@@ -16,9 +16,9 @@ over the outliers in S, few in every row. From the sums of w:
     entropy         −Σ_j p_ij ln p_ij = LSE_i + ln T_i − Σ_j p_ij s_ij − ln(1 + g) Σ_{j ∈ S} p_ij,   in nats
                     where Σ_j p_ij s_ij = scale · q_i · Σ_j p_ij k_j
 
-What a key receives, Σ_i w_ij over the number of queries that see it, is `received_attention` and, once more, a sum over
-S. Two cases are not linear in that way: a softcap bends s_ij, and normalised rows have a divisor each. There the weights
-are computed for a few rows at a time.
+What a key receives, Σ_i w_ij over the number of queries that see it, is `received_attention` and, once more, a sum
+over S. Two cases are not linear in that way: a softcap bends s_ij, and normalised rows have a divisor each. There the
+weights are computed for a few rows at a time.
 """
 
 from __future__ import annotations
@@ -312,7 +312,8 @@ class _Layer:
             mask = mask[..., rows, :]
         here = dataclasses.replace(visibility, query_offset=rows.start, mask=mask)
         heads = mask.shape[1] if mask is not None and mask.dim() == 4 else 1
-        return reference.visible(1, heads, rows.stop - rows.start, self.length, here)[0]
+        seen: NDArray[np.bool_] = reference.visible(1, heads, rows.stop - rows.start, self.length, here)[0]
+        return seen
 
     def _seen_by(self) -> Tensor:
         """How many queries see each key, at least 1: float64 ``[1 or H, n]``."""

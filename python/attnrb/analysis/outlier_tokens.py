@@ -42,7 +42,8 @@ def robust_z_scores(received: Floats) -> Floats:
     spread = 1.482602218505602 * np.median(np.abs(deviation), axis=-1, keepdims=True)
     fallback = 1.2533141373155003 * np.mean(np.abs(deviation), axis=-1, keepdims=True)
     divisor = np.where(spread > 0, spread, fallback)
-    return np.divide(deviation, divisor, out=np.zeros_like(deviation), where=divisor > 0)
+    scores: Floats = np.divide(deviation, divisor, out=np.zeros_like(deviation), where=divisor > 0)
+    return scores
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,14 @@ class SinkCounter:
         scores = robust_z_scores(received)
         is_sink = (scores > self.z_threshold) & (share >= MIN_SINK_SHARE)
         seen = set()
-        for position in np.flatnonzero(is_sink.any(axis=0)):
+        for position in np.flatnonzero(is_sink.any(axis=0)).tolist():
             token = tokens[position]
-            key = token.id, bool(position == 0)
+            key = token.id, position == 0
             tally = self._tallies.setdefault(key, _Tally(token))
-            where = np.flatnonzero(is_sink[:, position])
+            where = np.flatnonzero(is_sink[:, position]).tolist()
             tally.count += 1
             if len(tally.positions) < _MOST_POSITIONS:
-                tally.positions.append(int(position))
+                tally.positions.append(position)
             tally.layers.update(layers[place] for place in where)
             tally.z_score = max(tally.z_score, float(scores[where, position].max()))
             tally.share = share[:, position] + (0 if tally.share is None else tally.share)

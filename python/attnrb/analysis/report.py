@@ -98,7 +98,8 @@ class AttentionRun:
         known = ~np.isnan(values)
         count = known.sum(axis=1)
         total = np.where(known, values, 0.0).sum(axis=1)
-        return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+        means: Floats = np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+        return means
 
     def summary(self) -> dict[str, float | None]:
         """Mean of every metric over all layers and heads."""

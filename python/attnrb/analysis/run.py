@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,7 +180,7 @@ class _Run:
     @property
     def heads(self) -> int:
         """H, the most that any layer has."""
-        return max(sums.entropy.shape[0] for sums in self._sums.values())
+        return max(len(sums.entropy) for sums in self._sums.values())
 
     def add(
         self,
@@ -351,7 +352,9 @@ def _ids(tokenizer: Any, text: str, chat: bool) -> list[int]:
 
 
 def _name(model: Any) -> str:
-    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    # A hub id stays whole, of a folder's path the last part is enough.
+    return Path(name).name if Path(name).is_absolute() or name.count("/") > 1 else name
 
 
 def _note_context(model: Any, name: str, length: int, notes: list[str]) -> None:
@@ -400,7 +403,7 @@ def _teller(progress: Callable[[Progress], None] | bool) -> Iterator[Callable[[P
     elif not progress:
         yield lambda _: None
     else:
-        from tqdm.auto import tqdm
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
         with tqdm(unit="text", bar_format="{l_bar}{bar}| {n:.2f}/{total} texts [{elapsed}<{remaining}]") as bar:
 

@@ -29,7 +29,8 @@ NON_SEMANTIC: tuple[TokenClass, ...] = ("special", "whitespace", "punctuation")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 8  # tokens of one character; 4 bytes are the longest, and a tokenizer may add a space
 
-_APOSTROPHES = "'’ʼ"
+_APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}"
+_STRAIGHTEN = str.maketrans(dict.fromkeys(_APOSTROPHES, "'"))
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,16 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 def _function_letters(text: str, words: frozenset[str]) -> list[bool]:
     """For each character whether it belongs to one of these words."""
     marked = [False] * len(text)
+    before = 0  # where the word before began
     for start, end in _words(text):
-        word = text[start:end].casefold().replace("’", "'").replace("ʼ", "'")
+        word = text[start:end].casefold().translate(_STRAIGHTEN)
         if word in words:
             marked[start:end] = [True] * (end - start)
+        # WordPiece parts don ' t.
+        parted = text[before:end].casefold().translate(_STRAIGHTEN)
+        if "' " in parted and parted.replace(" ", "") in words:
+            marked[before:end] = [True] * (end - before)
+        before = start
     return marked
 
 
@@ -149,8 +156,7 @@ def _words(text: str) -> Iterator[tuple[int, int]]:
     while place < len(text):
         start = place
         while place < len(text) and (
-            is_letter[place]
-            or (start < place < len(text) - 1 and text[place] in _APOSTROPHES and is_letter[place + 1])
+            is_letter[place] or (start < place < len(text) - 1 and text[place] in _APOSTROPHES and is_letter[place + 1])
         ):
             place += 1
         if place > start:

@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from attnrb.cli import options, render
-from attnrb.cli.console import output, print_json, printable, quiet_transformers, steps, user_errors
+from attnrb.cli.analyze import analyze
+from attnrb.cli.console import output, print_json, steps, user_errors
+from attnrb.cli.loading import load_model, set_threads
+from attnrb.printable import printable
 
 app = typer.Typer(
     help="Re-balance the attention of a language model while it runs.",
@@ -60,7 +63,7 @@ def compare(
     with user_errors(), steps() as step:
         config = method.config()
         text = _prompt(prompt)
-        loaded, tokenizer = _load(model, dtype, threads, step)
+        loaded, tokenizer = load_model(model, dtype, threads, step)
         from attnrb.compare import DEFAULT_PROMPT
         from attnrb.compare import compare as run
 
@@ -108,7 +111,7 @@ def generate(
         config = method.config()
         text = _prompt(prompt)
         with steps() as step:
-            loaded, tokenizer = _load(model, dtype, threads, step)
+            loaded, tokenizer = load_model(model, dtype, threads, step)
         from attnrb.compare import DEFAULT_PROMPT
         from attnrb.generation import encode
         from attnrb.generation import generate as run
@@ -156,6 +159,9 @@ def generate(
         render.generation(generation, stats)
 
 
+app.command()(analyze)
+
+
 @app.command()
 def info(json: options.Json = False) -> None:
     """Print versions, the instruction set in use, threads and build options."""
@@ -182,7 +188,7 @@ def bench(
         from attnrb.models import resolve_dtype
         from attnrb.selfbench import run
 
-        _set_threads(threads)
+        set_threads(threads)
         report = run(length=length, dtype=resolve_dtype(dtype), progress=step)
     if json:
         print_json(report.to_dict())
@@ -192,22 +198,6 @@ def bench(
 
 def _prompt(prompt: str | None) -> str | None:
     return sys.stdin.read().strip() if prompt == "-" else prompt
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _load(model: str | None, dtype: str, threads: int | None, step: Any) -> tuple[Any, Any]:
-    step("Starting")
-    from attnrb.models import load
-
-    _set_threads(threads)
-    quiet_transformers()
-    return load(model, dtype, progress=step)
 
 
 def _about(loaded: Any, model: str | None, temperature: float, seed: int) -> dict[str, Any]:

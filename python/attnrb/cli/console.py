@@ -7,7 +7,6 @@ import io
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -16,10 +15,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-DEBUG_VARIABLE = "ATTNRB_DEBUG"
+from attnrb.printable import printable
 
-# Direction marks can reorder what stands around them on a terminal.
-_DIRECTION_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+DEBUG_VARIABLE = "ATTNRB_DEBUG"
 
 
 def output() -> Console:
@@ -37,25 +35,6 @@ def errors() -> Console:
 def _tolerate(stream: Any) -> None:
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
-
-
-def printable(text: str) -> str:
-    """`text` with control characters and direction marks replaced by visible ones; newlines stay, tabs become spaces.
-
-    A model can write any character, escape sequences that would drive the terminal included.
-    """
-    return "".join(_visible(character) for character in text.replace("\t", "    "))
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    if character == "\n":
-        return character
-    if code < 0x20:
-        return chr(0x2400 + code)  # the control pictures
-    if unicodedata.category(character) == "Cc" or character in _DIRECTION_MARKS:
-        return "\N{REPLACEMENT CHARACTER}"
-    return character
 
 
 def print_json(value: Any) -> None:

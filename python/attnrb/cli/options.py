@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -101,6 +102,54 @@ class Method:
             normalize=self.normalize,
             boost_all=self.boost_all,
         )
+
+
+def parse_config(text: str) -> RebalanceConfig:
+    """A configuration: ``default``, ``alpha=0.3,normalize=true``, a JSON object, a file of one, or a model's folder.
+
+    In a list of options, layers and heads are joined by plus signs: ``layers=1-12+15``.
+
+    Raises:
+        ValueError: it is none of these, cannot be read, or an option is unknown or out of range.
+        TypeError: an option has the wrong type.
+    """
+    import json
+    from pathlib import Path
+
+    from attnrb.config import RebalanceConfig
+
+    if text == "default":
+        return RebalanceConfig()
+    written_out = text.lstrip().startswith("{")
+    try:
+        if not written_out and Path(text).is_dir():
+            return RebalanceConfig.from_pretrained(text)
+        if written_out or text.endswith(".json"):
+            return RebalanceConfig.from_dict(json.loads(text if written_out else Path(text).read_text("utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config: {text!r} is no JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"config: {text!r} could not be read: {error.strerror or error}") from error
+    options: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"config: expected default, name=value,..., a JSON object or a .json file, got {text!r}")
+        options[name.strip()] = _option(name.strip(), value.strip())
+    return RebalanceConfig.from_dict(options)
+
+
+def _option(name: str, value: str) -> Any:
+    if name in ("layers", "heads"):
+        return parse_layers(value.replace("+", ","))
+    if name == "gains":
+        return [_option("", gain) for gain in value.split("+")]
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def parse_layers(text: str) -> list[int]:

@@ -11,8 +11,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from attnrb.cli.console import errors, printable
+from attnrb.cli.console import errors
 from attnrb.generation import Generation, decode
+from attnrb.printable import printable
 
 if TYPE_CHECKING:
     from attnrb.compare import Comparison

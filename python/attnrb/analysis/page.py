@@ -1,0 +1,410 @@
+"""The report as one HTML page that needs nothing else: styles, scripts, data and the plotting library are in it.
+
+Text from tokens reaches the page in two ways only: escaped in its HTML, and in a block of JSON from which the script
+makes text nodes. A content security policy allows the two scripts by their hashes and no request at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import importlib.resources
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnrb.analysis.outlier_tokens import Sink, robust_z_scores
+from attnrb.analysis.report import METRICS, AttentionReport, AttentionRun
+from attnrb.analysis.tokens import TOKEN_CLASSES
+from attnrb.printable import printable
+
+# Colours that people with any kind of colour vision tell apart (Okabe and Ito), and that show on light and dark.
+CLASS_COLOURS = dict(
+    zip(TOKEN_CLASSES, ("#999999", "#cc79a7", "#e69f00", "#009e73", "#56b4e9", "#0072b2"), strict=True)
+)
+
+_FACTS = {
+    "first_key": "First-key share",
+    "non_semantic": "On non-semantic tokens",
+    "entropy": "Entropy (nats)",
+    "mean_distance": "Mean distance (tokens)",
+    "outliers_per_row": "Outliers per row",
+    "outlier_overlap": "Overlap with source layer",
+}
+
+_MOST_BY_HEAD = 500_000  # values of single heads that a page carries; beyond, it would load too slowly on a phone
+_SINKS_SHOWN = 12
+_INSTALL = "pip install 'attnrb[analysis]'"
+
+_TERMS = {
+    "Received attention": "The mean weight that a token receives from the queries that can see it, itself included. "
+    "Few queries see the last tokens of a text, most of them close by, so these receive more.",
+    "Non-semantic tokens": "Special tokens, whitespace and punctuation: they say nothing by themselves.",
+    "Robust z-score": "How unusual the logarithm of that is in its text: (x − median) / (1.4826 · MAD), after Iglewicz "
+    "and Hoaglin. Outlier tokens exceed {z:g}.",
+    "Sink": "An outlier token that takes at least 1 % of a layer's attention.",
+    "First-key share": "Share of attention on the first token of the text, over all queries but the first.",
+    "Entropy": "Of a query's attention, in nats: 0 where all of it is on one token.",
+    "Outliers per row": "Keys other than the query's own that get more than {threshold:g} of its attention.",
+    "Overlap": "Jaccard index of a layer's (query, outlier) pairs with those of layer {source}, head by head.",
+    "Token classes": "special: stands for no text; whitespace: nothing but spaces, newlines and invisible characters; "
+    "punctuation: punctuation and symbols; digit: numerals; function word: articles, prepositions, pronouns, "
+    "conjunctions, auxiliaries; content: the rest.",
+    "Re-balanced rows": "May sum to more than 1. Shares are shares of that sum; received attention is what is applied.",
+}
+
+
+def page(report: AttentionReport) -> str:
+    """The whole page. Raises ImportError where the extra ``analysis`` is missing."""
+    plotly = _plotly()
+    here = importlib.resources.files(__package__)
+    style = here.joinpath("page.css").read_text("utf-8")
+    script = here.joinpath("page.js").read_text("utf-8")
+    policy = (
+        f"default-src 'none'; script-src {_hash(plotly)} {_hash(script)}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    title = f"Attention of {printable(report.after.model)}"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="generator" content="attnrb {_text(report.version)}">
+<title>{_text(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+{_header(report)}
+<main>
+<noscript><section>This page draws its pictures with JavaScript, which is turned off here.</section></noscript>
+{_text_section(report)}
+{_depth_section(report)}
+{_class_section(report)}
+{_head_section(report)}
+{_sink_section(report)}
+{_terms_section(report)}
+</main>
+<footer class="small soft">Made by attnrb {_text(report.version)}. This page is complete: it loads nothing.</footer>
+<div id="tip" role="status" hidden></div>
+<script type="application/json" id="data">{_json(_data(report))}</script>
+<script>{plotly}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def check_installed() -> None:
+    """Raise ImportError where what a page needs is missing."""
+    _plotly()
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError(f"the HTML report needs the package plotly: run `{_INSTALL}`") from error
+    source: str = get_plotlyjs()
+    # In a page, this would end the script.
+    return source.replace("</script", "<\\/script")
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _json(value: Any) -> str:
+    """JSON that holds no character with a meaning in HTML."""
+    document = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return document.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+# ---------------------------------------------------------------------------------------------------------- the data
+
+
+def _data(report: AttentionReport) -> dict[str, Any]:
+    by_head = _by_head(report)
+    return {
+        "layers": list(report.layers),
+        "heads": report.heads,
+        "z_threshold": report.z_threshold,
+        "metrics": {name: {"unit": _unit(name)} for name in METRICS},
+        "classes": [{"name": name, "colour": CLASS_COLOURS[name]} for name in TOKEN_CLASSES],
+        "texts": [
+            {
+                "id": [token.id for token in text.tokens],
+                "token": [token.text for token in text.tokens],
+                "shown": [printable(token.text).replace("\n", "⏎\n") for token in text.tokens],
+                "visible": [visible(token.text) for token in text.tokens],
+                "token_class": [token.token_class for token in text.tokens],
+                "by_head": by_head,
+            }
+            for text in report.texts
+        ],
+        "runs": [_run_data(run, by_head) for run in report.runs],
+    }
+
+
+def _by_head(report: AttentionReport) -> bool:
+    """Whether the page carries what tokens receive in single heads."""
+    values = sum(len(text.tokens) for text in report.texts) * len(report.layers) * report.heads * len(report.runs)
+    return values <= _MOST_BY_HEAD
+
+
+def _run_data(run: AttentionRun, by_head: bool) -> dict[str, Any]:
+    return {
+        "label": run.label,
+        "layer_means": {name: _numbers(run.layer_means(name)) for name in METRICS},
+        "by_head": {name: [_numbers(layer) for layer in run.metric(name)] for name in METRICS},
+        "texts": [_received_data(received.astype(np.float64), by_head) for received in run.received],
+    }
+
+
+def _received_data(received: NDArray[np.float64], by_head: bool) -> dict[str, str | None]:
+    """What each token receives and its z-score; rows are the mean of all layers, then each layer."""
+    rows = np.concatenate([received.mean(0, keepdims=True), received])
+    # A head that its layer has not is NaN.
+    means = np.nanmean(rows, axis=1)
+    return {
+        "received": _floats(means),
+        "z": _floats(robust_z_scores(means)),
+        "received_by_head": _floats(rows) if by_head else None,
+        "z_by_head": _floats(robust_z_scores(rows)) if by_head else None,
+    }
+
+
+def _floats(values: NDArray[np.float64]) -> str:
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
+
+
+def _numbers(values: NDArray[np.float64]) -> list[float | None]:
+    return [None if np.isnan(value) else float(f"{value:.6g}") for value in values]
+
+
+def _unit(metric: str) -> str:
+    return {"entropy": "nats", "mean_distance": "tokens", "outliers_per_row": "", "outlier_overlap": ""}.get(
+        metric, "share"
+    )
+
+
+def visible(text: str) -> str:
+    """A token's text on one line, with its spaces and newlines to be seen."""
+    return printable(text).replace("\n", "⏎").replace(" ", "␣")
+
+
+# ---------------------------------------------------------------------------------------------------------- the HTML
+
+
+def _header(report: AttentionReport) -> str:
+    runs = report.runs
+    title = " against ".join(dict.fromkeys(_text(printable(run.model)) for run in reversed(runs)))
+    settings = {
+        "Text": f"{report.text_count:,} text{'s' if report.text_count > 1 else ''}, {report.token_count:,} tokens",
+        "Model": f"{len(report.layers)} layers of {report.heads} heads, {report.dtype}",
+        "Outliers": f"above {report.threshold:g}; source layer {report.source_layer}",
+    }
+    for run in runs:
+        if run.config is not None:
+            changed = {"alpha": run.config.alpha, **_changed(run)}
+            settings["Re-balanced"] = ", ".join(f"{name} {_value(value)}" for name, value in changed.items())
+    lines = "".join(
+        f"<li><span class='soft'>{name}</span> <b>{_text(value)}</b></li>" for name, value in settings.items()
+    )
+    facts = "".join(_fact(report, name, what) for name, what in _FACTS.items())
+    notes = "".join(f"<li>{_text(printable(note))}</li>" for note in report.notes)
+    notes = f'<ul class="notes small">{notes}</ul>' if notes else ""
+    return f"""<header>
+<div class="top"><div><p class="soft small">Where attention goes</p><h1>{title}</h1></div>
+<button type="button" id="theme" class="screen">Dark</button></div>
+<ul class="settings small">{lines}</ul>{notes}
+<div class="facts">{facts}</div>
+</header>"""
+
+
+def _changed(run: AttentionRun) -> dict[str, Any]:
+    from attnrb.config import RebalanceConfig
+
+    assert run.config is not None
+    usual = RebalanceConfig().to_dict()
+    own = run.config.to_dict()
+    return {name: value for name, value in own.items() if value != usual[name] and name not in ("alpha", "threshold")}
+
+
+def _value(value: Any) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def _fact(report: AttentionReport, name: str, what: str) -> str:
+    values = [_format(name, run.mean(name)) for run in dict.fromkeys((report.before, report.after))]
+    value = f"<small>{values[0]} → </small>{values[1]}" if len(values) == 2 else values[0]
+    return f'<div class="fact"><div class="name">{what}</div><div class="value">{value}</div></div>'
+
+
+def _format(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if _unit(name) == "share" else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _text_section(report: AttentionReport) -> str:
+    if not report.texts:
+        return ""
+    pick = ""
+    if len(report.texts) > 1:
+        options = "".join(
+            f'<option value="{place}">{_text(printable(text.name))} ({len(text.tokens):,} tokens)</option>'
+            for place, text in enumerate(report.texts)
+        )
+        pick = f'<label>Text <select id="which-text">{options}</select></label>'
+    which = ""
+    if len(report.runs) > 1:
+        labels = [*((str(place), run.label) for place, run in enumerate(report.runs)), ("change", "change")]
+        buttons = "".join(
+            f'<label><input type="radio" name="which" value="{value}"{" checked" if value == "0" else ""}>'
+            f"<span>{_text(label)}</span></label>"
+            for value, label in labels
+        )
+        which = (
+            f'<fieldset id="which"><legend hidden>What to show</legend><div class="choice">{buttons}</div></fieldset>'
+        )
+    heads = "".join(f'<option value="{head}">head {head}</option>' for head in range(report.heads))
+    return f"""<section aria-labelledby="text-title">
+<h2 id="text-title">The text</h2>
+<p class="soft small">Each token is shaded by the attention it receives. Hover, tap, or use the arrow keys in the text
+for exact values; <kbd>n</kbd> and <kbd>p</kbd> go to the next and previous outlier.</p>
+<div class="controls screen">
+<label class="wide">Layer <input type="range" id="layer" min="0" max="{len(report.layers)}" value="0" step="1">
+<output id="layer-name" for="layer">all layers</output></label>
+<label>Head <select id="head"><option value="-1">all heads</option>{heads}</select></label>
+<span id="no-heads" class="soft small" hidden>A page this long leaves out single heads; the JSON report has
+them.</span>
+{which}{pick}
+</div>
+<div class="legend"><span id="low"></span><span id="scale" class="scale level"></span><span id="high"></span>
+<span class="outlined">outlier token</span></div>
+<div id="text" tabindex="0" role="group" aria-label="The text, shaded by received attention" dir="auto"></div>
+</section>"""
+
+
+def _run_legend(report: AttentionReport) -> str:
+    if len(report.runs) == 1:
+        return ""
+    items = "".join(
+        f'<span><span class="swatch" style="background:var(--run-{place})"></span>{_text(run.label)}</span>'
+        for place, run in enumerate(report.runs)
+    )
+    return f'<div class="legend">{items}</div>'
+
+
+def _depth_section(report: AttentionReport) -> str:
+    plots = "".join(
+        f'<div><h3>{_text(_capital(METRICS[name]))}</h3><div class="plot depth" data-metric="{name}" role="img" '
+        f'aria-label="{_text(METRICS[name])}, by layer"></div></div>'
+        for name in _FACTS
+    )
+    return f"""<section><h2>Over the layers</h2><p class="soft small">Means over the heads of each layer.</p>
+{_run_legend(report)}<div class="plots">{plots}</div></section>"""
+
+
+def _class_section(report: AttentionReport) -> str:
+    legend = "".join(
+        f'<span><span class="swatch" style="background:{CLASS_COLOURS[name]}"></span>{name.replace("_", " ")}</span>'
+        for name in TOKEN_CLASSES
+    )
+    plots = "".join(
+        f'<div><h3>{_text(_capital(run.label))}</h3><div class="plot classes" data-run="{place}" role="img" '
+        'aria-label="Share of attention on each class of tokens, by layer"></div></div>'
+        for place, run in enumerate(report.runs)
+    )
+    head = "".join(f'<th class="number">attention, {_text(run.label)}</th>' for run in report.runs)
+    rows = "".join(
+        f'<tr><td>{name.replace("_", " ")}</td><td class="number">{report.class_counts[name]:,}</td>'
+        f'<td class="number">{100 * report.class_counts[name] / report.token_count:.1f} %</td>'
+        + "".join(f'<td class="number">{_format("share", run.mean(f"token_class.{name}"))}</td>' for run in report.runs)
+        + "</tr>"
+        for name in TOKEN_CLASSES
+    )
+    return f"""<section><h2>Classes of tokens</h2><p class="soft small">Which share of attention goes to which class, in
+each layer, and over all layers beside the class's share of the tokens.</p>
+<div class="legend">{legend}</div><div class="plots">{plots}</div>
+<div class="scroll"><table>
+<thead><tr><th>class</th><th class="number">tokens</th><th class="number">of all</th>{head}</tr></thead>
+<tbody>{rows}</tbody></table></div></section>"""
+
+
+def _head_section(report: AttentionReport) -> str:
+    options = "".join(f'<option value="{name}">{_text(what)}</option>' for name, what in METRICS.items())
+    labels = [(str(place), _capital(run.label)) for place, run in enumerate(report.runs)]
+    if len(labels) > 1:
+        labels.append(("change", f"Change, {report.before.label} to {report.after.label}"))
+    plots = "".join(
+        f'<div><h3>{_text(label)}</h3><div class="plot tall head-map" data-run="{value}" role="img" '
+        'aria-label="Heat map of layers and heads"></div></div>'
+        for value, label in labels
+    )
+    return f"""<section><h2>Layers and heads</h2>
+<div class="controls screen"><label>Quantity <select id="metric">{options}</select></label></div>
+<div class="plots heads">{plots}</div></section>"""
+
+
+def _sink_section(report: AttentionReport) -> str:
+    tables = "".join(_sink_table(report, place, run) for place, run in enumerate(report.runs))
+    return f"""<section><h2>Sinks</h2><p class="soft small">Tokens on which attention collapses: outliers that take at
+least 1 % of a layer's attention. The first token of a text is counted apart.</p>{tables}</section>"""
+
+
+def _sink_table(report: AttentionReport, place: int, run: AttentionRun) -> str:
+    caption = f"<caption>{_text(_capital(run.label))}</caption>" if len(report.runs) > 1 else ""
+    if not run.sinks:
+        return f"<p>{_text(_capital(run.label))}: none.</p>"
+    rows = "".join(_sink_row(sink, place, hidden=number >= _SINKS_SHOWN) for number, sink in enumerate(run.sinks))
+    more = ""
+    if len(run.sinks) > _SINKS_SHOWN:
+        more = f'<button type="button" class="more screen" data-run="{place}">Show all {len(run.sinks)}</button>'
+    return f"""<div class="scroll"><table>{caption}<thead><tr><th>token</th><th>class</th><th>position</th>
+<th class="number">places</th><th>layers</th><th class="number">peak share</th><th class="number">at layer</th>
+<th class="number">z-score</th></tr></thead><tbody>{rows}</tbody></table></div>{more}"""
+
+
+def _sink_row(sink: Sink, place: int, *, hidden: bool) -> str:
+    where = "first" if sink.is_first else ", ".join(map(str, sink.positions[:4]))
+    if not sink.is_first and len(sink.positions) > 4:
+        where += ", …"
+    attributes = f' class="more" data-run="{place}" hidden' if hidden else ""
+    return f"""<tr{attributes}><td class="token"><code>{_text(visible(sink.text))}</code></td>
+<td>{sink.token_class.replace("_", " ")}</td><td>{where}</td><td class="number">{sink.count:,}</td>
+<td class="layers">{ranges(sink.layers)}</td><td class="number">{100 * sink.peak_share:.1f} %</td>
+<td class="number">{sink.peak_layer}</td><td class="number">{sink.z_score:.1f}</td></tr>"""
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Ascending numbers as ranges, like 3–10, 12."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1][1:] = [layer]
+        else:
+            parts.append([layer])
+    return ", ".join("–".join(map(str, part)) for part in parts)
+
+
+def _terms_section(report: AttentionReport) -> str:
+    numbers = {"z": report.z_threshold, "threshold": report.threshold, "source": report.source_layer}
+    terms = "".join(f"<dt>{name}</dt><dd>{_text(what.format(**numbers))}</dd>" for name, what in _TERMS.items())
+    return f"""<section><details open><summary>What the words mean</summary>
+<dl class="terms small">{terms}</dl></details></section>"""

@@ -1,0 +1,358 @@
+"""``attnrb analyze``: where attention goes, on the terminal and in files."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_module
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from attnrb.cli import options
+from attnrb.cli.console import errors, fail, output, steps, user_errors
+from attnrb.cli.loading import load_model
+from attnrb.printable import printable
+
+if TYPE_CHECKING:
+    from attnrb.analysis import AttentionReport, AttentionRun
+    from attnrb.analysis import Progress as AnalysisProgress
+
+_INPUT = "What to analyse"
+_FILES = "Files to write"
+
+_SHOWN_SINKS = 8
+_COLUMNS = {
+    "first_key": "first key",
+    "non_semantic": "non-sem.",
+    "entropy": "entropy",
+    "mean_distance": "distance",
+    "outliers_per_row": "outliers",
+    "outlier_overlap": "overlap",
+}
+
+
+def analyze(
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            "-t",
+            help="A file, a .jsonl file of objects with a field text, the text itself, or - for standard input. "
+            "May be given again.",
+            show_default=False,
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure again, re-balanced: default, alpha=0.3,normalize=true, a JSON object or a .json file.",
+            show_default=False,
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Another model to measure first, such as the one that --model was fine-tuned from.",
+            show_default=False,
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat/--no-chat", help="Wrap texts in the chat template.", rich_help_panel=_INPUT)
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Cut each text after so many tokens.", show_default="never", rich_help_panel=_INPUT),
+    ] = None,
+    keep_texts: Annotated[
+        int, typer.Option(min=0, help="Keep the tokens of so many texts; all count.", rich_help_panel=_INPUT)
+    ] = 8,
+    function_words: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of function words, parted by whitespace, for texts that are not English.",
+            show_default=False,
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Attention above which an entry is an outlier.", show_default="that of --compare, or 0.01"),
+    ] = None,
+    source_layer: Annotated[
+        int | None,
+        typer.Option(help="Layer whose outliers others are compared with.", show_default="that of --compare, or 0"),
+    ] = None,
+    z_threshold: Annotated[float, typer.Option(help="Robust z-score above which a token is an outlier.")] = 3.5,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="One self-contained page.", show_default=False, rich_help_panel=_FILES),
+    ] = None,
+    json: Annotated[
+        str | None,
+        typer.Option(help="Every figure; - prints it instead.", show_default=False, rich_help_panel=_FILES),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Folder for the plots.", show_default=False, rich_help_panel=_FILES)
+    ] = None,
+    model: options.Model = None,
+    dtype: options.DType = "float32",
+    threads: options.Threads = None,
+) -> None:
+    """Measure where attention goes, in every layer and head."""
+    with user_errors():
+        config = None if compare is None else options.parse_config(compare)
+        texts = read_texts(text or [])
+        _check_outputs(html, json, png)
+        words = None if function_words is None else _read(function_words).split()
+        with steps() as step:
+            loaded, tokenizer = load_model(model, dtype, threads, step)
+            base = None
+            if baseline is not None:
+                base, base_tokenizer = load_model(baseline, dtype, threads, step)
+                _check_tokenizers(tokenizer, base_tokenizer, texts)
+        from attnrb.analysis import analyze as run
+
+        with _bar() as progress:
+            report = run(
+                loaded,
+                tokenizer,
+                [each.text for each in texts],
+                compare=config,
+                baseline=base,
+                threshold=threshold,
+                source_layer=source_layer,
+                z_threshold=z_threshold,
+                chat=chat,
+                max_tokens=max_tokens,
+                keep_texts=keep_texts,
+                function_words=words,
+                names=[each.name for each in texts],
+                model_name=_model_name(model),
+                baseline_name=_model_name(baseline),
+                progress=progress,
+            )
+    if json == "-":
+        output()  # makes stdout replace what it cannot encode
+        sys.stdout.write(report.to_json())
+    else:
+        show(output(), report)
+    written = [
+        *_write(json if json != "-" else None, report.to_json),
+        *_write(html, report.to_html),
+        *_write(png, report.save_plots),
+    ]
+    if written:
+        errors().print(Text(f"Wrote {', '.join(written)}"), soft_wrap=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the texts
+
+
+class NamedText(NamedTuple):
+    """A text and what to call it."""
+
+    name: str
+    text: str
+
+
+def read_texts(given: list[str]) -> list[NamedText]:
+    """The texts that ``--text`` names. Raises ValueError where there is none, or a file cannot be read."""
+    texts: list[NamedText] = []
+    for each in given:
+        if each == "-":
+            texts.append(NamedText("standard input", sys.stdin.read()))
+        elif _is_file(each):
+            path = Path(each)
+            texts += _json_lines(path) if path.suffix == ".jsonl" else [NamedText(path.name, _read(path))]
+        elif Path(each).suffix[1:].isalpha() and not any(character.isspace() for character in each):
+            raise ValueError(f"text: there is no file {each!r}")
+        else:
+            texts.append(NamedText(f"text {len(texts) + 1}", each))
+    if not texts:
+        raise ValueError("text: expected --text with a file, a text, or - for standard input")
+    return texts
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a text longer than a name may be
+        return False
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no UTF-8 text: byte {error.start} cannot be read") from error
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} could not be read: {error.strerror}") from error
+
+
+def _json_lines(path: Path) -> list[NamedText]:
+    texts = []
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json_module.loads(line)["text"]
+            if not isinstance(value, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{str(path)!r}, line {number}: expected an object with a string named text") from error
+        texts.append(NamedText(f"{path.name}:{number}", value))
+    return texts
+
+
+def _check_tokenizers(tokenizer: Any, other: Any, texts: list[NamedText]) -> None:
+    for each in texts:
+        sample = each.text[:20_000]
+        if tokenizer(sample)["input_ids"] != other(sample)["input_ids"]:
+            raise ValueError(
+                f"baseline: its tokenizer cuts {each.name!r} otherwise than the model's, so layers of the "
+                "two cannot be compared"
+            )
+
+
+def _model_name(model: str | None) -> str:
+    from attnrb.models import DEFAULT_MODEL_NAME
+
+    if model is None:
+        return DEFAULT_MODEL_NAME
+    return Path(model).name if Path(model).exists() else model
+
+
+# --------------------------------------------------------------------------------------------------------- the files
+
+
+def _check_outputs(html: Path | None, json: str | None, png: Path | None) -> None:
+    """Refuse what could not be written in the end, before the work begins."""
+    if html is not None:
+        from attnrb.analysis.page import check_installed
+
+        check_installed()
+    if png is not None:
+        from attnrb.analysis import plots
+
+        plots.check_installed()
+        if png.exists() and not png.is_dir():
+            raise ValueError(f"png: {str(png)!r} is no folder")
+    for name, path in (("html", html), ("json", None if json in (None, "-") else Path(str(json)))):
+        if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+            raise ValueError(f"{name}: {str(path)!r} cannot be written: its folder is missing or closed, or it is one")
+
+
+def _write(path: Path | str | None, write: Callable[[Any], Any]) -> list[str]:
+    if path is None:
+        return []
+    try:
+        write(path)
+    except OSError as error:
+        fail(f"{str(path)!r} could not be written: {error.strerror or error}")
+    return [printable(str(path))]
+
+
+# --------------------------------------------------------------------------------------------------------- the terminal
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[AnalysisProgress], None]]:
+    """A bar with the time left on a terminal; nothing elsewhere."""
+    console = errors()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Analysing", total=1.0)
+
+        def tell(now: AnalysisProgress) -> None:
+            which = f"text {now.text + 1} of {now.texts}" if now.texts and now.texts > 1 else "text"
+            progress.update(
+                task,
+                total=now.texts,
+                completed=now.text + now.fraction,
+                description=f"Analysing {which}, {now.tokens:,} tokens, {now.run}",
+            )
+
+        yield tell
+
+
+def show(console: Console, report: AttentionReport) -> None:
+    """Print the means of every layer and the strongest sinks."""
+    names = " and ".join(dict.fromkeys(run.model for run in report.runs))
+    texts = f"{report.text_count:,} text{'s' if report.text_count > 1 else ''}, {report.token_count:,} tokens"
+    console.print(Text(printable(f"{names}, {report.dtype}: {texts}"), style="bold"))
+    for note in report.notes:
+        console.print(Text(printable(note), style="yellow"))
+    console.print(_layer_table(console, report))
+    for run in report.runs:
+        console.print(_sink_table(report, run))
+
+
+def _layer_table(console: Console, report: AttentionReport) -> Table:
+    """A row for each layer; the values of several runs stand above each other."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", justify="right")
+    if len(report.runs) > 1:
+        table.add_column("", no_wrap=True)
+    for title in _COLUMNS.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    means = [{name: run.layer_means(name) for name in _COLUMNS} for run in report.runs]
+    for place, layer in enumerate(report.layers):
+        _add_rows(table, report, str(layer), [{name: each[name][place] for name in _COLUMNS} for each in means])
+    table.add_section()
+    _add_rows(table, report, "mean", [{name: run.mean(name) for name in _COLUMNS} for run in report.runs])
+    return table
+
+
+def _add_rows(table: Table, report: AttentionReport, title: str, values: list[dict[str, Any]]) -> None:
+    for run, of_run in zip(report.runs, values, strict=True):
+        label = [run.label] if len(report.runs) > 1 else []
+        style = "" if run is report.runs[0] else "magenta"
+        cells = [Text(_figure(name, value), style=style) for name, value in of_run.items()]
+        table.add_row(title if run is report.runs[0] else "", *label, *cells)
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None or value != value:
+        return "-"
+    return f"{100 * value:.1f} %" if name in ("first_key", "non_semantic") else f"{value:.2f}"
+
+
+def _sink_table(report: AttentionReport, run: AttentionRun) -> Table | Text:
+    from attnrb.analysis.page import ranges, visible
+
+    title = f"Sinks, {run.label}" if len(report.runs) > 1 else "Sinks"
+    if not run.sinks:
+        return Text(f"{title}: none")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for name in ("token", "class", "places", "layers", "peak share", "at layer", "z-score"):
+        table.add_column(name, justify="left" if name in ("token", "class", "layers") else "right", overflow="fold")
+    for sink in run.sinks[:_SHOWN_SINKS]:
+        table.add_row(
+            Text(visible(sink.text)),
+            sink.token_class.replace("_", " "),
+            "first" if sink.is_first else f"{sink.count:,}",
+            ranges(sink.layers),
+            f"{100 * sink.peak_share:.1f} %",
+            str(sink.peak_layer),
+            f"{sink.z_score:.1f}",
+        )
+    return table
