@@ -11,6 +11,7 @@ import hashlib
 import html
 import importlib.resources
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -199,8 +200,9 @@ def _unit(metric: str) -> str:
 
 
 def visible(text: str) -> str:
-    """A token's text on one line, with its spaces and newlines to be seen."""
-    return printable(text).replace("\n", "⏎").replace(" ", "␣")
+    """A token's text on one line, with its spaces and newlines to be seen; a long run of one of them is counted."""
+    line = printable(text).replace("\n", "⏎").replace(" ", "␣")
+    return re.sub(r"([⏎␣])\1{4,}", lambda run: f"{run[1]}×{len(run[0])}", line)
 
 
 # ---------------------------------------------------------------------------------------------------------- the HTML

@@ -344,7 +344,8 @@ def _sink_table(report: AttentionReport, run: AttentionRun) -> Table | Text:
         return Text(f"{title}: none")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
     for name in ("token", "class", "places", "layers", "peak share", "at layer", "z-score"):
-        table.add_column(name, justify="left" if name in ("token", "class", "layers") else "right", overflow="fold")
+        words = name in ("token", "class", "layers")
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=name == "class")
     for sink in run.sinks[:_SHOWN_SINKS]:
         table.add_row(
             Text(visible(sink.text)),
