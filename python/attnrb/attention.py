@@ -303,9 +303,7 @@ def attention(
     forward.called.add(layer)
     if plan.observer is not None:
         again = partial(_layer_attention, forward, layer, gain, query, key, scores)
-        plan.observer(
-            AttentionCall(layer, query, key, value, again, scores, gain, forward.outliers, plan.normalize)
-        )
+        plan.observer(AttentionCall(layer, query, key, value, again, scores, gain, forward.outliers, plan.normalize))
     weights = None
     if forward.weights:
         outliers = None if is_source or plan.boost_all else forward.outliers
