@@ -1,6 +1,7 @@
 # The torch-free core: `attnrb_core`. Each instruction set has one translation unit, and only that one is compiled for it.
 set(core_dir ${PROJECT_SOURCE_DIR}/csrc/core)
-set(core_sources ${core_dir}/dispatch.cpp ${core_dir}/scratch.cpp ${core_dir}/kernels/portable.cpp)
+set(core_sources ${core_dir}/dispatch.cpp ${core_dir}/scratch.cpp ${core_dir}/thread_pool.cpp
+  ${core_dir}/kernels/portable.cpp)
 set(ATTNRB_INSTRUCTION_SETS portable)
 
 function(attnrb_add_instruction_set name)

@@ -4,6 +4,7 @@ include(cmake/Torch.cmake)
 set(ops_dir ${PROJECT_SOURCE_DIR}/csrc/ops)
 add_library(attnrb_ops SHARED
   ${ops_dir}/library.cpp
+  ${ops_dir}/attention_backward.cpp
   ${ops_dir}/outlier_mask.cpp
   ${ops_dir}/rebalance.cpp
   ${ops_dir}/rebalanced_attention.cpp

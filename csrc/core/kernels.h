@@ -11,6 +11,7 @@ struct Kernels {
   const char* name;  // "portable", "avx2", "avx512", "amx"
   Status (*attention)(const AttentionProblem&, const ThreadPool&, Scratch&);
   void (*received_attention)(const ReceivedProblem&, const ThreadPool&, Scratch&);
+  Status (*gradient)(const GradientProblem&, const ThreadPool&, Scratch&);
   void (*outlier_mask)(const OutlierMaskProblem&, const ThreadPool&);
   void (*rebalance)(const RebalanceProblem&, const ThreadPool&);
 };

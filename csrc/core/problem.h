@@ -77,6 +77,31 @@ struct ReceivedProblem {
   Visibility visibility;
   Scoring scoring;
   float* received = nullptr;  // [B, H, N] contiguous
+  float* lse = nullptr;       // [B, H, M] contiguous, or null
+};
+
+// The gradients of fused attention, or of received_attention where `grad_received` is set: there are no values then,
+// and value_width is 0. docs/method.md derives the formulas.
+struct GradientProblem {
+  Shape shape;
+  DType dtype = DType::float32;
+  View query, key, value;
+  Visibility visibility;
+  Scoring scoring;
+  const float* lse = nullptr;            // [B, H, M] contiguous, as the forward wrote it
+  View output, grad_output;              // [B, H, M, Dv], dtype of query
+  const float* grad_lse = nullptr;       // [B, H, M] contiguous, or null
+  AttentionProblem::Boost boost;         // as the forward had it
+  const float* grad_received = nullptr;  // [B, H, N] contiguous, or null
+
+  // Where a gradient goes: same dtype as query, innermost stride 1; strides of the three axes before it.
+  struct Target {
+    void* data = nullptr;
+    int64_t strides[3] = {0, 0, 0};
+  };
+  Target grad_query, grad_key, grad_value;
+  float* grad_gain = nullptr;   // [H], or null
+  float* grad_sinks = nullptr;  // [H], or null
 };
 
 // mask[b, h, i, j] = weights > threshold and j != query_offset + i.

@@ -41,4 +41,8 @@ void for_each_task(const ThreadPool& pool, int64_t count, Task&& task) {
       &context);
 }
 
+// Returns once `counter` is `value`, which another worker sees to. A task may wait for tasks of a lower index only:
+// those have been taken by a worker already, so one of them always goes on.
+void wait_for(const std::atomic<int32_t>& counter, int32_t value);
+
 }  // namespace attnrb

@@ -34,4 +34,27 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
 
   // query [B, H, M, D], key [B, Hk, N, D] -> float32 [B, H, N]
   library.def("received_attention(Tensor query, Tensor key, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING ") -> Tensor");
+
+  // The same three for training: they also return what their backward needs, and have a gradient registered (in
+  // Python), which costs every call some microseconds that decoding should not pay.
+  library.def("source_attention_training(Tensor query, Tensor key, Tensor value, float threshold, " ATTNRB_VISIBILITY
+              ", " ATTNRB_SCORING ") -> (Tensor output, Tensor lse, Tensor indices, Tensor counts)");
+  library.def(
+      "rebalanced_attention_training(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, "
+      "Tensor gain, bool normalize, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING ") -> (Tensor output, Tensor lse)");
+  library.def("received_attention_training(Tensor query, Tensor key, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
+              ") -> (Tensor received, Tensor lse)");
+
+  // Gradients have the shape and dtype of what they belong to; grad_gain and grad_sinks are float32 [H].
+  library.def(
+      "source_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor output, Tensor lse, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
+      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks)");
+  library.def(
+      "rebalanced_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, "
+      "Tensor lse, Tensor indices, Tensor counts, Tensor gain, bool normalize, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
+      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_gain, Tensor grad_sinks)");
+  library.def(
+      "received_attention_backward(Tensor grad_received, Tensor query, Tensor key, Tensor lse, " ATTNRB_VISIBILITY
+      ", " ATTNRB_SCORING ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_sinks)");
 }

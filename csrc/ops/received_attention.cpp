@@ -1,13 +1,16 @@
 // How much attention each key receives: the mean weight that the queries which can see it give it.
+#include <tuple>
+
 #include "ops/cpu.h"
 
 namespace attnrb::ops {
 namespace {
 
-Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, bool causal, int64_t query_offset,
-                          int64_t key_offset, int64_t window, const OptionalTensor& key_start,
-                          const OptionalTensor& key_end, const OptionalTensor& mask, double scale, double softcap,
-                          const OptionalTensor& sinks) {
+// Returns what each key receives; fills `lse` where there is one.
+Tensor receive(const Tensor& query_tensor, const Tensor& key_tensor, bool causal, int64_t query_offset,
+               int64_t key_offset, int64_t window, const OptionalTensor& key_start, const OptionalTensor& key_end,
+               const OptionalTensor& mask, double scale, double softcap, const OptionalTensor& sinks,
+               OptionalTensor* lse) {
   const Operand query("query", query_tensor), key("key", key_tensor);
   ReceivedProblem problem;
   problem.dtype = check_element_type(query);
@@ -17,7 +20,12 @@ Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, 
                                {scale, softcap, sinks}, shape, query);
 
   Tensor received = empty<3>({shape.batch, shape.heads, shape.keys}, dtype_codes().float32, query);
-  const int64_t count = shape.batch * shape.heads * shape.keys;
+  const int64_t count = shape.batch * shape.heads * shape.keys, rows = shape.batch * shape.heads * shape.queries;
+  if (lse != nullptr) {
+    *lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
+    problem.lse = static_cast<float*>((*lse)->mutable_data_ptr());
+    if (shape.keys == 0) std::fill_n(problem.lse, rows, -std::numeric_limits<float>::infinity());
+  }
   if (count == 0) return received;
 
   problem.received = static_cast<float*>(received.mutable_data_ptr());
@@ -34,8 +42,29 @@ Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, 
   return received;
 }
 
+Tensor received_attention(const Tensor& query, const Tensor& key, bool causal, int64_t query_offset, int64_t key_offset,
+                          int64_t window, const OptionalTensor& key_start, const OptionalTensor& key_end,
+                          const OptionalTensor& mask, double scale, double softcap, const OptionalTensor& sinks) {
+  return receive(query, key, causal, query_offset, key_offset, window, key_start, key_end, mask, scale, softcap, sinks,
+                 nullptr);
+}
+
+std::tuple<Tensor, Tensor> received_attention_training(const Tensor& query, const Tensor& key, bool causal,
+                                                       int64_t query_offset, int64_t key_offset, int64_t window,
+                                                       const OptionalTensor& key_start, const OptionalTensor& key_end,
+                                                       const OptionalTensor& mask, double scale, double softcap,
+                                                       const OptionalTensor& sinks) {
+  OptionalTensor lse;
+  Tensor received = receive(query, key, causal, query_offset, key_offset, window, key_start, key_end, mask, scale,
+                            softcap, sinks, &lse);
+  return {std::move(received), std::move(*lse)};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) { library.impl("received_attention", TORCH_BOX(&received_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
+  library.impl("received_attention", TORCH_BOX(&received_attention));
+  library.impl("received_attention_training", TORCH_BOX(&received_attention_training));
+}
 
 }  // namespace attnrb::ops

@@ -39,6 +39,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(const Tensor& query_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) { library.impl("source_attention", TORCH_BOX(&source_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
+  library.impl("source_attention", TORCH_BOX(&source_attention));
+  library.impl("source_attention_training", TORCH_BOX(&source_attention));
+}
 
 }  // namespace attnrb::ops

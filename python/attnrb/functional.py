@@ -7,8 +7,9 @@ Axes: ``B`` batch, ``H`` query heads, ``Hk`` key/value heads (H a multiple of Hk
 query and key width, ``Dv`` value width. The attention functions read any strides and never repeat keys for grouped
 heads.
 
-The attention functions are for inference so far: an input that requires a gradient is refused while gradients are
-recorded.
+All are differentiable, once, where an input is (`attnrb.training`); outlier sets carry no gradient. Under autocast the
+attention functions compute in its dtype, as PyTorch's own attention does. float64 inputs take a plain path
+(`attnrb.plain`): dense and slow, and good for ``torch.autograd.gradcheck``.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrb import _C
+from attnrb import _C, plain, training
 from attnrb.outliers import Outliers
 from attnrb.visibility import Visibility, describe, visibility_arguments
 
 __all__ = ["outlier_mask", "rebalance", "rebalanced_attention", "received_attention", "source_attention"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Looked up once: torch.ops resolves overloads anew at every call.
 _outlier_mask = torch.ops.attnrb.outlier_mask.default
@@ -47,7 +48,7 @@ def outlier_mask(weights: Tensor, threshold: float = 0.01, *, query_offset: int 
     key never counts (arXiv 2403.14932, section 3).
 
     Args:
-        weights: ``[B, H, M, N]``, float32, bfloat16 or float16.
+        weights: ``[B, H, M, N]``, float32, bfloat16, float16 or float64.
         threshold: between 0 and 1, both excluded.
         query_offset: the key that is the first query's own. The default is ``N - M``: the last query on the last key.
 
@@ -62,6 +63,8 @@ def outlier_mask(weights: Tensor, threshold: float = 0.01, *, query_offset: int 
     _check_threshold(threshold)
     if query_offset is None:
         query_offset = weights.size(3) - weights.size(2)
+    if weights.dtype == torch.float64:
+        return plain.outlier_mask(weights, threshold, query_offset)
     result: Tensor = _outlier_mask(weights, threshold, query_offset)
     return result
 
@@ -85,7 +88,7 @@ def rebalance(
     ``gain`` tensor.
 
     Args:
-        weights: ``[B, H, M, N]``, float32, bfloat16 or float16.
+        weights: ``[B, H, M, N]``, float32, bfloat16, float16 or float64.
         mask: bool, broadcastable to ``weights``.
         gain: a number, or one for each head: a sequence or a tensor ``[H]``.
         normalize: divide each row by its new sum. A row that sums to zero stays as it is.
@@ -100,6 +103,8 @@ def rebalance(
     _check_operand("weights", weights)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask: expected a bool tensor, got {describe(mask)}")
+    if weights.dtype == torch.float64:
+        return plain.rebalance(weights, mask, _gain_tensor(gain, weights.device, torch.float64), normalize)
     if isinstance(gain, (int, float)):
         result: Tensor = _rebalance(weights, mask, gain, normalize)
     else:
@@ -165,7 +170,7 @@ def source_attention(
     built.
 
     Args:
-        query: ``[B, H, M, D]``, float32, bfloat16 or float16, any strides.
+        query: ``[B, H, M, D]``, float32, bfloat16, float16 or float64, any strides.
         key: ``[B, Hk, N, D]``, dtype and device of ``query``.
         value: ``[B, Hk, N, Dv]``, likewise.
         threshold: between 0 and 1, both excluded.
@@ -182,19 +187,17 @@ def source_attention(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or numbers do not fit.
-        NotImplementedError: gradients are recorded and an input requires one.
     """
-    _check_operands(query, key, value)
-    _check_inference(query, key, value, sinks, None)
+    query, key, value = _operands(query, key, value)
     _check_threshold(threshold)
-    output, lse, indices, counts = _source_attention(
-        query,
-        key,
-        value,
-        threshold,
+    options = (
         *visibility_arguments(visibility, query.size(2), key.size(2)),
         *_score_arguments(query, scale, softcap, sinks),
     )
+    if query.dtype == torch.float64:
+        return plain.source_attention(query, key, value, threshold, *options)
+    op = training.source_attention if training.records_gradient(query, key, value, sinks) else _source_attention
+    output, lse, indices, counts = op(query, key, value, threshold, *options)
     return output, lse, Outliers(indices, counts)
 
 
@@ -251,7 +254,7 @@ def rebalanced_attention(
     layer does not hold, or that the query cannot see, are skipped.
 
     Args:
-        query: ``[B, H, M, D]``, float32, bfloat16 or float16, any strides.
+        query: ``[B, H, M, D]``, float32, bfloat16, float16 or float64, any strides.
         key: ``[B, Hk, N, D]``, dtype and device of ``query``.
         value: ``[B, Hk, N, Dv]``, likewise.
         outliers: ``(indices, counts)`` of :func:`source_attention` for the same queries and heads; rows must ascend.
@@ -269,26 +272,25 @@ def rebalanced_attention(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or numbers do not fit, or a row of ``outliers`` does not ascend.
-        NotImplementedError: gradients are recorded and an input requires one.
     """
-    _check_operands(query, key, value)
+    query, key, value = _operands(query, key, value)
     # A lone tensor would unpack too, along its first axis.
     if not isinstance(outliers, tuple) or len(outliers) != 2:
         raise TypeError(f"outliers: expected a tuple (indices, counts), got {describe(outliers)}")
     indices, counts = outliers
-    gain = _gain_tensor(gain, query.device)
-    _check_inference(query, key, value, sinks, gain)
-    result: Tensor = _rebalanced_attention(
-        query,
-        key,
-        value,
-        indices,
-        counts,
-        gain,
-        normalize,
+    options = (
         *visibility_arguments(visibility, query.size(2), key.size(2)),
         *_score_arguments(query, scale, softcap, sinks),
     )
+    if query.dtype == torch.float64:
+        gain = _gain_tensor(gain, query.device, torch.float64)
+        return plain.rebalanced_attention(query, key, value, indices, counts, gain, normalize, *options)
+    gain = _gain_tensor(gain, query.device)
+    result: Tensor
+    if training.records_gradient(query, key, value, sinks, gain):
+        result, _ = training.rebalanced_attention(query, key, value, indices, counts, gain, normalize, *options)
+    else:
+        result = _rebalanced_attention(query, key, value, indices, counts, gain, normalize, *options)
     return result
 
 
@@ -336,7 +338,7 @@ def received_attention(
     No ``[M, N]`` matrix is built.
 
     Args:
-        query: ``[B, H, M, D]``, float32, bfloat16 or float16, any strides.
+        query: ``[B, H, M, D]``, float32, bfloat16, float16 or float64, any strides.
         key: ``[B, Hk, N, D]``, dtype and device of ``query``.
         scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
         visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
@@ -350,16 +352,19 @@ def received_attention(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or numbers do not fit.
-        NotImplementedError: gradients are recorded and an input requires one.
     """
-    _check_operands(query, key, key)
-    _check_inference(query, key, key, sinks, None)
-    result: Tensor = _received_attention(
-        query,
-        key,
+    query, key, _ = _operands(query, key, key)
+    options = (
         *visibility_arguments(visibility, query.size(2), key.size(2)),
         *_score_arguments(query, scale, softcap, sinks),
     )
+    if query.dtype == torch.float64:
+        return plain.received_attention(query, key, *options)
+    result: Tensor
+    if training.records_gradient(query, key, sinks):
+        result, _ = training.received_attention(query, key, *options)
+    else:
+        result = _received_attention(query, key, *options)
     return result
 
 
@@ -383,12 +388,23 @@ def _received_attention_fake(
 
 torch.library.register_fake("attnrb::received_attention", _received_attention_fake)
 
+training.register(_source_attention_fake, _rebalanced_attention_fake, _received_attention_fake)
+
 
 # ------------------------------------------------------------------------------------------------- shared by several
 
 
-def _check_operands(query: Any, key: Any, value: Any) -> None:
-    """Refuses what the C++ checks could only call a ValueError, or what would fail before they see it."""
+def _operands(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked, and in the dtype of autocast where that is on.
+
+    Refuses what the C++ checks could only call a ValueError.
+    """
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (
+            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (query, key, value)
+        )
     # One condition for the good case: this runs at every layer of every decoded token.
     if not (
         isinstance(query, Tensor)
@@ -402,27 +418,18 @@ def _check_operands(query: Any, key: Any, value: Any) -> None:
             _check_operand(name, operand)
             if operand.dtype != query.dtype:
                 raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {operand.dtype}")
+    if query.dtype == torch.float64:
+        plain.check_shapes(query, key, value)
+    return query, key, value
 
 
 def _check_operand(name: str, operand: Any) -> None:
     if not isinstance(operand, Tensor) or operand.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected a tensor of dtype float32, bfloat16 or float16, got {describe(operand)}")
+        raise TypeError(
+            f"{name}: expected a tensor of dtype float32, bfloat16, float16 or float64, got {describe(operand)}"
+        )
     if operand.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions, got {operand.dim()}: {tuple(operand.shape)}")
-
-
-def _check_inference(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, gain: Tensor | None) -> None:
-    if torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (sinks is not None and sinks.requires_grad)
-        or (gain is not None and gain.requires_grad)
-    ):
-        raise NotImplementedError(
-            "the attention functions of this version have no backward: call them under torch.no_grad() or "
-            "torch.inference_mode(), or detach the inputs that require a gradient"
-        )
 
 
 def _check_threshold(threshold: float) -> None:
@@ -442,24 +449,24 @@ def _score_arguments(
     return scale, softcap or 0.0, sinks
 
 
-def _gain_tensor(gain: Any, device: torch.device) -> Tensor:
-    """The gain as the ops take it: float32 [1] or [H]."""
+def _gain_tensor(gain: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The gain as the ops take it: float32 [1] or [H]; float64 for the plain path."""
     if isinstance(gain, Tensor):
-        if gain.dtype == torch.float32 and gain.dim() == 1:
+        if gain.dtype == dtype and gain.dim() == 1:
             return gain
         if not gain.is_floating_point():
             raise TypeError(f"gain: expected numbers or a floating-point tensor, got {describe(gain)}")
-        return (gain.reshape(1) if gain.dim() == 0 else gain).to(torch.float32)
+        return (gain.reshape(1) if gain.dim() == 0 else gain).to(dtype)
     if isinstance(gain, (int, float)):
         _check_finite("gain", gain)
-        return torch.full((1,), gain, dtype=torch.float32, device=device)
+        return torch.full((1,), gain, dtype=dtype, device=device)
     try:
         gains = [float(each) for each in (gain if isinstance(gain, Sequence) else [gain])]
     except (TypeError, ValueError):
         raise TypeError(f"gain: expected a number, or one for each head, got {describe(gain)}") from None
     for each in gains:
         _check_finite("gain", each)
-    return torch.tensor(gains, dtype=torch.float32, device=device)
+    return torch.tensor(gains, dtype=dtype, device=device)
 
 
 def _check_finite(name: str, value: float) -> None:

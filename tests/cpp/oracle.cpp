@@ -4,24 +4,17 @@
 #include <cmath>
 #include <limits>
 #include <set>
+#include <utility>
 
 #include "array.h"
+#include "oracle_rows.h"
 
 namespace attnrb::testing {
 
 namespace {
 
-constexpr double kRounding = 0x1p-24;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-// See Note: [Error bounds].
-double sum_error(int64_t terms) { return (6.0 * std::sqrt(double(terms)) + 3.0) * kRounding; }
-
 constexpr double kExp2Error = 4.0 * kRounding;
-
-double tile_probability_rounding(DType dtype) {
-  return dtype == DType::bfloat16 ? 0x1p-8 : dtype == DType::float16 ? 0x1p-15 : 0.0;
-}
 
 // Half a unit in the last place of `value`, and what the dtype cannot resolve near zero.
 double storage_rounding(DType dtype, double value) {
@@ -35,7 +28,15 @@ double storage_rounding(DType dtype, double value) {
   }
 }
 
-// The tolerance of a value computed within `error` and then stored.
+}  // namespace
+
+// See Note: [Error bounds].
+double sum_error(int64_t terms) { return (6.0 * std::sqrt(double(terms)) + 3.0) * kRounding; }
+
+double tile_probability_rounding(DType dtype) {
+  return dtype == DType::bfloat16 ? 0x1p-8 : dtype == DType::float16 ? 0x1p-15 : 0.0;
+}
+
 double stored(DType dtype, double value, double error) {
   return error + storage_rounding(dtype, std::fabs(value) + error);
 }
@@ -44,22 +45,6 @@ double element(const View& view, DType dtype, int64_t a, int64_t b, int64_t c, i
   const int64_t* s = view.strides;
   return load_element(view.data, dtype, a * s[0] + b * s[1] + c * s[2] + d * s[3]);
 }
-
-// What the rows of an attention problem, fused or received, have in common.
-struct RowSource {
-  const Shape& shape;
-  DType dtype;
-  const View &query, &key;
-  const Visibility& visibility;
-  const Scoring& scoring;
-};
-
-struct RowTruth {
-  std::vector<double> weights;  // [N]
-  std::vector<bool> visible;    // [N]
-  double lse = -kInfinity;
-  double error = 0.0, tile_error = 0.0;  // W_i
-};
 
 RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i) {
   const int64_t keys = source.shape.keys, width = source.shape.width;
@@ -103,10 +88,9 @@ RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i) {
   row.tile_error = row.error;
   if (source.dtype == DType::bfloat16) row.tile_error += 3e-6;
   if (source.dtype == DType::float16) row.tile_error += 0x1p-15 * largest_size;
+  row.scores = std::move(scores);
   return row;
 }
-
-}  // namespace
 
 bool visible(const Visibility& visibility, int64_t batch, int64_t head, int64_t query, int64_t key) {
   const int64_t query_slot = visibility.query_offset + query, key_slot = visibility.key_offset + key;

@@ -55,12 +55,7 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "key rank": ({"key": zeros(2, 2, 7, 16, 1)}, ValueError, r"key: expected 4 dimensions.*got 5"),
     "query is a list": ({"query": [1.0]}, TypeError, r"query: expected a tensor.*got list"),
     "key is None": ({"key": None}, TypeError, r"key: expected a tensor.*got NoneType"),
-    "integers": ({"query": zeros(2, 4, 5, 16, dtype=torch.int64)}, TypeError, r"query: .*float16, got.*int64"),
-    "double": (
-        {name: tensor.double() for name, tensor in operands().items()},
-        TypeError,
-        r"query: expected a tensor of dtype float32, bfloat16 or float16, got.*float64",
-    ),
+    "integers": ({"query": zeros(2, 4, 5, 16, dtype=torch.int64)}, TypeError, r"query: .*float64, got.*int64"),
     "mixed dtypes": (
         {"key": zeros(2, 2, 7, 16).half()},
         TypeError,
@@ -214,7 +209,7 @@ WEIGHTS, MASK = torch.rand(2, 3, 4, 5), torch.ones(2, 3, 4, 5, dtype=torch.bool)
             ValueError,
             r"weights: expected 4 dimensions, got 3: \(3, 4, 5\)",
         ),
-        (lambda: functional.outlier_mask(WEIGHTS.double()), TypeError, r"weights: .*got.*float64"),
+        (lambda: functional.outlier_mask(WEIGHTS.long()), TypeError, r"weights: .*got.*int64"),
         (lambda: functional.outlier_mask(WEIGHTS, 1.5), ValueError, r"threshold: .*got 1.5"),
         (
             lambda: functional.outlier_mask(WEIGHTS, query_offset=2**40),
@@ -259,19 +254,6 @@ def test_dense_functions_refuse(call: Callable[[], Any], exception: type[Excepti
 def test_visibility_refuses(arguments: dict[str, Any], exception: type[Exception], pattern: str) -> None:
     with pytest.raises(exception, match=pattern):
         Visibility(**arguments)
-
-
-@pytest.mark.parametrize("name", ["query", "key", "value", "sinks"])
-@pytest.mark.parametrize("function", [source, rebalanced])
-def test_attention_refuses_gradients(function: Callable[..., Any], name: str) -> None:
-    changes = operands(sinks=zeros(HEADS))
-    changes[name].requires_grad_()
-    with pytest.raises(NotImplementedError, match="no backward"):
-        function(**changes)
-    with torch.no_grad():
-        function(**changes)
-    with torch.inference_mode():
-        function(**changes)
 
 
 # The ops themselves are public too and must hold without the Python checks.

@@ -4,6 +4,7 @@
 #include "../kernels.h"
 #include "decode.h"
 #include "elementwise.h"
+#include "gradient.h"
 #include "received.h"
 
 namespace attnrb {
@@ -14,6 +15,7 @@ template <class T>
 struct FloatChoice {
   using Engine = FloatEngine<T>;
   using Dot = FloatDot<T>;
+  using GradientEngine = FloatGradientEngine<T>;
 };
 
 template <class Function>
@@ -53,6 +55,7 @@ void run_received(const ReceivedProblem& problem, const ThreadPool& pool, Scratc
   rows.key = problem.key;
   rows.visibility = problem.visibility;
   rows.scoring = problem.scoring;
+  rows.lse = problem.lse;
   rows.softmax = static_cast<float*>(
       (*rows_scratch).shared.reserve(2 * sizeof(float) * size_t(shape.batch * shape.heads * shape.queries + 1)));
   with_element_type(problem.dtype, [&](auto element) {
@@ -60,6 +63,13 @@ void run_received(const ReceivedProblem& problem, const ThreadPool& pool, Scratc
     using Engine = typename Choice<decltype(element)>::Engine;
     if (shape.queries > 0) Prefill<Engine>(rows, pool, scratch).run();
     Received<Engine>(problem, rows, pool, scratch).run();
+  });
+}
+
+template <template <class> class Choice>
+Status run_gradient(const GradientProblem& problem, const ThreadPool& pool, Scratch& scratch) {
+  return with_element_type(problem.dtype, [&](auto element) {
+    return Gradient<typename Choice<decltype(element)>::GradientEngine>(problem, pool, scratch).run();
   });
 }
 
@@ -73,7 +83,7 @@ inline void run_rebalance(const RebalanceProblem& problem, const ThreadPool& poo
 
 template <template <class> class Choice>
 constexpr Kernels make_table(const char* name) {
-  return {name, run_attention<Choice>, run_received<Choice>, run_outlier_mask, run_rebalance};
+  return {name, run_attention<Choice>, run_received<Choice>, run_gradient<Choice>, run_outlier_mask, run_rebalance};
 }
 
 }  // namespace ATTNRB_ISA

@@ -1,0 +1,141 @@
+// What the backward pass knows of each row before it starts.
+#pragma once
+
+#include "gradient_engine.h"
+#include "prefill.h"
+
+namespace attnrb {
+namespace ATTNRB_ISA {
+
+constexpr double kLog2EDouble = 1.44269504088896340736;
+
+template <class Input>
+const Input* gradient_row(const View& view, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<const Input*>(view.data) + batch * view.strides[0] + head * view.strides[1] +
+         row * view.strides[2];
+}
+
+template <class Input>
+class GradientRows {
+ public:
+  enum : uint8_t { kActive = 1, kFinite = 2 };
+
+  GradientRows(const GradientProblem& problem, const RowRules& rules)
+      : problem_(problem), shape_(problem.shape), rules_(rules) {}
+
+  float* references = nullptr;  // [rows, 2]: LSE * log2(e), and what one float cannot hold of it
+  float* deltas = nullptr;      // [rows]
+  uint8_t* flags = nullptr;     // [rows]
+  float* shares = nullptr;      // [B, H, N], of received_attention: the gradient of each weight in a column
+
+  void carve(Carver& carver) {
+    const int64_t heads = shape_.batch * shape_.heads, rows = heads * shape_.queries;
+    references = carver.take<float>(2 * rows);
+    deltas = carver.take<float>(rows);
+    flags = carver.take<uint8_t>(rows);
+    shares = carver.take<float>(received() ? heads * shape_.keys : 0);
+  }
+
+  bool active(int64_t row) const { return flags[row] & kActive; }
+  bool finite(int64_t row) const { return flags[row] & kFinite; }
+
+  // A row that sees nothing, or whose output nothing depends on, has no part in any gradient: whatever it holds, NaN
+  // included, is not read again.
+  Status prepare(int64_t batch, int64_t head, int64_t first, int64_t end) {
+    const FlushSubnormals flush;
+    for (int64_t query = first; query < end; ++query) {
+      const int64_t row = (batch * shape_.heads + head) * shape_.queries + query;
+      if (problem_.boost.indices != nullptr) {
+        const Status status = check_outliers(row);
+        if (status != Status::ok) return status;
+      }
+      float delta = 0.0f;
+      bool active = true, finite = is_finite(gradient_row<Input>(problem_.query, batch, head, query),
+                                             problem_.query.strides[3], shape_.width);
+      if (!received()) {
+        const Input* grad = gradient_row<Input>(problem_.grad_output, batch, head, query);
+        const float grad_lse = problem_.grad_lse != nullptr ? problem_.grad_lse[row] : 0.0f;
+        active = dot_output(batch, head, query, delta) || grad_lse != 0.0f;
+        delta -= grad_lse;
+        finite = finite && is_finite(grad, problem_.grad_output.strides[3], shape_.value_width);
+      }
+      if (problem_.lse[row] == -kInfinity) active = false;
+      // In two floats: rounded to one, a log-sum-exp of 20 would cost every weight of its row 1e-6.
+      const double reference = double(problem_.lse[row]) * kLog2EDouble;
+      references[2 * row] = float(reference);
+      references[2 * row + 1] = active ? float(reference - double(references[2 * row])) : 0.0f;
+      deltas[row] = delta;
+      flags[row] = uint8_t((active ? kActive : 0) | (finite ? kFinite : 0));
+    }
+    return Status::ok;
+  }
+
+  // shares[b, h, j] = grad_received_j / number of queries that see key j.
+  void share(int64_t batch, int64_t head) {
+    const int64_t keys = shape_.keys;
+    float* share = shares + (batch * shape_.heads + head) * keys;
+    const float* grad = problem_.grad_received + (batch * shape_.heads + head) * keys;
+    // Counts up to 2^24 are exact; with more queries the rounding is one of the quotient's.
+    for (int64_t j = 0; j < keys; ++j) share[j] = 0.0f;
+    for (int64_t query = 0; query < shape_.queries; ++query) {
+      Row row;
+      rules_.start(row, batch, head, query);
+      if (row.mask != nullptr) {
+        for (int64_t j = row.low; j < row.high; ++j) share[j] += rules_.visible(row, j) ? 1.0f : 0.0f;
+      } else if (row.low < row.high) {  // differences, summed up below
+        share[row.low] += 1.0f;
+        if (row.high < keys) share[row.high] -= 1.0f;
+      }
+    }
+    if (problem_.visibility.mask == nullptr)
+      for (int64_t j = 1; j < keys; ++j) share[j] += share[j - 1];
+    for (int64_t j = 0; j < keys; ++j) share[j] = share[j] > 0.0f ? grad[j] / share[j] : 0.0f;
+  }
+
+  // x * 0 is 0 for finite x and NaN otherwise.
+  static bool is_finite(const Input* row, int64_t stride, int64_t width) {
+    Vec test = Vec::zero();
+    for (int64_t d = 0; d < width; d += Vec::width) {
+      const int n = int(width - d < Vec::width ? width - d : Vec::width);
+      test = Vec::fma(load_strided(row + d * stride, stride, n), Vec::zero(), test);
+    }
+    return test.sum() == 0.0f;
+  }
+
+ private:
+  bool received() const { return problem_.grad_received != nullptr; }
+
+  // delta = dy . y; returns whether dy is anything but zeros.
+  bool dot_output(int64_t batch, int64_t head, int64_t query, float& delta) const {
+    const Input *grad = gradient_row<Input>(problem_.grad_output, batch, head, query),
+                *output = gradient_row<Input>(problem_.output, batch, head, query);
+    const int64_t grad_stride = problem_.grad_output.strides[3], stride = problem_.output.strides[3];
+    Vec sum = Vec::zero();
+    uint32_t zero = ~0u;
+    for (int64_t d = 0; d < shape_.value_width; d += Vec::width) {
+      const int n = int(shape_.value_width - d < Vec::width ? shape_.value_width - d : Vec::width);
+      const Vec g = load_strided(grad + d * grad_stride, grad_stride, n);
+      zero &= Vec::bits(Vec::both(Vec::greater_equal(g, Vec::zero()), Vec::greater_equal(Vec::zero(), g)));
+      sum = Vec::fma(g, load_strided(output + d * stride, stride, n), sum);
+    }
+    const bool nonzero = (~zero & ((1u << Vec::width) - 1u)) != 0;
+    delta = nonzero ? sum.sum() : 0.0f;
+    return nonzero;
+  }
+
+  Status check_outliers(int64_t row) const {
+    const AttentionProblem::Boost& boost = problem_.boost;
+    const int32_t *slots = boost.indices + row * boost.capacity, count = boost.counts[row];
+    if (count < 0 || count > boost.capacity) return Status::outlier_count;
+    for (int32_t c = 1; c < count; ++c)
+      if (slots[c] <= slots[c - 1]) return Status::unsorted_outliers;
+    return Status::ok;
+  }
+
+  const GradientProblem& problem_;
+  const Shape& shape_;
+  const RowRules& rules_;
+};
+
+}  // namespace ATTNRB_ISA
+}  // namespace attnrb

@@ -1,0 +1,181 @@
+#include "gradient_oracle.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+#include "oracle_rows.h"
+
+namespace attnrb::testing {
+
+namespace {
+
+// A sum with what its rounding errors scale with, for both kinds of kernels.
+struct Sum {
+  double value = 0.0, size = 0.0, error = 0.0, tile_error = 0.0;
+
+  void add(double term, double term_error, double term_tile_error) {
+    value += term;
+    size += std::fabs(term);
+    error += term_error;
+    tile_error += term_tile_error;
+  }
+  Bounded bounded(DType dtype, double factor, int64_t terms) const {
+    // Weights below float32's smallest normal number are flushed to zero.
+    const double by = std::fabs(factor), rounding = (sum_error(terms) + 4.0 * kRounding) * size + 1e-35;
+    return {factor * value, stored(dtype, factor * value, by * (error + rounding)),
+            stored(dtype, factor * value, by * (tile_error + rounding))};
+  }
+};
+
+std::vector<Bounded> bounded(const std::vector<Sum>& sums, DType dtype, double factor, int64_t terms) {
+  std::vector<Bounded> out;
+  for (const Sum& sum : sums) out.push_back(sum.bounded(dtype, factor, terms));
+  return out;
+}
+
+// A number known within an error.
+struct Known {
+  double value = 0.0, error = 0.0;
+};
+
+}  // namespace
+
+GradientTruth gradient_truth(const GradientProblem& problem) {
+  const Shape& shape = problem.shape;
+  const DType dtype = problem.dtype;
+  const RowSource source{shape, dtype, problem.query, problem.key, problem.visibility, problem.scoring};
+  const int64_t group = shape.heads / shape.key_heads, keys = shape.keys, width = shape.width,
+                value_width = shape.value_width;
+  const bool received = problem.grad_received != nullptr, normalize = problem.boost.normalize;
+  const double cap = problem.scoring.softcap;
+  const double rounding = dtype == DType::bfloat16 ? tile_probability_rounding(dtype) : 0.0;
+  std::vector<Sum> query(size_t(shape.batch * shape.heads * shape.queries * width));
+  std::vector<Sum> key(size_t(shape.batch * shape.key_heads * keys * width));
+  std::vector<Sum> value(size_t(shape.batch * shape.key_heads * keys * value_width));
+  std::vector<Sum> gains(size_t(shape.heads)), sinks(size_t(shape.heads));
+
+  for (int64_t b = 0; b < shape.batch; ++b)
+    for (int64_t h = 0; h < shape.heads; ++h) {
+      const int64_t key_head = h / group;
+      std::vector<int64_t> seen_by(size_t(keys), 0);
+      for (int64_t i = 0; i < shape.queries; ++i)
+        for (int64_t j = 0; j < keys; ++j) seen_by[size_t(j)] += visible(problem.visibility, b, h, i, j);
+      for (int64_t i = 0; i < shape.queries; ++i) {
+        const int64_t index = (b * shape.heads + h) * shape.queries + i;
+        RowTruth row = row_truth(source, b, h, i);
+        if (std::isinf(row.lse)) continue;
+
+        std::set<int64_t> outliers;
+        double gain = 0.0;
+        if (problem.boost.indices != nullptr) {
+          const int32_t* slots = problem.boost.indices + index * problem.boost.capacity;
+          outliers.insert(slots, slots + problem.boost.counts[index]);
+          gain = double(problem.boost.gain[h]);
+        }
+        std::vector<double> factor(size_t(keys), 1.0);
+        double divisor = 1.0;
+        for (int64_t j = 0; j < keys; ++j) {
+          if (outliers.count(problem.visibility.key_offset + j) == 0) continue;
+          factor[size_t(j)] = 1.0 + gain;
+          if (normalize) divisor += gain * row.weights[size_t(j)];
+        }
+        const double lse = row.lse + std::log(divisor), of_lse = 4.0 * kRounding * std::fabs(lse);
+        const double weight_error = row.error + of_lse, tile_weight_error = row.tile_error + of_lse;
+        for (double& weight : row.weights) weight /= divisor;
+
+        // Gradients of the weights, and delta.
+        std::vector<Known> upstream;
+        Known delta, tile_delta;
+        for (int64_t j = 0; j < keys; ++j) {
+          double sum = 0.0, size = 0.0;
+          if (received && row.visible[size_t(j)]) {
+            sum = double(problem.grad_received[(b * shape.heads + h) * keys + j]) / double(seen_by[size_t(j)]);
+            size = std::fabs(sum);
+          } else if (row.visible[size_t(j)]) {
+            for (int64_t d = 0; d < value_width; ++d) {
+              const double term =
+                  element(problem.grad_output, dtype, b, h, i, d) * element(problem.value, dtype, b, key_head, j, d);
+              sum += term;
+              size += std::fabs(term);
+            }
+          }
+          upstream.push_back({sum, sum_error(value_width + 1) * size});
+        }
+        if (received) {
+          for (int64_t j = 0; j < keys; ++j) {
+            const double term = row.weights[size_t(j)] * upstream[size_t(j)].value;
+            delta.value += term;
+            delta.error += std::fabs(term) * (weight_error + sum_error(keys));
+            tile_delta.error += std::fabs(term) * (tile_weight_error + sum_error(keys));
+          }
+        } else {
+          for (int64_t d = 0; d < value_width; ++d) {
+            double output = 0.0;
+            for (int64_t j = 0; j < keys; ++j)
+              if (row.visible[size_t(j)])
+                output += factor[size_t(j)] * row.weights[size_t(j)] * element(problem.value, dtype, b, key_head, j, d);
+            const double upstream_d = element(problem.grad_output, dtype, b, h, i, d);
+            delta.value += upstream_d * output;
+            delta.error +=
+                std::fabs(upstream_d) * (stored(dtype, output, 0.0) + sum_error(value_width) * std::fabs(output));
+          }
+          if (problem.grad_lse != nullptr) delta.value -= double(problem.grad_lse[index]);
+          delta.error += 4.0 * kRounding * std::fabs(delta.value);
+          tile_delta.error = delta.error;
+        }
+
+        for (int64_t j = 0; j < keys; ++j) {
+          if (!row.visible[size_t(j)]) continue;
+          const double p = row.weights[size_t(j)], w = factor[size_t(j)];
+          const Known up = upstream[size_t(j)];
+          const double tanh = cap > 0.0 ? row.scores[size_t(j)] / cap : 0.0, slope = 1.0 - tanh * tanh;
+          const double slope_error =
+              cap > 0.0 ? 2.0 * std::fabs(tanh) * (row.error / cap + 4.0 * kRounding) + 4.0 * kRounding : 0.0;
+          const double inner = normalize ? w * (up.value - delta.value) : w * up.value - delta.value;
+          const double delta_factor = normalize ? std::fabs(w) : 1.0;
+          const double size = std::fabs(w * up.value) + delta_factor * std::fabs(delta.value);
+          const double gradient = p * inner * slope;
+          const auto gradient_error = [&](double of_weight, double of_delta) {
+            return p * slope *
+                       (size * (of_weight + 8.0 * kRounding) + std::fabs(w) * up.error + delta_factor * of_delta) +
+                   p * size * slope_error;
+          };
+          const double error = gradient_error(weight_error, delta.error);
+          const double tile_error =
+              gradient_error(tile_weight_error, tile_delta.error) + rounding * std::fabs(gradient);
+          for (int64_t d = 0; d < width; ++d) {
+            const double k = element(problem.key, dtype, b, key_head, j, d),
+                         q = element(problem.query, dtype, b, h, i, d);
+            query[size_t(index * width + d)].add(gradient * k, error * std::fabs(k), tile_error * std::fabs(k));
+            key[size_t(((b * shape.key_heads + key_head) * keys + j) * width + d)].add(
+                gradient * q, error * std::fabs(q), tile_error * std::fabs(q));
+          }
+          for (int64_t d = 0; d < value_width; ++d) {
+            const double term = w * p * element(problem.grad_output, dtype, b, h, i, d), size = std::fabs(term);
+            value[size_t(((b * shape.key_heads + key_head) * keys + j) * value_width + d)].add(
+                term, size * weight_error, size * (tile_weight_error + rounding));
+          }
+          if (outliers.count(problem.visibility.key_offset + j) != 0) {
+            const double by = normalize ? up.value - delta.value : up.value;
+            const double by_size = std::fabs(up.value) + (normalize ? std::fabs(delta.value) : 0.0);
+            const double by_error = up.error + (normalize ? delta.error : 0.0) + 4.0 * kRounding * by_size;
+            gains[size_t(h)].add(p * by, p * (by_error + by_size * weight_error),
+                                 p * (by_error + by_size * tile_weight_error));
+          }
+        }
+        if (problem.scoring.sinks != nullptr) {
+          const double share = std::exp(double(problem.scoring.sinks[h]) - lse);
+          sinks[size_t(h)].add(-share * delta.value, share * (delta.error + std::fabs(delta.value) * of_lse),
+                               share * (tile_delta.error + std::fabs(delta.value) * of_lse));
+        }
+      }
+    }
+
+  const double scale = problem.scoring.scale;
+  const int64_t rows = shape.queries * group;
+  return {bounded(query, dtype, scale, keys), bounded(key, dtype, scale, rows), bounded(value, dtype, 1.0, rows),
+          bounded(gains, DType::float32, 1.0, 1), bounded(sinks, DType::float32, 1.0, 1)};
+}
+
+}  // namespace attnrb::testing

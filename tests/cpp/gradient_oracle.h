@@ -1,0 +1,31 @@
+// Gradients of attention in double precision, by the formulas of docs/method.md on weights that stand in memory, and
+// how far from them a kernel may be.
+//
+// Note: [Error bounds of gradients]
+// With W_i, u and the error of sums as in Note: [Error bounds], and y and LSE given to the kernel as the truth rounded:
+//   weight         P_ij, within W_i + 4u |LSE_i|, relative
+//   its gradient   dW_ij = sum_d dy_d v_d, within the error of that sum
+//   delta_i        the error of a sum of Dv products, and |dy_d| times the rounding of y_d
+//   score          dS = P (w dW - delta) slope: P (w |dW| + |delta|) times that of the weight, P times those of the
+//   two,
+//                  and with a softcap |P (w dW - delta)| times the slope's 2 |tanh| (W_i / cap + 4u) + 4u
+// Sums over keys or rows add the error of their length. Kernels that multiply in bfloat16 round P and dS to 2^-8.
+#pragma once
+
+#include <vector>
+
+#include "oracle.h"
+
+namespace attnrb::testing {
+
+struct GradientTruth {
+  std::vector<Bounded> query;        // [B, H, M, D]
+  std::vector<Bounded> key;          // [B, Hk, N, D]
+  std::vector<Bounded> value;        // [B, Hk, N, Dv]
+  std::vector<Bounded> gain, sinks;  // [H]
+};
+
+// `output` and `lse` of the problem are not read.
+GradientTruth gradient_truth(const GradientProblem& problem);
+
+}  // namespace attnrb::testing
