@@ -267,10 +267,9 @@ def attention(
         or layer is None
         or not 0 <= layer < forward.plan.layers
         or dropout
-        or (query.requires_grad and torch.is_grad_enabled())
         or not _UNSUPPORTED_NAMES.isdisjoint(others)
     ):
-        _check_call(module, forward, layer, dropout, query, others)
+        _check_call(module, forward, layer, dropout, others)
     assert forward is not None
     assert layer is not None
     plan = forward.plan
@@ -294,7 +293,8 @@ def attention(
 
     if is_source and not plan.boost_all:
         output, _, forward.outliers = functional.source_attention(query, key, value, threshold=plan.threshold, **scores)
-        if not torch.compiler.is_compiling():  # a graph counts nothing
+        # A graph counts nothing, and gradient checkpointing runs a layer again.
+        if not torch.compiler.is_compiling() and layer not in forward.called:
             forward.stats.add_counts(forward.outliers.counts, geometry.tokens)
     else:
         output = _layer_attention(forward, layer, gain, query, key, scores, value)
@@ -335,7 +335,7 @@ def _layer_attention(
     output = functional.rebalanced_attention(query, key, value, *plan.nothing(query), **scores)
     if gain is not None:
         if not plan.normalize:
-            output.mul_((1 + gain)[:, None, None])
+            output = (output * (1 + gain)[:, None, None]).to(output.dtype)  # not in place: a backward may need it
         elif scores["sinks"] is not None:
             raise NotImplementedError("boost_all with normalize is not supported for models with attention sinks")
         # Otherwise normalising takes back at once what strengthening every entry did.
@@ -374,7 +374,6 @@ def _check_call(
     forward: Forward | None,
     layer: int | None,
     dropout: float,
-    query: torch.Tensor,
     others: dict[str, Any],
 ) -> None:
     """Raise if this call cannot be served, saying why; arguments that are there but None do no harm."""
@@ -399,11 +398,6 @@ def _check_call(
         raise NotImplementedError(
             f"{name} asks for attention dropout of {dropout}, which attnrb does not support: call model.eval(), or set "
             "the model's attention dropout to 0"
-        )
-    if query.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "this version of attnrb re-balances inference only, and gradients are being recorded: run the patched "
-            "model under torch.no_grad() or torch.inference_mode()"
         )
     for argument, meaning in _UNSUPPORTED.items():
         if others.get(argument) is not None:

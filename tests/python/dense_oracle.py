@@ -97,7 +97,7 @@ class DenseOracle:
             self.outliers[..., key_slots] = chosen
             self.counts.append(chosen.sum(3))
             distance = torch.where(other, (weights - self.threshold).abs(), 1.0)
-            self.closest = min(self.closest, float(distance.min()))
+            self.closest = min(self.closest, float(distance.detach().min()))
         elif layer > self.source_layer:
             assert self.outliers is not None
             slots = self.outliers.shape[3]

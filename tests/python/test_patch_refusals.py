@@ -187,20 +187,6 @@ def test_dropout_in_training_mode() -> None:
     refused(model, NotImplementedError, r"attention dropout of 0.1, which attnrb does not support: call model.eval\(\)")
 
 
-def test_gradients() -> None:
-    model = tiny("llama")
-    with attnrb.patch(model):
-        with pytest.raises(NotImplementedError, match="inference only, and gradients are being recorded"):
-            model(tokens(1, 6))
-        with torch.inference_mode():
-            model(tokens(1, 6))
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        model(tokens(1, 6))
-        with pytest.raises(NotImplementedError, match="gradients are being recorded"):
-            model(inputs_embeds=torch.randn(1, 6, 32, requires_grad=True))
-
-
 def test_position_biases_and_the_like() -> None:
     refused(tiny("llama"), NotImplementedError, "position biases added to the scores", position_bias=torch.zeros(1))
 
