@@ -29,6 +29,7 @@ class DenseOracle:
         normalize: bool = False,
         boost_all: bool = False,
         keep_weights: bool = False,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         """Note the options.
 
@@ -39,8 +40,10 @@ class DenseOracle:
             normalize: divide each row by 1 + what was added to it.
             boost_all: strengthen every entry.
             keep_weights: keep the weights of every layer in ``weights``.
+            dtype: what to compute in; float32 for texts that would take too long otherwise.
         """
-        self.gains = [torch.as_tensor(gain, dtype=torch.float64).reshape(1, -1, 1, 1) for gain in gains]
+        self.dtype = dtype
+        self.gains = [torch.as_tensor(gain, dtype=dtype).reshape(1, -1, 1, 1) for gain in gains]
         self.threshold = threshold
         self.source_layer = source_layer
         self.normalize = normalize
@@ -78,13 +81,13 @@ class DenseOracle:
         layer, keys = module.layer_idx, key.shape[2]
         first_query, first_key = attention_mask._slots
         groups = query.shape[1] // key.shape[1]
-        k, v = (each.double().repeat_interleave(groups, dim=1) for each in (key, value))
-        scores = query.double() @ k.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        k, v = (each.to(self.dtype).repeat_interleave(groups, dim=1) for each in (key, value))
+        scores = query.to(self.dtype) @ k.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~attention_mask[..., :keys], -torch.inf)
         if s_aux is not None:
-            sink = s_aux.double().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+            sink = s_aux.to(self.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
             scores = torch.cat([scores, sink], dim=3)
         weights = torch.softmax(scores, dim=3).nan_to_num(0.0)[..., :keys]
 

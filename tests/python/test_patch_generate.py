@@ -58,14 +58,56 @@ def test_text_does_not_depend_on_the_batch(name: str) -> None:
         {"do_sample": False, "use_cache": False},
         {"do_sample": False, "cache_implementation": "static"},
         {"do_sample": False, "prefill_chunk_size": 4},
+        {"do_sample": True, "num_beams": 2},
+        {"do_sample": False, "cache_implementation": "sliding_window"},
+        {"do_sample": False, "cache_implementation": "offloaded"},
     ],
-    ids=["beams", "sampling", "several samples", "no cache", "static cache", "chunked prefill"],
+    ids=[
+        "beams",
+        "sampling",
+        "several samples",
+        "no cache",
+        "static cache",
+        "chunked prefill",
+        "sampled beams",
+        "sliding cache",
+        "offloaded cache",
+    ],
 )
 def test_ways_to_generate(name: str, options: dict[str, Any]) -> None:
+    if options.get("cache_implementation") == "offloaded" and not torch.cuda.is_available():
+        pytest.skip("transformers offloads caches from accelerators only")
     ids = tokens(2, 10)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     as_the_oracle_says(tiny(name), ids, attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "olmo2"])
+def test_quantised_cache(name: str) -> None:
+    from transformers import QuantizedCache
+
+    try:
+        QuantizedCache(backend="fp8", config=tiny(name).config)
+    except (ValueError, TypeError):
+        pytest.skip("the quantised caches of this version of transformers need another package")
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    as_the_oracle_says(tiny(name), tokens(2, 10), do_sample=False, **options)
+
+
+@some_architectures
+def test_speculative_decoding(name: str) -> None:
+    """With a smaller model that guesses, patched or not, and with guesses from the prompt."""
+    model, guessing, ids = tiny(name), tiny(name), tokens(1, 10)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in guessing.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    as_the_oracle_says(model, ids, do_sample=False, assistant_model=guessing)
+    as_the_oracle_says(model, ids, do_sample=False, prompt_lookup_num_tokens=3)
+    with attnrb.patch(model, CONFIG):
+        expected = generate(model, ids, do_sample=False)
+        with attnrb.patch(guessing, CONFIG):
+            assert generate(model, ids, do_sample=False, assistant_model=guessing) == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])

@@ -134,11 +134,11 @@ def source_layer(name: str) -> int:
 
 
 @cache
-def _weights(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
+def _weights(name: str, changes: tuple[tuple[str, Any], ...]) -> tuple[Any, dict[str, torch.Tensor]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.for_model(name, **{**_COMMON, **ARCHITECTURES[name]})
+        config = AutoConfig.for_model(name, **{**_COMMON, **ARCHITECTURES[name], **dict(changes)})
     except (KeyError, ValueError):
         pytest.skip(f"this version of transformers has no {name}")
     torch.manual_seed(0)
@@ -151,13 +151,13 @@ def _weights(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     return config, model.state_dict()
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A new model of this architecture, always with the same weights, ready for inference."""
+def tiny(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A new model of this architecture, with changes of its configuration, always with the same weights."""
     import copy
 
     from transformers import AutoModelForCausalLM
 
-    config, weights = _weights(name)
+    config, weights = _weights(name, tuple(changes.items()))
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     model.load_state_dict(weights)
     return model.to(dtype).eval()

@@ -1,0 +1,52 @@
+"""Memory of a patched model on long batches: linear in the text, whatever the mask says in numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+LENGTH = 16384
+
+# Growth of the peak of a process of its own, since a peak never falls.
+WORKER = """
+import resource, sys
+import attnrb, torch
+from tiny_models import tiny, tokens
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+name, length = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(2)
+model = tiny(name, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=length)
+ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.int64)
+mask[1, : length // 4] = 0
+with torch.no_grad(), attnrb.patch(model, attnrb.RebalanceConfig(alpha=0.5)) as patched:
+    for inputs in ({}, {"attention_mask": mask}):
+        model.model(ids[:, -64:], **{key: each[:, -64:] for key, each in inputs.items()}, use_cache=False)
+    before = peak()
+    for inputs in ({}, {"attention_mask": mask}):
+        model.model(ids, **inputs, use_cache=False)
+    assert patched.stats.forwards == 4 and patched.stats.outliers > 0
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_no_matrix_of_all_queries_and_keys(name: str) -> None:
+    """Causal, padded and windowed: not even one byte for each pair, in one row of the batch, is ever there."""
+    ran = subprocess.run(
+        [sys.executable, "-c", WORKER, name, str(LENGTH)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert int(ran.stdout) < LENGTH * LENGTH / 2
