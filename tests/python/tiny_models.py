@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+transformers = pytest.importorskip("transformers")
+
 VOCABULARY = 97
 LAYERS = 5
 WINDOW = 6
@@ -124,6 +126,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 8,
     },
 }
+if transformers.__version__ < "5":
+    del ARCHITECTURES["granitemoehybrid"]  # it makes masks of its own there, which the oracle cannot read
 
 HYBRIDS = ("qwen3_next", "granitemoehybrid")
 
@@ -143,6 +147,8 @@ def _weights(name: str, changes: tuple[tuple[str, Any], ...]) -> tuple[Any, dict
         pytest.skip(f"this version of transformers has no {name}")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if any(type(module).__name__.endswith("SdpaAttention") for module in model.modules()):
+        pytest.skip(f"in this version of transformers {name} computes attention by itself")
     # What starts as zeros or as an empty tensor (biases, sinks) would test nothing, and some are never initialised.
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
