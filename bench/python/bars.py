@@ -9,6 +9,8 @@ import torch
 # Denominators. SDPA is called with enable_gqa=True; at its best, in decoding, it is given the G query heads of a key
 # head as G query rows, which it can do only because a single query needs no causal mask.
 SDPA, SDPA_BEST, OFF = "sdpa", "sdpa at best", "re-balancing off"
+# What decoding cannot beat: a reduction over the same keys and values, each read once.
+READ = "plain read"
 
 
 @dataclass(frozen=True)

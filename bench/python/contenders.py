@@ -97,6 +97,12 @@ def contenders(operands: Operands) -> dict[str, Callable[[], Tensor]]:
     return runs
 
 
+def plain_read(operands: Operands) -> Callable[[], object]:
+    """Reads the keys and values of a case once, in every thread, and writes nothing."""
+    halves = [tensor.view(torch.int32) for tensor in (operands.key, operands.value)]
+    return lambda: [half.amax() for half in halves]
+
+
 def _mask(case: Case) -> Tensor | None:
     """A boolean mask where SDPA cannot be told otherwise: padding, and queries that do not begin at the first key."""
     slot = torch.arange(case.keys)

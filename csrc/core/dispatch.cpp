@@ -18,6 +18,7 @@ extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 extern const Kernels amx_kernels;
 #endif
 
@@ -33,18 +34,35 @@ void cpuid(unsigned leaf, unsigned subleaf, unsigned registers[4]) {
                    : "a"(leaf), "c"(subleaf));
 }
 
-// Clang's __builtin_cpu_supports() knows no "f16c".
-bool has_f16c() {
+constexpr int kEax = 0, kEbx = 1, kEcx = 2, kEdx = 3;
+
+bool has_bit(unsigned leaf, unsigned subleaf, int index, int bit) {
   unsigned registers[4];
-  cpuid(1, 0, registers);
-  return (registers[2] >> 29) & 1u;
+  cpuid(0, 0, registers);
+  if (registers[kEax] < leaf) return false;
+  cpuid(leaf, subleaf, registers);
+  return (registers[index] >> bit) & 1u;
 }
+
+// Clang's __builtin_cpu_supports() knows no "f16c".
+bool has_f16c() { return has_bit(1, 0, kEcx, 29); }
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+bool has_avx512_bf16() { return has_avx512() && has_bit(7, 1, kEax, 5); }
+
+// Whether a pair product (VDPBF16PS) takes no longer than a float32 multiply-add: AMD's processors have two units for
+// it, where Intel's have one that takes two cycles, which is slower than widening to float32.
+bool has_fast_avx512_bf16() {
+  unsigned registers[4];
+  cpuid(0, 0, registers);
+  const unsigned vendor[3] = {registers[kEbx], registers[kEdx], registers[kEcx]};
+  return std::memcmp(vendor, "AuthenticAMD", sizeof(vendor)) == 0 && has_avx512_bf16();
 }
 
 // Linux gives the 8 KB of tile registers only to a process that asks for them.
@@ -58,15 +76,7 @@ bool kernel_permits_tiles() {
 }
 
 bool has_amx() {
-  if (!has_avx512()) return false;
-  unsigned registers[4];
-  cpuid(0, 0, registers);
-  if (registers[0] < 7) return false;
-  cpuid(7, 0, registers);
-  const bool tiles = (registers[3] >> 24) & 1u, tile_bf16 = (registers[3] >> 22) & 1u;
-  cpuid(7, 1, registers);
-  const bool avx512_bf16 = (registers[0] >> 5) & 1u;
-  return tiles && tile_bf16 && avx512_bf16 && kernel_permits_tiles();
+  return has_avx512_bf16() && has_bit(7, 0, kEdx, 24) && has_bit(7, 0, kEdx, 22) && kernel_permits_tiles();
 }
 
 #endif
@@ -74,6 +84,7 @@ bool has_amx() {
 struct Candidate {
   const Kernels* kernels;
   bool (*supported)();
+  bool (*faster)() = always;  // than the ones before it, where supported
 };
 
 constexpr Candidate kCandidates[] = {
@@ -81,6 +92,7 @@ constexpr Candidate kCandidates[] = {
 #if defined(__x86_64__)
     {&avx2_kernels, has_avx2},
     {&avx512_kernels, has_avx512},
+    {&avx512_bf16_kernels, has_avx512_bf16, has_fast_avx512_bf16},
     {&amx_kernels, has_amx},
 #endif
 };
@@ -90,12 +102,14 @@ struct Available {
   const Kernels* tables[kCandidateCount] = {};
   const char* names[kCandidateCount + 1] = {};
   int count = 0;
+  const Kernels* best = nullptr;
 
   Available() {
     for (const Candidate& candidate : kCandidates) {
       if (!candidate.supported()) continue;
       tables[count] = candidate.kernels;
       names[count++] = candidate.kernels->name;
+      if (candidate.faster()) best = candidate.kernels;
     }
   }
 };
@@ -107,7 +121,7 @@ const Available& available() {
 
 const Kernels& choose() {
   const char* wanted = std::getenv("ATTNRB_CPU");
-  if (wanted == nullptr || *wanted == '\0') return *available().tables[available().count - 1];
+  if (wanted == nullptr || *wanted == '\0') return *available().best;
   if (const Kernels* table = find_kernels(wanted)) return *table;
   std::string names;
   for (int i = 0; i < available().count; ++i) names += (i ? ", " : "") + std::string(available().names[i]);

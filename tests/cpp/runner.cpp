@@ -50,7 +50,8 @@ Written run_attention(const Kernels& kernels, AttentionCase& attention, int64_t 
 }
 
 double tolerance(const Kernels& kernels, const Bounded& expected) {
-  return std::strcmp(kernels.name, "amx") == 0 ? expected.tile_tolerance : expected.tolerance;
+  const bool rounds = std::strcmp(kernels.name, "amx") == 0 || std::strcmp(kernels.name, "avx512_bf16") == 0;
+  return rounds ? expected.tile_tolerance : expected.tolerance;
 }
 
 bool close(const Kernels& kernels, double got, const Bounded& expected) {

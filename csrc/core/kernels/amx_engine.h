@@ -15,6 +15,7 @@
 
 #include <type_traits>
 
+#include "bf16_pairs.h"
 #include "float_engine.h"
 
 namespace attnrb {
@@ -33,10 +34,8 @@ struct alignas(64) TileConfig {
 template <int Plane>
 ATTNRB_INLINE __m512i load_plane(const bfloat16* p, int n) {
   static_assert(Plane == 0, "bfloat16 has one plane");
-  return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(n <= 0 ? 0u : (1u << n) - 1u, p);
+  return load_halves(p, n);
 }
-
-ATTNRB_INLINE __m512i round_pair(Vec a, Vec b) { return (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v); }
 
 ATTNRB_INLINE Vec widen_low(__m512i pair) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(pair)), 16))};
@@ -55,7 +54,7 @@ ATTNRB_INLINE __m512i split(Vec a, Vec b) {
 
 template <int Plane>
 ATTNRB_INLINE __m512i load_plane(const float16* p, int n) {
-  const __m512i halves = n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(n <= 0 ? 0u : (1u << n) - 1u, p);
+  const __m512i halves = load_halves(p, n);
   return split<Plane>(Vec{_mm512_cvtph_ps(_mm512_castsi512_si256(halves))},
                       Vec{_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))});
 }
@@ -235,12 +234,10 @@ struct AmxEngine {
     const __m512i even = count > 0 ? load_components<Plane>(values, column_stride, n) : _mm512_setzero_si512();
     const __m512i odd =
         count > 1 ? load_components<Plane>(values + row_stride, column_stride, n) : _mm512_setzero_si512();
-    alignas(64) static constexpr uint16_t kInterleave[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                             37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                             11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low = _mm512_load_si512(kInterleave), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    _mm512_storeu_si512(row, _mm512_permutex2var_epi16(even, low, odd));
-    _mm512_storeu_si512(row + block_keys / 32 * kTileElements, _mm512_permutex2var_epi16(even, high, odd));
+    __m512i low, high;
+    interleave(even, odd, low, high);
+    _mm512_storeu_si512(row, low);
+    _mm512_storeu_si512(row + block_keys / 32 * kTileElements, high);
   }
 
   static ATTNRB_INLINE void zero_tiles() {

@@ -13,7 +13,7 @@
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-// Rows that will be read next, fetched into the second-level cache a row at a time while others are being used: keys
+// Rows that will be read next, fetched into the cache a row at a time while others are being used: keys
 // and values alternate block by block, which the hardware's own prefetchers take for the end of a stream each time.
 struct Upcoming {
   const char* next = nullptr;
@@ -21,7 +21,7 @@ struct Upcoming {
 
   ATTNRB_INLINE void fetch(int64_t count) {
     for (; count > 0 && rows > 0; --count, --rows, next += stride)
-      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(next + byte, 0, 3);
   }
 };
 
@@ -63,8 +63,7 @@ struct FloatDot : FloatProbabilities {
     }
     float total[Vec::width];
     Vec::sums(sum).store(total);
-    for (int r = 0; r < Rows; ++r)
-      for (int k = 0; k < Keys; ++k) scores[r * score_stride + k] = total[r * Keys + k];
+    for (int r = 0; r < Rows; ++r) std::memcpy(scores + r * score_stride, total + r * Keys, Keys * sizeof(float));
   }
 
   // sums[r][..] += probabilities[r][0..count) * values over Chunks chunks of columns, of which `columns` exist.
@@ -111,7 +110,8 @@ template <class Dot>
 class Decode {
   using Input = typename Dot::Input;
   using Probability = typename Dot::Probability;
-  static constexpr int kBlockKeys = 128;  // 64 KB of float32 keys at width 128: read once, used from the cache
+  static constexpr int kBlockKeys =
+      64;  // keys and values of width 128 in bfloat16 fill two thirds of a first-level cache
   static constexpr int kMaxRowBlock = Vec::width < 4 ? Vec::width : 4;
 
  public:

@@ -1,6 +1,8 @@
 // Attention of many queries: keys and values are packed once per key head, then blocks of query rows walk over them.
 #pragma once
 
+#include "../scratch.h"
+#include "../thread_pool.h"
 #include "rows.h"
 #include "subnormals.h"
 
@@ -170,19 +172,21 @@ class Prefill {
     const int64_t padded_rows = round_up(row_count, Engine::strip);
     const int64_t candidate_capacity = rules_.candidate_capacity(Engine::block_keys);
     const int64_t* qs = problem_.query.strides;
+    for (int64_t r = 0; r < row_count; ++r) rules_.prefetch(batch, head_of(r), query_of(r));
+    for (int64_t r = 0; r < padded_rows; ++r) {
+      const Input* query = r >= row_count ? nullptr
+                                          : static_cast<const Input*>(problem_.query.data) + batch * qs[0] +
+                                                head_of(r) * qs[1] + query_of(r) * qs[2];
+      engine_.pack_query_row(worker.queries, r, query, qs[3], rules_.query_factor());
+    }
     for (int64_t r = 0; r < padded_rows; ++r) {
       Row& row = worker.rows[r] = Row();
-      const Input* query = nullptr;
-      if (r < row_count) {
-        note(rules_.start(row, batch, head_of(r), query_of(r)));
-        if (rules_.emits()) {
-          row.candidate_scores = worker.candidate_scores + r * candidate_capacity;
-          row.candidates = worker.candidates + r * candidate_capacity;
-        }
-        query =
-            static_cast<const Input*>(problem_.query.data) + batch * qs[0] + head_of(r) * qs[1] + query_of(r) * qs[2];
+      if (r >= row_count) continue;
+      note(rules_.start(row, batch, head_of(r), query_of(r)));
+      if (rules_.emits()) {
+        row.candidate_scores = worker.candidate_scores + r * candidate_capacity;
+        row.candidates = worker.candidates + r * candidate_capacity;
       }
-      engine_.pack_query_row(worker.queries, r, query, qs[3], rules_.query_factor());
     }
     for (int64_t i = 0; i < padded_rows * engine_.value_columns; ++i) worker.sums[i] = 0.0f;
 

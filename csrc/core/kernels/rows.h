@@ -67,6 +67,16 @@ class RowRules {
     return emits() ? problem_.emit.capacity + problem_.emit.capacity / 8 + 2 * Vec::width + block_keys : 0;
   }
 
+  // Asks for what start() is going to read: the outliers of a row lie far from the next row's, in a table of which
+  // little is filled.
+  ATTNRB_INLINE void prefetch(int64_t batch, int64_t head, int64_t query) const {
+    if (!boosts()) return;
+    const int64_t index = (batch * problem_.shape.heads + head) * problem_.shape.queries + query;
+    const int32_t* row = problem_.boost.indices + index * problem_.boost.capacity;
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + 15);
+  }
+
   Status start(Row& row, int64_t batch, int64_t head, int64_t query) const {
     const Shape& shape = problem_.shape;
     const Visibility& visibility = problem_.visibility;
@@ -224,8 +234,10 @@ class RowRules {
       const int64_t j = int64_t(row.boost[next]) - first;
       if (j >= count) break;
       if (j < 0) continue;
-      if (problem_.boost.normalize) row.boosted += row.gain * Engine::load_probability(probabilities, j);
+      const float before = Engine::load_probability(probabilities, j);
       Engine::scale_probability(probabilities, j, factor);
+      // What the output really gained: rounded probabilities must not be divided by exact ones.
+      if (problem_.boost.normalize) row.boosted += Engine::load_probability(probabilities, j) - before;
     }
     row.boost_next = next;
   }

@@ -1,0 +1,37 @@
+// bfloat16 components two by two, as products of pairs want them (AVX512-BF16 and AMX).
+#pragma once
+
+#include "../types.h"
+
+namespace attnrb {
+namespace ATTNRB_ISA {
+
+// The first n of 32 components; zeros follow, and nothing behind them is read.
+ATTNRB_INLINE __m512i load_halves(const void* p, int n) {
+  return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(n <= 0 ? 0u : (1u << n) - 1u, p);
+}
+
+// The same where components do not follow each other.
+template <class T>
+ATTNRB_INLINE __m512i load_halves(const T* p, int64_t column_stride, int n) {
+  static_assert(sizeof(T) == 2, "halves of 32 bits");
+  if (column_stride == 1) return load_halves(p, n);
+  T copy[32];
+  for (int i = 0; i < n && i < 32; ++i) copy[i] = p[i * column_stride];
+  return load_halves(copy, n);
+}
+
+ATTNRB_INLINE __m512i round_pair(Vec a, Vec b) { return (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v); }
+
+// Components of two rows side by side: `low` holds the pairs of the first 16, `high` those of the last.
+ATTNRB_INLINE void interleave(__m512i even, __m512i odd, __m512i& low, __m512i& high) {
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                           37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                           11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_load_si512(kInterleave), last = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  low = _mm512_permutex2var_epi16(even, first, odd);
+  high = _mm512_permutex2var_epi16(even, last, odd);
+}
+
+}  // namespace ATTNRB_ISA
+}  // namespace attnrb
