@@ -2,6 +2,7 @@
 #include "vec_avx512.h"
 
 #include "bf16_engine.h"
+#include "bf16_gradient_engine.h"
 #include "table.h"
 
 namespace attnrb {
@@ -16,6 +17,7 @@ template <>
 struct PairChoice<bfloat16> {
   using Engine = Bf16Engine;
   using Dot = Bf16Dot;
+  using GradientEngine = Bf16GradientEngine;
 };
 
 }  // namespace avx512_bf16

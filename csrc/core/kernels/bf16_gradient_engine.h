@@ -2,6 +2,7 @@
 // lane of Note: [Gradient products] is a pair of neighbours on the summed axis: two components, two rows or two keys.
 #pragma once
 
+#include "bf16_pairs.h"
 #include "gradient_engine.h"
 
 namespace attnrb {
@@ -56,15 +57,16 @@ struct Bf16GradientEngine {
   template <int Rows>
   static void pack_along(float* out, const Input* const* rows, int64_t count, int64_t stride, int64_t width) {
     constexpr int64_t panel = Blocking::panel;
-    const __m512i low = interleave_low(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t r = 0; r < count; r += 2)
       for (int64_t d = 0; d < width; d += 32) {
         const __m512i even = load(rows[r], d, stride, width, 1.0f);
         const __m512i odd = load(r + 1 < count ? rows[r + 1] : nullptr, d, stride, width, 1.0f);
         float* pairs = out + (d / panel * (Rows / 2) + r / 2) * panel + d % panel;
-        _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(even, low, odd));
+        __m512i low, high;
+        interleave(even, odd, low, high);
+        _mm512_storeu_si512(pairs, low);
         // 32 columns never straddle a panel; the second half exists where the panel does.
-        _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(even, high, odd));
+        _mm512_storeu_si512(pairs + 16, high);
       }
   }
 
@@ -104,13 +106,6 @@ struct Bf16GradientEngine {
   };
 
  private:
-  static ATTNRB_INLINE __m512i interleave_low() {
-    alignas(64) static constexpr uint16_t kInterleave[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                             37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                             11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    return _mm512_load_si512(kInterleave);
-  }
-
   static ATTNRB_INLINE __m512i narrow(const float* low, const float* high) {
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(high), _mm512_loadu_ps(low));
   }
@@ -126,7 +121,7 @@ struct Bf16GradientEngine {
   static ATTNRB_INLINE __m512i load(const Input* row, int64_t d, int64_t stride, int64_t width, float factor) {
     if (row == nullptr) return _mm512_setzero_si512();
     const int n = int(width - d < 32 ? width - d : 32);
-    if (stride == 1 && factor == 1.0f) return _mm512_maskz_loadu_epi16(n == 32 ? 0xffffffffu : (1u << n) - 1u, row + d);
+    if (stride == 1 && factor == 1.0f) return load_halves(row + d, n);
     alignas(64) Input copy[32] = {};
     for (int i = 0; i < n; ++i) copy[i] = from_float<Input>(factor * to_float(row[(d + i) * stride]));
     return _mm512_load_si512(copy);

@@ -68,7 +68,8 @@ class Prefill {
 
     for (int64_t first = 0; first < shape_.batch; first += group) {
       const int64_t count = first + group < shape_.batch ? group : shape_.batch - first;
-      for_each_task(pool_, count * shape_.key_heads * key_blocks_, [&](int64_t, int64_t task) { pack(first, task); });
+      for_each_task(pool_, count * shape_.key_heads * key_blocks_,
+                    [&](int64_t worker, int64_t task) { pack(first, worker, task); });
       for_each_task(pool_, count * shape_.key_heads * query_blocks_ * head_blocks_,
                     [&](int64_t worker, int64_t task) { attend(first, worker, task); });
     }
@@ -84,6 +85,7 @@ class Prefill {
     Row* rows;
     float* candidate_scores;
     int32_t* candidates;
+    Input* finite_values;
   };
 
   Worker carve_worker(void* base, int64_t* bytes) const {
@@ -97,6 +99,7 @@ class Prefill {
     const int64_t candidates = Engine::block_rows * rules_.candidate_capacity(Engine::block_keys);
     worker.candidate_scores = carver.take<float>(candidates);
     worker.candidates = carver.take<int32_t>(candidates);
+    worker.finite_values = carver.take<Input>(Engine::block_keys * shape_.value_width);
     if (bytes != nullptr) *bytes = carver.taken(base);
     return worker;
   }
@@ -118,7 +121,7 @@ class Prefill {
     return static_cast<const Input*>(problem_.value.data) + batch * s[0] + key_head * s[1] + key * s[2];
   }
 
-  void pack(int64_t first_batch, int64_t task) {
+  void pack(int64_t first_batch, int64_t worker_index, int64_t task) {
     const int64_t block = task % key_blocks_, key_head = task / key_blocks_ % shape_.key_heads;
     const int64_t element = task / key_blocks_ / shape_.key_heads, batch = first_batch + element;
     const int64_t key = block * Engine::block_keys;
@@ -133,9 +136,24 @@ class Prefill {
     if (shape_.value_width == 0) return;
     const Input* values = value_row(batch, key_head, key);
     const int64_t row_stride = problem_.value.strides[2], column_stride = problem_.value.strides[3];
-    engine_.pack_values(packed + engine_.key_block_bytes(), values, row_stride, column_stride, count);
+    char* packed_values = packed + engine_.key_block_bytes();
     finite_[task] = all_finite(values, row_stride, column_stride, count);
+    if (finite_[task]) {
+      engine_.pack_values(packed_values, values, row_stride, column_stride, count);
+      return;
+    }
+    // A masked value of NaN or infinity must not meet a probability of zero, since their product is NaN: such values
+    // are packed as zeros, and added where they are seen.
+    Input* copy = carve_worker(scratch_.workers[size_t(worker_index)].reserve(0), nullptr).finite_values;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t d = 0; d < shape_.value_width; ++d) {
+        const Input value = values[r * row_stride + d * column_stride];
+        copy[r * shape_.value_width + d] = is_finite(to_float(value)) ? value : from_float<Input>(0.0f);
+      }
+    engine_.pack_values(packed_values, copy, shape_.value_width, 1, count);
   }
+
+  static bool is_finite(float x) { return x * 0.0f == 0.0f; }
 
   // x * 0 is 0 for finite x and NaN otherwise.
   bool all_finite(const Input* values, int64_t row_stride, int64_t column_stride, int64_t count) const {
@@ -236,24 +254,21 @@ class Prefill {
     }
     if (shape_.value_width == 0) return;
     float* sums = worker.sums + first_row * engine_.value_columns;
-    const bool finite = finite_[(element * shape_.key_heads + key_head) * key_blocks_ + block];
-    if (finite || !partial) {
-      engine_.accumulate(worker.probabilities, rows, keys + engine_.key_block_bytes(), first, last, sums);
-    } else {
-      // A masked value of NaN or infinity must not meet a probability of zero: their product is NaN.
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t j = first; j < last; ++j)
-          if (rules_.visible(row[r], key + j)) accumulate_one(worker, r, j, batch, key_head, key, sums);
-    }
+    engine_.accumulate(worker.probabilities, rows, keys + engine_.key_block_bytes(), first, last, sums);
+    if (finite_[(element * shape_.key_heads + key_head) * key_blocks_ + block]) return;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = first; j < last; ++j)
+        if (rules_.visible(row[r], key + j)) add_not_finite(worker, r, j, batch, key_head, key, sums);
   }
 
-  void accumulate_one(const Worker& worker, int64_t r, int64_t j, int64_t batch, int64_t key_head, int64_t key,
+  void add_not_finite(const Worker& worker, int64_t r, int64_t j, int64_t batch, int64_t key_head, int64_t key,
                       float* sums) const {
     const float weight = Engine::load_probability(worker.probabilities + r * Engine::block_keys, j);
-    const Input* value = value_row(batch, key_head, key + j);
-    const int64_t stride = problem_.value.strides[3];
-    for (int64_t d = 0; d < shape_.value_width; ++d)
-      sums[r * engine_.value_columns + d] += weight * to_float(value[d * stride]);
+    const Input* row = value_row(batch, key_head, key + j);
+    for (int64_t d = 0; d < shape_.value_width; ++d) {
+      const float value = to_float(row[d * problem_.value.strides[3]]);
+      if (!is_finite(value)) sums[r * engine_.value_columns + d] += weight * value;
+    }
   }
 
   void finish(const Worker& worker, int64_t r, int64_t batch, int64_t head, int64_t query) {
