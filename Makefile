@@ -136,6 +136,7 @@ bench: $(DONE)/test $(DONE)/model $(DONE)/google
 	else echo 'C++ benches skipped: Google Benchmark is neither installed nor to be had.'; fi
 	$(BIN)/python bench/python/bench_attention.py --json build/bench/attention.json
 	$(BIN)/python bench/python/bench_memory.py --json build/bench/memory.json
+	$(BIN)/python bench/python/bench_training.py --json build/bench/training.json
 	$(BIN)/python bench/python/bench_model.py --json build/bench/model.json
 	$(BIN)/python bench/python/bench_patch.py --json build/bench/patch.json
 

@@ -15,11 +15,22 @@ from attnrb import functional
 from attnrb._C import release_scratch as _release_scratch
 from attnrb._C import version as __version__
 from attnrb.config import RebalanceConfig
+from attnrb.learned_gains import LearnedGains
 from attnrb.outliers import Outliers
 from attnrb.patch import Patch, patch
 from attnrb.visibility import Visibility
 
-__all__ = ["Outliers", "Patch", "RebalanceConfig", "Visibility", "__version__", "clear_scratch", "functional", "patch"]
+__all__ = [
+    "LearnedGains",
+    "Outliers",
+    "Patch",
+    "RebalanceConfig",
+    "Visibility",
+    "__version__",
+    "clear_scratch",
+    "functional",
+    "patch",
+]
 
 
 def clear_scratch() -> None:

@@ -23,6 +23,7 @@ from attnrb.stats import PatchStats
 from attnrb.weights import attention_weights
 
 if TYPE_CHECKING:
+    from attnrb.learned_gains import LearnedGains
     from attnrb.masks import Geometry
 
 # The keyword argument that carries the `Forward`, and the attribute that carries a mask's geometry (see masks.py).
@@ -79,6 +80,7 @@ class Plan:
         gains: Sequence[Sequence[float] | None],
         observer: Observer | None = None,
         shard: tuple[int, int] = (0, 1),
+        learned: LearnedGains | None = None,
     ) -> None:
         """Prepare the plan.
 
@@ -88,6 +90,7 @@ class Plan:
             gains: for each of the L layers its H gains, or None where the layer stays as it is.
             observer: called after the attention of every layer.
             shard: rank and number of ranks among which tensor parallelism splits the heads of a layer, in order.
+            learned: where the gains come from instead, anew in every forward; ``gains`` only says in which layers.
         """
         self.source_layer = config.source_layer
         self.threshold = config.threshold
@@ -96,6 +99,8 @@ class Plan:
         self.heads = heads
         rank, ranks = shard
         self.local_heads = heads // ranks if heads % ranks == 0 else heads
+        self._first_head = rank * self.local_heads if self.local_heads < heads else 0
+        self._learned = learned
         self.layers = len(gains)
         self.observer = observer
         touched = [layer for layer, gain in enumerate(gains) if gain is not None]
@@ -106,12 +111,14 @@ class Plan:
         self._gains: dict[tuple[int, int], torch.Tensor] = {}
         for layer in touched:
             gain = torch.tensor(gains[layer])
-            first = rank * self.local_heads if self.local_heads < heads else 0
-            self._gains[layer, self.local_heads] = gain[first : first + self.local_heads].clone()
+            self._gains[layer, self.local_heads] = self._own(gain).clone()
             self._gains[layer, heads] = gain
         self._touched = frozenset(touched)
         self._no_gain = torch.zeros(1)
         self._no_outliers: Outliers | None = None
+
+    def _own(self, gain: torch.Tensor) -> torch.Tensor:
+        return gain[self._first_head : self._first_head + self.local_heads]
 
     def takes_part(self, layer: int) -> bool:
         """Whether a layer is the source or is re-balanced."""
@@ -121,6 +128,9 @@ class Plan:
         """float32 ``[heads]`` on ``device``, or None for a layer that stays as it is."""
         if layer not in self._touched:
             return None
+        if self._learned is not None:
+            gain = self._learned.gain(layer)
+            return (gain if heads == self.heads else self._own(gain)).to(device)
         gain = self._gains[layer, heads]
         if gain.device != device:
             gain = gain.to(device)

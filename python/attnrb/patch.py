@@ -26,6 +26,7 @@ import torch
 
 from attnrb.attention import FORWARD, AttentionCall, Forward, Observer, Plan, attention, enter_forward
 from attnrb.config import RebalanceConfig
+from attnrb.learned_gains import LearnedGains
 from attnrb.stats import PatchStats
 
 __all__ = ["AttentionCall", "Patch", "patch"]
@@ -40,7 +41,9 @@ _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", 
 _SUPPORTED = "attnrb serves decoder-only models that use transformers' AttentionInterface"
 
 
-def patch(model: Any, config: RebalanceConfig | None = None, *, observer: Observer | None = None) -> Patch:
+def patch(
+    model: Any, config: RebalanceConfig | LearnedGains | None = None, *, observer: Observer | None = None
+) -> Patch:
     """Re-balance a model from now on.
 
         with attnrb.patch(model, attnrb.RebalanceConfig(alpha=0.2)):
@@ -52,7 +55,7 @@ def patch(model: Any, config: RebalanceConfig | None = None, *, observer: Observ
 
     Args:
         model: a ``transformers`` decoder, with or without a head, in float32, bfloat16 or float16.
-        config: the options. Default: ``RebalanceConfig()``.
+        config: the options, or learnt gains, which bring theirs. Default: ``RebalanceConfig()``.
         observer: called with an `AttentionCall` after the attention of every layer, for analysis.
 
     Returns:
@@ -60,18 +63,23 @@ def patch(model: Any, config: RebalanceConfig | None = None, *, observer: Observ
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: ``config`` names a layer or head that the model has not.
+        ValueError: ``config`` names a layer or head that the model has not, or has gains of another model.
         RuntimeError: the model is patched already.
         NotImplementedError: the model cannot be served; the message says why. What only a forward shows raises there.
         ImportError: transformers is missing or too old.
     """
     if config is None:
         config = RebalanceConfig()
+    learned = config if isinstance(config, LearnedGains) else None
+    if learned is not None:
+        config = learned.config
     if not isinstance(config, RebalanceConfig):
-        raise TypeError(f"config: expected an attnrb.RebalanceConfig or None, got {type(config).__name__}")
+        raise TypeError(
+            f"config: expected an attnrb.RebalanceConfig, attnrb.LearnedGains or None, got {type(config).__name__}"
+        )
     if observer is not None and not callable(observer):
         raise TypeError(f"observer: expected a function or None, got {type(observer).__name__}")
-    return Patch(model, config, observer)
+    return Patch(model, config, observer, learned)
 
 
 class Patch:
@@ -79,19 +87,27 @@ class Patch:
 
     Attributes:
         config: the options, as given.
+        learned: the learnt gains that are used, or None.
         stats: what was done so far. It stays readable after `remove`. Forwards inside a graph of ``torch.compile`` are
             not counted.
         decoder: the part of the model that holds its layers. Called by itself, it computes no logits.
     """
 
-    def __init__(self, model: Any, config: RebalanceConfig, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: RebalanceConfig,
+        observer: Observer | None = None,
+        learned: LearnedGains | None = None,
+    ) -> None:
         """See `patch`."""
         _register()
         decoder = _find_decoder(model)
         self.config = config
         self.stats = PatchStats()
         self.decoder = decoder
-        self._plan = _make_plan(decoder, config, observer, _shard(model))
+        self.learned = learned
+        self._plan = _make_plan(decoder, config, observer, _shard(model), learned)
         self._configurations = _Configurations(model, decoder)
         self._hooks = [
             decoder.register_forward_pre_hook(_Hook(self._before_forward, self._configurations), with_kwargs=True),
@@ -310,7 +326,31 @@ def _shard(model: torch.nn.Module) -> tuple[int, int]:
     return 0, 1
 
 
-def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None, shard: tuple[int, int]) -> Plan:
+def gain_layout(model: Any, config: RebalanceConfig) -> tuple[list[list[float]], list[list[bool]]]:
+    """For each of the model's L layers the gain of each of its H heads, and which of them ``config`` chooses.
+
+    A chosen gain may be 0, as the last layer's is in the schedule.
+    """
+    decoder = _find_decoder(model)
+    plan = _make_plan(decoder, config, None, (0, 1))
+    gains = _gain_rows(plan)
+    everywhere = dataclasses.replace(config, gains=(1.0,) * plan.layers)
+    chosen = _gain_rows(_make_plan(decoder, everywhere, None, (0, 1)))
+    return gains, [[gain != 0.0 for gain in row] for row in chosen]
+
+
+def _gain_rows(plan: Plan) -> list[list[float]]:
+    rows = (plan.gain(layer, plan.heads, torch.device("cpu")) for layer in range(plan.layers))
+    return [[0.0] * plan.heads if row is None else row.tolist() for row in rows]
+
+
+def _make_plan(
+    decoder: Any,
+    config: RebalanceConfig,
+    observer: Observer | None,
+    shard: tuple[int, int],
+    learned: LearnedGains | None = None,
+) -> Plan:
     """Resolve the configuration for this model's layers and heads."""
     sizes = decoder.config.get_text_config(decoder=True)
     layers = _size(sizes, "decoder_layers", "num_hidden_layers")
@@ -341,7 +381,10 @@ def _make_plan(decoder: Any, config: RebalanceConfig, observer: Observer | None,
         )
     if config.layers is None and not isinstance(config.heads, Mapping):
         gains = tuple(gain if has else None for gain, has in zip(gains, has_attention, strict=True))
-    return Plan(config, heads, gains, observer, shard)
+    if learned is not None:
+        learned.check_model(layers, heads)
+        gains = tuple((0.0,) * heads if layer in learned.layers else None for layer in range(layers))
+    return Plan(config, heads, gains, observer, shard, learned)
 
 
 def _size(sizes: Any, *names: str) -> Any:

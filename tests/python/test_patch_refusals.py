@@ -204,7 +204,7 @@ def test_a_model_that_is_none() -> None:
 
 
 def test_other_arguments() -> None:
-    with pytest.raises(TypeError, match=r"config: expected an attnrb.RebalanceConfig or None, got dict"):
+    with pytest.raises(TypeError, match=r"config: expected .*LearnedGains or None, got dict"):
         attnrb.patch(tiny("llama"), {"alpha": 0.1})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="observer: expected a function or None, got int"):
         attnrb.patch(tiny("llama"), observer=3)  # type: ignore[arg-type]
