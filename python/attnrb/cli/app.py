@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from attnrb.cli import eval as eval_commands
 from attnrb.cli import options, render
 from attnrb.cli.analyze import analyze
 from attnrb.cli.console import output, print_json, steps, user_errors
 from attnrb.cli.loading import load_model, set_threads
+from attnrb.cli.search import search
 from attnrb.printable import printable
 
 app = typer.Typer(
@@ -160,6 +162,13 @@ def generate(
 
 
 app.command()(analyze)
+app.command("eval")(eval_commands.evaluate)
+app.command()(search)
+app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(eval_commands.lm_eval)
 
 
 @app.command()

@@ -1,0 +1,224 @@
+"""``attnrb eval``: a model plain and re-balanced on the same items. ``attnrb lm-eval``: the harness' own command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from attnrb.cli import options, running
+from attnrb.cli.console import errors, output, print_json, steps, user_errors
+from attnrb.printable import printable
+
+
+def evaluate(
+    tasks: running.Tasks,
+    data: running.Data = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Items of each task, each subject of MMLU.", show_default="all", rich_help_panel=running.ITEMS
+        ),
+    ] = None,
+    shuffle: Annotated[
+        bool,
+        typer.Option("--shuffle", help="Take them in an order drawn with --seed.", rich_help_panel=running.ITEMS),
+    ] = False,
+    prompting: Annotated[
+        str, typer.Option(help="direct, cot (chain of thought) or both.", rich_help_panel=running.ASKING)
+    ] = "direct",
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="Computed tokens of the chain of thought, like 0,64,128: each is asked for by itself.",
+            show_default=False,
+            rich_help_panel=running.ASKING,
+        ),
+    ] = None,
+    min_computed: Annotated[
+        int, typer.Option(min=0, help="Computed tokens at least, without --budgets.", rich_help_panel=running.ASKING)
+    ] = 0,
+    max_computed: Annotated[
+        int, typer.Option(min=0, help="Computed tokens at most, without --budgets.", rich_help_panel=running.ASKING)
+    ] = 256,
+    generated: Annotated[
+        bool,
+        typer.Option(
+            "--generated",
+            help="Generate the answers of direct prompting, rather than score the choices.",
+            rich_help_panel=running.ASKING,
+        ),
+    ] = False,
+    shots: running.Shots = 0,
+    chat: running.Chat = False,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="A re-balancing: default, alpha=0.3,normalize=true, a JSON object or a .json file. May be given "
+            "again, and stands in place of the options below.",
+            show_default=False,
+            rich_help_panel="Re-balancing",
+        ),
+    ] = None,
+    alpha: options.Alpha = 0.2,
+    threshold: options.Threshold = 0.01,
+    source_layer: options.SourceLayer = 0,
+    depth: options.Depth = None,
+    layers: options.Layers = None,
+    normalize: options.Normalize = False,
+    boost_all: options.BoostAll = False,
+    model: options.Model = None,
+    dtype: options.DType = "float32",
+    threads: options.Threads = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of --shuffle and of the bootstrap.", rich_help_panel="Model and run")
+    ] = 0,
+    batch_size: running.BatchSize = "auto",
+    run: running.RunOption = None,
+    json: running.JsonFile = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="Write its figures as CSV.", show_default=False, rich_help_panel=running.FILES),
+    ] = None,
+    html: running.HtmlFile = None,
+) -> None:
+    """Ask a model questions, plain and re-balanced, and report the difference.
+
+    Finished items are on disk at once: the same command goes on where it was stopped, and with a larger --limit it asks
+    only what is new.
+    """
+    place: list[Path] = []
+    method = options.Method(alpha, threshold, source_layer, depth, layers, normalize, boost_all)
+    with user_errors():
+        from attnrb.evaluation.grid import Plan, default_run_file, plan_names
+    with running.run_errors(lambda: place[0] if place else None):
+        plan = Plan(
+            tasks=plan_names(tasks),
+            data=data,
+            configs=tuple(options.parse_config(each) for each in config) if config else (method.config(),),
+            prompting=prompting,
+            budgets=None if budgets is None else parse_budgets(budgets),
+            min_computed=min_computed,
+            max_computed=max_computed,
+            limit=limit,
+            shuffle=shuffle,
+            seed=seed,
+            shots=shots,
+            generated=generated,
+            chat=chat,
+        )
+        rows = running.batch_size(batch_size)
+        running.check_outputs(json, csv, html=html)
+        report = _evaluate(plan, model, dtype, threads, rows, _run_file(run, json) or default_run_file, place)
+    if report is None:
+        return
+    document = report.to_dict()
+    if json is not None and str(json) == "-":
+        print_json(document)
+    else:
+        render(output(), document)
+    from attnrb.evaluation.page import page
+
+    running.write_outputs({json: report.to_json, csv: report.to_csv, html: lambda: page(document)})
+
+
+def _evaluate(
+    plan: Any, model: str | None, dtype: str, threads: int | None, rows: int | str, run: Any, place: list[Path]
+) -> Any:
+    from attnrb.evaluation.grid import evaluate as go
+    from attnrb.evaluation.selection import select
+    from attnrb.models import DEFAULT_MODEL_NAME
+
+    first = running.is_first_process()
+    with steps() as step:
+        step("Reading the items")
+        # Before the model is loaded: what is wrong with a file is known at once.
+        select(plan.tasks, plan.data, shots=plan.shots)
+        lm = running.load_plain(model, dtype, threads, rows, step)
+    name = model or DEFAULT_MODEL_NAME
+    place.append(run if isinstance(run, Path) else run(plan, name))
+    with running.progress(shown=first) as progress:
+        return go(lm, plan, place[0], model=name, progress=progress)
+
+
+def _run_file(run: Path | None, json: Path | None) -> Path | None:
+    if run is not None or json is None or str(json) == "-":
+        return run
+    return json.with_name(f"{json.stem}.items.jsonl")
+
+
+def parse_budgets(text: str) -> tuple[int, ...]:
+    """Numbers of computed tokens, of a list like ``0,64,128``. Raises ValueError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"budgets: expected numbers like 0,64,128, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def render(console: Console, report: Mapping[str, Any]) -> None:
+    """Print a report."""
+    from attnrb.evaluation.page import percent, sentence
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("group", "model", "asked"):
+        table.add_column(heading, overflow="fold", min_width=6)
+    for heading in ("items", "right", "95 %", "none", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    names = list(dict.fromkeys(name for result in report["results"] for name in result["groups"]))
+    for name in names:
+        for result in report["results"]:
+            if name in result["groups"]:
+                each, tokens = result["groups"][name], result["computed_tokens"]["mean"]
+                low, high = each["wilson"]
+                table.add_row(
+                    Text(printable(name)),
+                    Text(printable(result["arm"])),
+                    Text(result["label"]),
+                    f"{each['items']:,}",
+                    percent(each["accuracy"]),
+                    f"{100 * low:.1f}–{100 * high:.1f}",
+                    f"{each['no_answer']:,}",
+                    "" if tokens is None else f"{tokens:.0f}",
+                )
+    console.print(table)
+    for pair in report["differences"]:
+        for name, each in pair["groups"].items():
+            console.print(Text(printable(sentence(name, each, pair["arm"], pair["label"]))), soft_wrap=True)
+    for name, about in report["tasks"].items():
+        if about.get("note"):
+            console.print(Text(printable(f"{name}: {about['note']}"), style="dim"), soft_wrap=True)
+    if any(result["truncated"] for result in report["results"]):
+        console.print(Text("Some prompts exceeded the model's context and lost their beginning.", style="dim"))
+    memory = ", ".join(f"{size / 2**30:.1f} GiB {kind}" for kind, size in report["peak_memory"].items())
+    errors().print(
+        Text(
+            f"{report['answers']:,} answers in {report['run']}; {running.duration(report['seconds'])} this time, "
+            f"peak memory {memory}"
+        ),
+        soft_wrap=True,
+    )
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness' own command with the model `attnrb`.
+
+    attnrb lm-eval --model attnrb --model_args pretrained=FOLDER,alpha=0.2 --tasks hellaswag
+    """
+    with user_errors():
+        try:
+            from lm_eval.__main__ import cli_evaluate
+
+            from attnrb.evaluation import model  # noqa: F401 (registers the model)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"this needs the package {error.name}: run `pip install 'attnrb[eval]'`") from error
+        sys.argv = ["lm-eval", *context.args]
+        cli_evaluate()

@@ -1,0 +1,69 @@
+"""Does re-balancing help a model reason? Evaluation on lm-evaluation-harness, which the extra ``eval`` installs.
+
+    from attnrb.evaluation import AttnrbLM, Plan, evaluate
+
+    report = evaluate(AttnrbLM(plain=True), Plan(("siqa",), data=Path("data")), Path("siqa.jsonl"), model="SmolLM2")
+
+`ComputedTokenBudget` and the extraction of answers work without the harness.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnrb.evaluation.budget import ComputedTokenBudget, Reading
+    from attnrb.evaluation.data import DataError
+    from attnrb.evaluation.extraction import Extraction, extract_choice, extract_number
+    from attnrb.evaluation.grid import Plan, evaluate
+    from attnrb.evaluation.model import AttnrbLM
+    from attnrb.evaluation.report import Report
+    from attnrb.evaluation.runfile import RunFileError
+    from attnrb.evaluation.search import SearchPlan, search
+
+# Imported when they are first used: the harness alone takes seconds.
+_PLACES = {
+    "AttnrbLM": "model",
+    "ComputedTokenBudget": "budget",
+    "DataError": "data",
+    "Extraction": "extraction",
+    "Plan": "grid",
+    "Reading": "budget",
+    "Report": "report",
+    "RunFileError": "runfile",
+    "SearchPlan": "search",
+    "evaluate": "grid",
+    "extract_choice": "extraction",
+    "extract_number": "extraction",
+    "search": "search",
+}
+
+__all__ = [
+    "AttnrbLM",
+    "ComputedTokenBudget",
+    "DataError",
+    "Extraction",
+    "Plan",
+    "Reading",
+    "Report",
+    "RunFileError",
+    "SearchPlan",
+    "evaluate",
+    "extract_choice",
+    "extract_number",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("lm_eval", "datasets", "statsmodels", "scipy", "optuna"):
+            raise ImportError(
+                f"attnrb.evaluation needs the package {error.name}: run `pip install 'attnrb[eval]'`"
+            ) from error
+        raise

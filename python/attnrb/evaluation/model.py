@@ -1,0 +1,339 @@
+"""The model ``attnrb`` of lm-evaluation-harness: a re-balanced model, scored with no more work than the scores need."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from attnrb.config import RebalanceConfig
+from attnrb.evaluation import prompts
+from attnrb.evaluation.budget import ComputedTokenBudget, Reading
+from attnrb.models import load
+from attnrb.patch import patch
+
+__all__ = ["AttnrbLM", "Computed"]
+
+_AUTO_TOKENS = {"cpu": 2048, "cuda": 16384}  # padded tokens of an automatic batch
+_AUTO_GENERATED = {"cpu": 32, "cuda": 128}  # rows of an automatic batch that generates
+_MOST_LOGITS = 1 << 26  # elements of a batch's logits: 256 MB in float32
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a model wrote within a budget of computed tokens."""
+
+    reasoning: str
+    answer: str
+    reading: Reading
+
+
+@register_model("attnrb")
+class AttnrbLM(HFLM):  # type: ignore[misc]
+    """A model of lm-evaluation-harness whose attention is re-balanced.
+
+    It gives what the harness' own ``hf`` model gives for the same (patched) model, with less work: inputs that several
+    requests share are computed once, batches hold inputs of like length, and the output layer, the largest of a small
+    model, is computed at the positions that are scored alone. Log-probabilities are taken in float32, whatever the
+    model's dtype.
+
+    Args:
+        pretrained: hub id, folder or ``.gguf`` file; or a loaded ``PreTrainedModel``, with its `tokenizer`. Default:
+            the embedded SmolLM2-135M-Instruct. Weights come from safetensors or GGUF alone.
+        alpha, threshold, source_layer, depth, normalize, boost_all: as in `attnrb.RebalanceConfig`.
+        layers: layers to re-balance, like ``1-12+15``. Default: all above the source layer.
+        config: a whole `RebalanceConfig` in place of those options.
+        plain: leave the model as it is.
+        dtype: of the weights. Default: float32.
+        device: default: CUDA where there is one, else the CPU.
+        batch_size: requests in a batch, or ``auto``: as many as a number of tokens allows, fewer where memory is short.
+        max_batch_size: upper bound of an automatic batch.
+        tokenizer: of a loaded model.
+        kwargs: as ``HFLM`` has them.
+
+    Generation takes ``min_computed_tokens``, ``max_computed_tokens`` and ``answer_tokens`` among its arguments
+    (``--gen_kwargs`` of the harness), which hold it to a `ComputedTokenBudget`; the text is then the answer.
+
+    Raises:
+        attnrb.models.ModelError: there is no such model, or no tokenizer.
+        TypeError, ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        *,
+        alpha: float = 0.2,
+        threshold: float = 0.01,
+        source_layer: int = 0,
+        depth: float | None = None,
+        normalize: bool = False,
+        boost_all: bool = False,
+        layers: str | None = None,
+        config: RebalanceConfig | None = None,
+        plain: bool = False,
+        dtype: str = "float32",
+        device: str | None = None,
+        batch_size: int | str = "auto",
+        max_batch_size: int = 64,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if config is None:
+            config = RebalanceConfig(
+                alpha=alpha,
+                threshold=threshold,
+                source_layer=source_layer,
+                depth=depth,
+                normalize=normalize,
+                boost_all=boost_all,
+                layers=None if layers is None else _layers(str(layers)),
+            )
+        self._batch_size_option = _batch_size(batch_size)
+        accelerator = _accelerator()
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if accelerator is not None:
+            device = accelerator.device
+        if pretrained is None or isinstance(pretrained, (str, os.PathLike)):
+            pretrained, tokenizer = load(pretrained, dtype, device)
+        kwargs.pop("trust_remote_code", None)  # code that ships with a model is never run
+        super().__init__(
+            pretrained, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=int(max_batch_size), **kwargs
+        )
+        if accelerator is not None:
+            self.accelerator = accelerator
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self._patch = None if plain else patch(self.model, config)
+
+    @contextlib.contextmanager
+    def rebalanced(self, config: RebalanceConfig | None) -> Iterator[None]:
+        """Within it, a model made with ``plain=True`` is re-balanced as `config` says; None leaves it plain."""
+        with contextlib.nullcontext() if config is None else patch(self.model, config):
+            yield
+
+    def digest(self) -> str:
+        """16 hex digits that tell this model's weights from others': of the shape and some bytes of every tensor."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            part = tensor.flatten()[:1024].to("cpu", torch.float32)
+            digest.update(part.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def too_long(self, context: str, new_tokens: int = 0) -> bool:
+        """Whether a prompt and so many new tokens exceed the model's context: the prompt then loses its beginning."""
+        return len(self.tok_encode(context)) + new_tokens > self.max_length
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether it is what greedy search would write."""
+        sharing: dict[tuple[int, ...], list[int]] = {}  # requests by the input that they need
+        for index, (_, context, continuation) in enumerate(requests):
+            # As the harness: what does not fit loses its beginning, and the last token is only scored.
+            ids = (context + continuation)[-(self.max_length + 1) :]
+            sharing.setdefault(tuple(ids[:-1]), []).append(index)
+        scored = {ids: max(len(requests[index][2]) for index in indices) for ids, indices in sharing.items()}
+        results: list[tuple[float, bool] | None] = [None] * len(requests)
+        waiting = sorted(sharing, key=lambda ids: (-len(ids), ids))
+        while waiting:
+            count = override_bs or self._rows(waiting, scored)
+            batch, waiting = waiting[:count], waiting[count:]
+            try:
+                logits = self._scored_logits(batch, [scored[ids] for ids in batch])
+            except torch.OutOfMemoryError:
+                if len(batch) == 1 or self._batch_size_option is not None:
+                    raise
+                self.max_batch_size = len(batch) // 2
+                waiting = batch + waiting
+                continue
+            at = 0
+            for ids in batch:
+                rows = logits[at : at + scored[ids]]
+                at += scored[ids]
+                normalizers = rows.logsumexp(-1)
+                greedy = rows.argmax(-1)
+                for index in sharing[ids]:
+                    target = torch.tensor(requests[index][2], device=rows.device)
+                    size = len(target)
+                    each = rows[-size:].gather(1, target[:, None])[:, 0] - normalizers[-size:]
+                    answer = (float(each.sum()), bool((greedy[-size:] == target).all()))
+                    results[index] = answer
+                    if requests[index][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+        return [result for result in results if result is not None]
+
+    def _rows(self, waiting: Sequence[tuple[int, ...]], scored: dict[tuple[int, ...], int]) -> int:
+        """How many of the inputs waiting, longest first, go into the next batch."""
+        if self._batch_size_option is not None:
+            return self._batch_size_option
+        tokens = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS["cuda"])
+        most = max(1, min(self.max_batch_size, tokens // len(waiting[0])))
+        vocabulary = self.config.get_text_config().vocab_size
+        rows = logits = 0
+        for ids in waiting[:most]:
+            logits += scored[ids] * vocabulary
+            if rows and logits > _MOST_LOGITS:
+                break
+            rows += 1
+        return rows
+
+    def _scored_logits(self, batch: Sequence[tuple[int, ...]], scored: Sequence[int]) -> torch.Tensor:
+        """Float32 logits ``[sum of scored, vocabulary]`` at the last `scored` positions of each input."""
+        longest = len(batch[0])
+        # Padding on the right needs no mask: no token sees what comes after it.
+        inputs = torch.zeros(len(batch), longest, dtype=torch.int64)
+        for row, ids in enumerate(batch):
+            inputs[row, : len(ids)] = torch.tensor(ids)
+        rows = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(scored))
+        ends = zip(batch, scored, strict=True)
+        positions = torch.cat([torch.arange(len(ids) - count, len(ids)) for ids, count in ends])
+        rows, positions = rows.to(self.device), positions.to(self.device)
+
+        def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (args[0][rows, positions][None], *args[1:])
+
+        head = self.model.get_output_embeddings()
+        hook = None if head is None else head.register_forward_pre_hook(keep)
+        try:
+            with torch.inference_mode():
+                logits: torch.Tensor = self.model(input_ids=inputs.to(self.device), use_cache=False).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        return (logits[rows, positions] if hook is None else logits[0]).float()
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generate as the harness asks; within a budget of computed tokens where the arguments name one."""
+        held = [index for index, each in enumerate(requests) if "max_computed_tokens" in each.args[1]]
+        if not held:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+        answers: dict[int, str] = {}
+        by_budget: dict[tuple[int, int, int], list[int]] = {}
+        for index in held:
+            settings = requests[index].args[1]
+            key = (settings.get("min_computed_tokens", 0), settings["max_computed_tokens"], settings["answer_tokens"])
+            by_budget.setdefault(key, []).append(index)
+        for (minimum, maximum, tokens), indices in by_budget.items():
+            contexts = [requests[index].args[0] for index in indices]
+            computed = self.compute(contexts, minimum=minimum, maximum=maximum, answer_tokens=tokens)
+            answers |= {index: each.answer for index, each in zip(indices, computed, strict=True)}
+        rest = [index for index in range(len(requests)) if index not in answers]
+        if rest:
+            texts = super().generate_until([requests[index] for index in rest], disable_tqdm=disable_tqdm)
+            answers |= dict(zip(rest, texts, strict=True))
+        return [answers[index] for index in range(len(requests))]
+
+    def compute(self, contexts: Sequence[str], *, minimum: int, maximum: int, answer_tokens: int) -> list[Computed]:
+        """Generate greedily after each prompt, within a budget of computed tokens.
+
+        Args:
+            contexts: the prompts.
+            minimum: computed tokens at least.
+            maximum: computed tokens at most.
+            answer_tokens: tokens of the answer at most.
+        """
+        order = sorted(range(len(contexts)), key=lambda index: -len(contexts[index]))
+        results: dict[int, Computed] = {}
+        rows = self._batch_size_option or min(
+            self.max_batch_size, _AUTO_GENERATED.get(self.device.type, _AUTO_GENERATED["cuda"])
+        )
+        while order:
+            batch, rest = order[:rows], order[rows:]
+            try:
+                found = self._compute_batch([contexts[index] for index in batch], minimum, maximum, answer_tokens)
+            except torch.OutOfMemoryError:
+                if rows == 1 or self._batch_size_option is not None:
+                    raise
+                rows = max(1, len(batch) // 2)
+                continue
+            results |= dict(zip(batch, found, strict=True))
+            order = rest
+        return [results[index] for index in range(len(contexts))]
+
+    def _compute_batch(self, contexts: Sequence[str], minimum: int, maximum: int, answer_tokens: int) -> list[Computed]:
+        budget = ComputedTokenBudget(
+            self.tokenizer,
+            minimum,
+            maximum,
+            cue=prompts.CUE,
+            continuation=prompts.CONTINUATION,
+            answer_tokens=answer_tokens,
+            end_token_ids=self._end_ids(),
+        )
+        room = self.max_length - budget.new_tokens
+        if room < 1:
+            raise ValueError(
+                f"budgets: {maximum} computed tokens and the answer leave no room for a prompt in the model's context "
+                f"of {self.max_length}"
+            )
+        ids, mask = self.tok_batch_encode(list(contexts), left_truncate_len=room)
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                logits_processor=[budget],
+                max_new_tokens=budget.new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        return [
+            Computed(self._text(reading.computed), self._text(reading.answer), reading)
+            for reading in budget.read_all(output[:, ids.shape[1] :])
+        ]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _end_ids(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        return [int(each) for each in ends] if isinstance(ends, (list, tuple)) else [int(ends)]
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """Layers of a list like ``1-12+15``: the harness splits its arguments at commas."""
+    from attnrb.cli.options import parse_layers
+
+    return tuple(parse_layers(text.replace("+", ",")))
+
+
+def _batch_size(option: int | str) -> int | None:
+    """The number of rows in a batch, or None for an automatic one."""
+    if str(option).startswith("auto"):
+        return None
+    try:
+        rows = int(option)
+    except ValueError:
+        rows = 0
+    if rows < 1:
+        raise ValueError(f"batch_size: expected a number of 1 or above or 'auto', got {option!r}")
+    return rows
+
+
+def _accelerator() -> Any:
+    """The accelerator of a process that ``accelerate launch`` or ``torchrun`` started with others; None alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    # Processes wait for each other at the end of a run, however long the longest takes.
+    return Accelerator(
+        cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=52))]
+    )

@@ -1,0 +1,304 @@
+"""Search for the re-balancing that suits a model, on a development split, and report on items that it never saw.
+
+Note: [Two splits]
+Of many settings that are tried on the same items, the best looks better there than it is. So each task's items are
+shuffled and split: settings are compared on the development items alone, and what is reported is the one chosen, on the
+held-out items. Figures of the development split are shown with the trials, and are no result.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attnrb.config import RebalanceConfig
+from attnrb.evaluation import mmlu, prompts
+from attnrb.evaluation.data import DataError
+from attnrb.evaluation.environment import environment, peak_memory
+from attnrb.evaluation.grid import Plan, open_run, quiet
+from attnrb.evaluation.report import Report, make_report
+from attnrb.evaluation.runfile import RunFile
+from attnrb.evaluation.runner import PLAIN, Progress, Question, arm_label, prepare, run
+from attnrb.evaluation.selection import Cell, Selected, select
+
+__all__ = ["SearchPlan", "SearchResult", "Trial", "search"]
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What to search, and where.
+
+    Attributes:
+        tasks: as in `attnrb.evaluation.grid.Plan`.
+        data: as there.
+        evaluations: settings to try, the default one first.
+        development: development items of each task, each subject of MMLU.
+        held_out: held-out items of each. Default: all others.
+        alpha: bounds of the strength.
+        threshold: bounds of the threshold, tried on a logarithmic scale.
+        most_source_layer: highest source layer. Default: a quarter of the model's layers.
+        seed: of the splits, the sampler and the bootstrap.
+        shots: examples before each question.
+        chat: put prompts into the model's chat template.
+    """
+
+    tasks: tuple[str, ...]
+    data: Path | None = None
+    evaluations: int = 20
+    development: int = 20
+    held_out: int | None = None
+    alpha: tuple[float, float] = (0.0, 1.0)
+    threshold: tuple[float, float] = (0.002, 0.1)
+    most_source_layer: int | None = None
+    seed: int = 0
+    shots: int = 0
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("evaluations", "development", "held_out"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected 1 or above, got {value}")
+        for name in ("alpha", "threshold"):
+            low, high = getattr(self, name)
+            if not low < high:
+                raise ValueError(f"{name}: expected a lower and a higher bound, got {low:g} and {high:g}")
+        RebalanceConfig(alpha=self.alpha[0], threshold=self.threshold[0])
+        RebalanceConfig(alpha=self.alpha[1], threshold=self.threshold[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option, JSON-ready."""
+        return {**vars(self), "tasks": list(self.tasks), "data": None if self.data is None else str(self.data)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting that was tried on the development split."""
+
+    number: int
+    config: RebalanceConfig
+    label: str
+    accuracy: float
+    """Of all development items."""
+    changed: float
+    """Share of development items whose answer is not the plain model's."""
+    objectives: tuple[float, float]
+    pareto: bool
+    """Whether no other trial is as good in both objectives and better in one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, JSON-ready."""
+        return {**vars(self), "config": self.config.to_dict(), "objectives": list(self.objectives)}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found."""
+
+    chosen: RebalanceConfig
+    trials: tuple[Trial, ...]
+    objectives: tuple[str, str]
+    """What the two objectives of a trial are; more is better."""
+    plain: tuple[float, float]
+    """Objectives of the plain model."""
+    held_out: Report
+    """The chosen setting against the plain model, on held-out items."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, JSON-ready."""
+        return {
+            "chosen": self.chosen.to_dict(),
+            "held_out": self.held_out.to_dict(),
+            "development": {
+                "note": "the setting was chosen by these figures, which are therefore no result",
+                "objectives": list(self.objectives),
+                "plain": list(self.plain),
+                "trials": [trial.to_dict() for trial in self.trials],
+            },
+        }
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def search(
+    lm: Any,
+    plan: SearchPlan,
+    run_file: Path,
+    *,
+    model: str,
+    progress: Callable[[Progress], None] | None = None,
+    step: Callable[[str], None] | None = None,
+) -> SearchResult | None:
+    """Search, or go on with a search: see Note: [Two splits].
+
+    The sampler is Optuna's TPE, for two objectives: accuracy outside STEM and in it, where the tasks have both, else
+    accuracy and the share of answers that stay the same. The setting of the highest accuracy on all development items
+    is chosen, and of equals the one that changes fewer answers. Asked again with the same seed, it tries the same
+    settings, whose finished items are in the file.
+
+    Args:
+        lm: an `attnrb.evaluation.model.AttnrbLM`, made with ``plain=True``.
+        plan: what to do.
+        run_file: the file of finished items. One that exists is gone on with.
+        model: the model's name, for the report.
+        progress: called as items are finished.
+        step: called with a short line before each step that may take seconds.
+
+    Returns:
+        The result; None in all processes but the first of a run in several.
+
+    Raises:
+        DataError: a task does not exist, its file is missing or malformed, or it has too few items.
+        RunFileError: the run's file cannot be used or written.
+        ValueError: an option is out of range.
+    """
+    import optuna
+
+    say = step or (lambda _: None)
+    quiet()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    say("Reading the items")
+    selected = select(plan.tasks, plan.data, shots=plan.shots, chat=plan.chat)
+    development, held_out = _splits(lm, selected, plan)
+    layers = int(lm.model.config.get_text_config().num_hidden_layers)
+    most_source = layers // 4 if plan.most_source_layer is None else plan.most_source_layer
+    if not 0 <= most_source < layers - 1:
+        raise ValueError(f"most_source_layer: this model has layers 0 to {layers - 1}, got {most_source}")
+
+    sampler = optuna.samplers.TPESampler(seed=plan.seed, n_startup_trials=min(10, max(3, plan.evaluations // 3)))
+    study = optuna.create_study(directions=["maximize", "maximize"], sampler=sampler)
+    study.enqueue_trial(
+        {"alpha": 0.2, "threshold": 0.01, "source_layer": 0, "one_end": 1, "other_end": layers - 1},
+        skip_if_exists=True,
+    )
+    measure = _measure(development, selected)
+    grid = Plan(tasks=plan.tasks, data=plan.data, seed=plan.seed, shots=plan.shots, chat=plan.chat)
+    with open_run(lm, run_file, grid) as file:
+        found: list[tuple[RebalanceConfig, float, float, tuple[float, float]]] = []
+        for number in range(plan.evaluations):
+            trial = study.ask()
+            config = _config(trial, plan, layers, most_source)
+            say(f"Trial {number + 1} of {plan.evaluations}: {arm_label(config)}")
+            _run_all(lm, development, {PLAIN: None, arm_label(config): config}, file, progress)
+            measured = measure(file, arm_label(config))
+            study.tell(trial, list(measured[2]))
+            found.append((config, *measured))
+        plain = measure(file, PLAIN)[2]
+        chosen = max(found, key=lambda each: (each[1], -each[2]))[0]
+        say(f"Held-out items: {arm_label(chosen)}")
+        arms: dict[str, RebalanceConfig | None] = {PLAIN: None, arm_label(chosen): chosen}
+        _run_all(lm, held_out, arms, file, progress)
+        if lm.rank:
+            return None
+        about = {
+            "model": model,
+            "model_digest": lm.digest(),
+            "dtype": str(lm.model.dtype).removeprefix("torch."),
+            "device": str(lm.device),
+            "batch_size": lm.batch_size,
+            "seed": plan.seed,
+            "settings": plan.to_dict(),
+            "prompts": prompts.VERSION,
+            "answers": len(held_out) * 2,
+            "seconds_of_all_answers": round(file.seconds, 1),
+            "peak_memory": peak_memory(),
+            "run": str(run_file),
+            "environment": environment(),
+        }
+        configs = {label: None if each is None else each.to_dict() for label, each in arms.items()}
+        report = make_report(file.records, held_out, selected, configs, about, seed=plan.seed)
+    return SearchResult(chosen, _trials(found), _objectives(selected), plain, report)
+
+
+def _run_all(
+    lm: Any,
+    questions: Sequence[Question],
+    arms: Mapping[str, RebalanceConfig | None],
+    file: RunFile,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    run(lm, questions, arms, file, progress=progress)
+    if lm.world_size > 1:  # every process needs what all have found, to try the same settings
+        lm.barrier()
+        file.reread()
+
+
+def _splits(lm: Any, selected: Sequence[Selected], plan: SearchPlan) -> tuple[list[Question], list[Question]]:
+    development: dict[str, list[int]] = {}
+    held_out: dict[str, list[int]] = {}
+    for each in selected:
+        size = len(each.build(Cell("direct")).eval_docs)
+        if size <= plan.development:
+            raise DataError(
+                f"development: {each.name} has {size} items, which leaves none held out beside {plan.development}"
+            )
+        places = list(range(size))
+        random.Random(f"{plan.seed} {each.name}").shuffle(places)
+        development[each.name] = places[: plan.development]
+        rest = places[plan.development :]
+        held_out[each.name] = rest[: plan.held_out]
+    cells = [Cell("direct")]
+    return (
+        prepare(lm, selected, cells, items=development, chat=plan.chat),
+        prepare(lm, selected, cells, items=held_out, chat=plan.chat),
+    )
+
+
+def _config(trial: Any, plan: SearchPlan, layers: int, most_source: int) -> RebalanceConfig:
+    # Rounded, so that a label tells two settings apart.
+    alpha = round(trial.suggest_float("alpha", *plan.alpha), 3)
+    threshold = float(f"{trial.suggest_float('threshold', *plan.threshold, log=True):.2g}")
+    source = trial.suggest_int("source_layer", 0, most_source)
+    ends = sorted((trial.suggest_int("one_end", 1, layers - 1), trial.suggest_int("other_end", 1, layers - 1)))
+    first, last = max(source + 1, ends[0]), max(source + 1, ends[1])
+    every = first == source + 1 and last == layers - 1
+    return RebalanceConfig(
+        alpha=alpha, threshold=threshold, source_layer=source, layers=None if every else tuple(range(first, last + 1))
+    )
+
+
+def _objectives(selected: Sequence[Selected]) -> tuple[str, str]:
+    groups = {group for each in selected for group in each.groups}
+    if {mmlu.STEM, mmlu.NON_STEM} <= groups:
+        return ("accuracy, non_stem", "accuracy, stem")
+    return ("accuracy", "share of answers unchanged")
+
+
+def _measure(
+    questions: Sequence[Question], selected: Sequence[Selected]
+) -> Callable[[RunFile, str], tuple[float, float, tuple[float, float]]]:
+    """What a trial is measured by: accuracy, share of answers changed, and the two objectives."""
+    groups = {each.name: each.groups for each in selected}
+    by_group = _objectives(selected)[0] != "accuracy"
+
+    def measure(file: RunFile, arm: str) -> tuple[float, float, tuple[float, float]]:
+        records = [(question, file.records[question.key(arm)]) for question in questions]
+        accuracy = float(np.mean([record["correct"] for _, record in records]))
+        changed = float(np.mean([record["answer"] != file.records[q.key(PLAIN)]["answer"] for q, record in records]))
+        if not by_group:
+            return accuracy, changed, (accuracy, 1.0 - changed)
+        shares = [
+            float(np.mean([record["correct"] for question, record in records if group in groups[question.task]]))
+            for group in (mmlu.NON_STEM, mmlu.STEM)
+        ]
+        return accuracy, changed, (shares[0], shares[1])
+
+    return measure
+
+
+def _trials(found: Sequence[tuple[RebalanceConfig, float, float, tuple[float, float]]]) -> tuple[Trial, ...]:
+    def dominated(one: tuple[float, float]) -> bool:
+        return any(other[0] >= one[0] and other[1] >= one[1] and other != one for _, _, _, other in found)
+
+    return tuple(
+        Trial(number, config, arm_label(config), accuracy, changed, objectives, not dominated(objectives))
+        for number, (config, accuracy, changed, objectives) in enumerate(found)
+    )
