@@ -149,7 +149,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         results: list[tuple[float, bool] | None] = [None] * len(requests)
         waiting = sorted(sharing, key=lambda ids: (-len(ids), ids))
         while waiting:
-            count = override_bs or self._rows(waiting, scored)
+            count = self._rows(waiting, scored)
             batch, waiting = waiting[:count], waiting[count:]
             try:
                 logits = self._scored_logits(batch, [scored[ids] for ids in batch])
@@ -174,6 +174,10 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
         return [result for result in results if result is not None]
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        """Rows of an automatic batch that generates. The harness' own trials would take a CPU hours."""
+        return int(min(self.max_batch_size, _AUTO_GENERATED.get(self.device.type, _AUTO_GENERATED["cuda"])))
 
     def _rows(self, waiting: Sequence[tuple[int, ...]], scored: dict[tuple[int, ...], int]) -> int:
         """How many of the inputs waiting, longest first, go into the next batch."""
@@ -224,7 +228,11 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         by_budget: dict[tuple[int, int, int], list[int]] = {}
         for index in held:
             settings = requests[index].args[1]
-            key = (settings.get("min_computed_tokens", 0), settings["max_computed_tokens"], settings["answer_tokens"])
+            key = (
+                settings.get("min_computed_tokens", 0),
+                settings["max_computed_tokens"],
+                settings.get("answer_tokens", 12),
+            )
             by_budget.setdefault(key, []).append(index)
         for (minimum, maximum, tokens), indices in by_budget.items():
             contexts = [requests[index].args[0] for index in indices]
@@ -247,9 +255,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         """
         order = sorted(range(len(contexts)), key=lambda index: -len(contexts[index]))
         results: dict[int, Computed] = {}
-        rows = self._batch_size_option or min(
-            self.max_batch_size, _AUTO_GENERATED.get(self.device.type, _AUTO_GENERATED["cuda"])
-        )
+        rows = self._batch_size_option or self._detect_batch_size()
         while order:
             batch, rest = order[:rows], order[rows:]
             try:

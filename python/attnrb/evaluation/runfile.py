@@ -89,9 +89,9 @@ class RunFile:
         Raises:
             RunFileError: they could not be written, as where the disk is full. Those before are kept.
         """
-        records = [dict(record) for record in records]
-        self._write(records)
-        self.records.update((key_of(record), record) for record in records)
+        finished = [dict(record) for record in records]
+        self._write(finished)
+        self.records.update((key_of(record), record) for record in finished)
 
     def reread(self) -> None:
         """Read what other processes have written."""

@@ -8,6 +8,7 @@ the next one. So a run that was stopped has pairs to compare, and the models are
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ _BLOCK_CHARACTERS = 24_000  # of a block's prompts: about three automatic batche
 _BLOCK_ITEMS = {"direct": 64, "cot": 32}
 _GENERATED_WEIGHT = 6  # work of a generated token, in tokens of a prompt
 _CHARACTERS_PER_TOKEN = 4
+_CLOSING = ANSWER_TOKENS + 8  # tokens of a cue and an answer
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,10 @@ def _record(
     }
     if question.requests[0].request_type == "loglikelihood":
         scores = [float(response[0]) for response in responses]
+        if not all(map(math.isfinite, scores)):
+            raise ValueError(
+                f"model: its likelihoods for {question.task}, item {question.item}, are not finite; try --dtype float32"
+            )
         record["answer"] = LETTERS[max(range(len(scores)), key=scores.__getitem__)] if len(scores) > 1 else None
         record["loglikelihoods"] = [round(score, 6) for score in scores]
     else:
@@ -285,7 +291,7 @@ def _record(
     if thought is not None:
         record["extensions"] = thought.reading.extensions
         record["reasoning"] = thought.reasoning
-    if lm.too_long(question.context):
+    if lm.too_long(question.context, 0 if question.cell.budget is None else question.cell.budget[1] + _CLOSING):
         record["truncated"] = True
     record["seconds"] = round(seconds, 4)
     record["prompt"] = question.prompt_hash
