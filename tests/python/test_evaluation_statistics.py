@@ -68,6 +68,12 @@ def test_no_difference_at_all() -> None:
     assert (found.difference, found.bootstrap, found.mcnemar, found.needed_items) == (0.0, (0.0, 0.0), 1.0, None)
 
 
+def test_of_one_item_nothing_is_known() -> None:
+    found = difference([False], [True])
+    assert found.bootstrap == (-1.0, 1.0)
+    assert verdict(found, 0.001) == "no difference shown"
+
+
 def test_refuses_what_is_not_paired() -> None:
     with pytest.raises(ValueError, match="expected the 2 answers of plain, got 1"):
         difference([True, False], [True])
@@ -93,11 +99,8 @@ def test_holm_step_by_step(p_values: list[float]) -> None:
 
 @pytest.mark.parametrize(("change", "discordant"), [(0.02, 0.1), (-0.05, 0.3), (0.2, 0.25), (0.004, 0.06)])
 def test_needed_items(change: float, discordant: float) -> None:
-    # (z_{1-a/2} + z_{power})² variance / difference²; the far tail of a two-sided test is nothing here.
-    expected = (Z + 0.8416212335729143) ** 2 * (discordant - change**2) / change**2
-    found = needed_items(change, discordant)
-    assert found is not None
-    assert found == pytest.approx(expected, abs=1.5)
+    spread = Z * math.sqrt(discordant) + 0.8416212335729143 * math.sqrt(discordant - change**2)
+    assert needed_items(change, discordant) == math.ceil(spread**2 / change**2)
 
 
 def test_smaller_differences_need_more_items() -> None:
@@ -111,7 +114,7 @@ def test_needed_items_refuses() -> None:
     with pytest.raises(ValueError, match="difference"):
         needed_items(0.2, 0.1)
     assert needed_items(0.0, 0.1) is None
-    assert needed_items(-1.0, 1.0) == 1
+    assert needed_items(-1.0, 1.0) == 4  # all against none
 
 
 @settings(deadline=None, max_examples=50)

@@ -131,7 +131,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
 
     def too_long(self, context: str, new_tokens: int = 0) -> bool:
         """Whether a prompt and so many new tokens exceed the model's context: the prompt then loses its beginning."""
-        return len(self.tok_encode(context)) + new_tokens > self.max_length
+        return bool(len(self.tok_encode(context)) + new_tokens > self.max_length)
 
     def _loglikelihood_tokens(
         self,
@@ -143,8 +143,8 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         sharing: dict[tuple[int, ...], list[int]] = {}  # requests by the input that they need
         for index, (_, context, continuation) in enumerate(requests):
             # As the harness: what does not fit loses its beginning, and the last token is only scored.
-            ids = (context + continuation)[-(self.max_length + 1) :]
-            sharing.setdefault(tuple(ids[:-1]), []).append(index)
+            whole = (context + continuation)[-(self.max_length + 1) :]
+            sharing.setdefault(tuple(whole[:-1]), []).append(index)
         scored = {ids: max(len(requests[index][2]) for index in indices) for ids, indices in sharing.items()}
         results: list[tuple[float, bool] | None] = [None] * len(requests)
         waiting = sorted(sharing, key=lambda ids: (-len(ids), ids))

@@ -88,7 +88,9 @@ def difference(plain: Sequence[bool], rebalanced: Sequence[bool], *, seed: int =
     one, other = np.asarray(plain, dtype=bool), np.asarray(rebalanced, dtype=bool)
     change = other.astype(np.int8) - one.astype(np.int8)
     only_plain, only_rebalanced = int(np.sum(change < 0)), int(np.sum(change > 0))
-    if only_plain or only_rebalanced:
+    if len(change) == 1:  # of one item there is nothing to resample
+        low, high = -1.0, 1.0
+    elif only_plain or only_rebalanced:
         # Pairs are resampled whole, so their differences may be. In batches, which bounds memory.
         interval = bootstrap(
             (change,),
@@ -128,7 +130,8 @@ def needed_items(difference: float, discordant: float) -> int | None:
     """How many items a study needs to see such a difference, at the level and power of this module.
 
     The paired differences of single items have mean d and variance p - d², where p is the share of items on which the
-    models differ; what is asked for is the size of a two-sided z test of that mean.
+    models differ, and variance p where there is no difference; this is the size of McNemar's two-sided test (Connor,
+    Biometrics 43, 1987).
 
     Args:
         difference: d, in accuracy, from -1 to 1.
@@ -140,7 +143,7 @@ def needed_items(difference: float, discordant: float) -> int | None:
     Raises:
         ValueError: an argument is out of range, or the share is smaller than the difference.
     """
-    from statsmodels.stats.power import NormalIndPower
+    from statsmodels.stats.power import normal_sample_size_one_tail
 
     if not 0.0 <= discordant <= 1.0:
         raise ValueError(f"discordant: expected a share from 0 to 1, got {discordant}")
@@ -148,13 +151,14 @@ def needed_items(difference: float, discordant: float) -> int | None:
         raise ValueError(f"difference: expected at most the share of items that differ, {discordant}, got {difference}")
     if difference == 0.0:
         return None
-    variance = discordant - difference**2
-    if variance <= 1e-12:  # every item differs, all in one direction
-        return 1
-    size = NormalIndPower().solve_power(
-        effect_size=abs(difference) / math.sqrt(variance), alpha=1 - LEVEL, power=POWER, ratio=0
+    size = normal_sample_size_one_tail(
+        abs(difference),
+        POWER,
+        (1 - LEVEL) / 2,
+        std_null=math.sqrt(discordant),
+        std_alternative=math.sqrt(max(0.0, discordant - difference**2)),
     )
-    return max(1, math.ceil(float(np.squeeze(size))))
+    return math.ceil(float(size))
 
 
 def verdict(result: Difference, adjusted_p: float) -> str:
