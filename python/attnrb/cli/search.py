@@ -105,7 +105,9 @@ def _search(plan: Any, model: str | None, dtype: str, threads: int | None, rows:
 
     def tell(line: str) -> None:
         if first:
-            errors().print(Text(printable(line)), soft_wrap=True)
+            console = errors()
+            dots = "..." if console.options.ascii_only else "…"
+            console.print(Text(f"{printable(line)} {dots}"), soft_wrap=True)
 
     with running.progress(shown=first) as progress:
         return go(lm, plan, file, model=model or DEFAULT_MODEL_NAME, progress=progress, step=tell)

@@ -146,7 +146,7 @@ def escape(value: object) -> str:
 
 def _plotly() -> str:
     try:
-        from plotly.offline import get_plotlyjs
+        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError(f"the HTML report needs the package plotly: run `{_INSTALL}`") from error
     source: str = get_plotlyjs()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,7 @@ def search(
     import optuna
 
     say = step or (lambda _: None)
+    start = time.perf_counter()
     quiet()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     say("Reading the items")
@@ -208,6 +210,7 @@ def search(
             "settings": plan.to_dict(),
             "prompts": prompts.VERSION,
             "answers": len(held_out) * 2,
+            "seconds": round(time.perf_counter() - start, 1),
             "seconds_of_all_answers": round(file.seconds, 1),
             "peak_memory": peak_memory(),
             "run": str(run_file),
