@@ -120,7 +120,9 @@ def sentence(name: str, each: Mapping[str, Any], arm: str, label: str) -> str:
         "no difference shown": "shows no difference in accuracy",
     }[each["verdict"]]
     needed = ""
-    if each["verdict"] == "no difference shown" and each["needed_items"]:
+    if not each["mcnemar"]["only_plain"] and not each["mcnemar"]["only_rebalanced"]:
+        needed = "; both are right on the same items, so nothing is known of how small a difference may be"
+    elif each["verdict"] == "no difference shown" and each["needed_items"]:
         needed = f"; {each['needed_items']:,} items would be needed to see one of this size"
     return (
         f"{name}, {label}: {arm} {found}: {points(each['difference'])} [{points(low)}, {points(high)}] points, "
