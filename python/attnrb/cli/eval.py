@@ -166,7 +166,7 @@ def parse_budgets(text: str) -> tuple[int, ...]:
 
 def render(console: Console, report: Mapping[str, Any]) -> None:
     """Print a report."""
-    from attnrb.evaluation.page import percent, sentence
+    from attnrb.evaluation.page import letter_notes, percent, sentence
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("group", "model", "asked"):
@@ -196,6 +196,8 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
     for name, about in report["tasks"].items():
         if about.get("note"):
             console.print(Text(printable(f"{name}: {about['note']}"), style="dim"), soft_wrap=True)
+    for note in letter_notes(report):
+        console.print(Text(printable(note), style="yellow"), soft_wrap=True)
     if any(result["truncated"] for result in report["results"]):
         console.print(Text("Some prompts exceeded the model's context and lost their beginning.", style="dim"))
     memory = ", ".join(f"{size / 2**30:.1f} GiB {kind}" for kind, size in report["peak_memory"].items())

@@ -15,10 +15,21 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attnrb.evaluation.report import METHODS
+from attnrb.evaluation.report import METHODS, one_letter
 from attnrb.printable import printable
 
-__all__ = ["check_installed", "document", "escape", "page", "percent", "plot", "sections", "sentence", "table"]
+__all__ = [
+    "check_installed",
+    "document",
+    "escape",
+    "letter_notes",
+    "page",
+    "percent",
+    "plot",
+    "sections",
+    "sentence",
+    "table",
+]
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -44,7 +55,7 @@ def sections(report: Mapping[str, Any]) -> list[str]:
     """The parts of the page of a report, how to repeat it last."""
     notes = {f"{name}: {about['note']}" for name, about in report["tasks"].items() if about.get("note")}
     return [
-        _summary(report, sorted(notes)),
+        _summary(report, [*sorted(notes), *letter_notes(report)]),
         _differences(report),
         _budgets(report),
         _accuracies(report),
@@ -129,6 +140,17 @@ def sentence(name: str, each: Mapping[str, Any], arm: str, label: str) -> str:
         f"{percent(each['plain'])} to {percent(each['rebalanced'])} of {each['items']:,} items, corrected p = "
         f"{each['holm']:.2g}{needed}"
     )
+
+
+def letter_notes(report: Mapping[str, Any]) -> list[str]:
+    """A warning for each accuracy that tells of one letter rather than of the questions."""
+    return [
+        f"{name}, {result['label']}: {result['arm']} answers {letter} to {each['answers'][letter]:,} of "
+        f"{each['items']:,} items, so its accuracy tells how often that is right, and little of the questions"
+        for result in report["results"]
+        for name, each in result["groups"].items()
+        if (letter := one_letter(each)) is not None
+    ]
 
 
 def points(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from attnrb.evaluation.runner import PLAIN, Question
 from attnrb.evaluation.selection import Cell, Selected
 from attnrb.evaluation.statistics import LEVEL, POWER, RESAMPLES, accuracy, difference, holm, verdict
 
-__all__ = ["Report", "make_report"]
+__all__ = ["Report", "make_report", "one_letter"]
 
 # Of groups that hold the same tasks, the first is named.
 _GROUP_ORDER = (mmlu.STEM, mmlu.NON_STEM, "mmlu", *(group for group in mmlu.GROUPS if group != mmlu.STEM))
@@ -219,7 +220,24 @@ def _cell(cell: Cell) -> dict[str, Any]:
 
 def _group(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = asdict(accuracy([bool(each["correct"]) for each in answers]))
-    return {**found, "wilson": list(found["wilson"]), "no_answer": sum(each["answer"] is None for each in answers)}
+    return {
+        **found,
+        "wilson": list(found["wilson"]),
+        "no_answer": sum(each["answer"] is None for each in answers),
+        "answers": _letters(answers),
+    }
+
+
+def _letters(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How often each letter was answered; empty where answers are no letters."""
+    counts = Counter(each["answer"] for each in answers if each["answer"] is not None)
+    return dict(sorted(counts.items())) if all(len(answer) == 1 and answer.isupper() for answer in counts) else {}
+
+
+def one_letter(group: Mapping[str, Any]) -> str | None:
+    """The letter of nine in ten answers of a group, if there is one: its accuracy then tells of that letter alone."""
+    letter = max(group["answers"], key=group["answers"].__getitem__, default=None)
+    return letter if letter is not None and group["answers"][letter] >= 0.9 * group["items"] else None
 
 
 def _spread(values: Sequence[int]) -> dict[str, float | int | None]:
