@@ -53,10 +53,6 @@ def test_an_evaluation(lm: AttnrbLM, data: Path, tmp_path: Path, chromium: Any) 
         for number in range(plots.count()):
             assert plots.nth(number).locator("svg.main-svg").count() >= 1
     assert heard == Heard()
-    phone = {"width": 360, "height": 720}
-    with opened(chromium, tmp_path / "page.html", viewport=phone) as (tab, heard):
-        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert heard == Heard()
 
 
 def test_a_search(lm: AttnrbLM, data: Path, tmp_path: Path, chromium: Any) -> None:
