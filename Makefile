@@ -8,16 +8,27 @@ INSTALL := $(PIP) install --constraint constraints.txt
 CMAKE := $(BIN)/cmake
 # CMake keeps the compiler that it found first; everything here builds without torch.
 CORE_BUILD := -G Ninja -D CMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -D ATTNRB_BUILD_PACKAGE=OFF -D ATTNRB_WERROR=ON
-NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
-CPP_FILES := $(shell find csrc tests/cpp bench/cpp -name '*.cpp' -o -name '*.h')
+NATIVE_SOURCES := $(shell find csrc cmake build_backend cuda -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+CPP_FILES := $(shell find csrc cuda tests/cpp tests/cuda_host bench/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_FILES := CMakeLists.txt tests/cpp/CMakeLists.txt $(wildcard cmake/*.cmake)
+CUDA_FILES := $(filter-out bench/% csrc/core/kernels/%,$(CPP_FILES)) $(CMAKE_FILES) cuda/sources.cmake \
+  tests/cuda_host/CMakeLists.txt
+# One architecture of each kind is enough to see that the kernels compile; make cuda compiles all of them.
+CUDA_TEST_TARGETS := 80-real;90-real;100-virtual
+# The emulated device takes milliseconds for a tile: a part of the cases, enough to reach every feature.
+EMULATED_CASES := 400
+EMULATED_SAMPLE := 24
+EMULATED_OPS := $(CURDIR)/build/cuda-host/tests/cuda_host/libattnrb_cuda_host_ops.so
+EMULATED_TESTS := $(addprefix tests/python/test_,accuracy_attention.py accuracy_weights.py accuracy_not_finite.py \
+  ops_errors.py)
 # Generated cases for the sanitized run, which is many times slower: enough to reach every feature.
 SANITIZED_CASES := 300
 
 .DEFAULT_GOAL := help
 # Stages follow each other, whatever -j says; each uses JOBS cores by itself.
 .NOTPARALLEL:
-.PHONY: help demo test bench install lint test-cpp cpp-verdict test-python test-oldest test-aarch64 clean
+.PHONY: help demo test bench install lint test-cpp cpp-verdict test-cuda cuda test-cuda-mutations test-gpu bench-gpu \
+  test-python test-oldest test-aarch64 clean
 
 help:
 	@echo 'make demo          set up everything and compare a real model with and without re-balancing'
@@ -26,6 +37,9 @@ help:
 	@echo 'make install       only the environment in .venv, with the package in it'
 	@echo 'make test-oldest   the tests of patched models, with the oldest transformers that is served'
 	@echo 'make test-aarch64  the C++ tests for ARM, cross-compiled and run under qemu'
+	@echo 'make cuda          the CUDA ops for every architecture, in build/cuda-all (needs nvcc 12 or newer)'
+	@echo 'make test-cuda     the tests of the CUDA kernels that need no GPU: emulated device, nvcc, resources'
+	@echo 'make test-gpu      the op tests on the GPU at hand; make bench-gpu: its times beside PyTorch'
 	@echo 'make clean         remove .venv and build'
 
 demo: $(DONE)/cli $(DONE)/model
@@ -34,7 +48,7 @@ demo: $(DONE)/cli $(DONE)/model
 install: $(DONE)/test $(DONE)/model $(DONE)/gemma
 
 # pytest comes last, so that its summary is the last line.
-test: lint $(DONE)/test-cpp cpp-verdict test-oldest test-python
+test: lint $(DONE)/test-cpp cpp-verdict $(DONE)/test-cuda-host $(DONE)/cuda-library test-oldest test-python
 
 # Said also where nothing was run because nothing changed since.
 cpp-verdict:
@@ -117,7 +131,7 @@ test-cpp:
 	@rm -f $(DONE)/test-cpp
 	@$(MAKE) --no-print-directory $(DONE)/test-cpp
 
-$(DONE)/test-cpp: $(filter-out bench/%,$(CPP_FILES)) $(CMAKE_FILES) $(DONE)/tools $(DONE)/google
+$(DONE)/test-cpp: $(filter-out bench/% cuda/% tests/cuda_host/%,$(CPP_FILES)) $(CMAKE_FILES) $(DONE)/tools $(DONE)/google
 	$(CMAKE) -S . -B build/cpp $(CORE_BUILD) -D ATTNRB_BUILD_TESTS=ON
 	$(CMAKE) --build build/cpp --parallel $(JOBS)
 	$(BIN)/ctest --test-dir build/cpp --parallel $(JOBS) --output-on-failure
@@ -126,6 +140,49 @@ $(DONE)/test-cpp: $(filter-out bench/%,$(CPP_FILES)) $(CMAKE_FILES) $(DONE)/tool
 	$(CMAKE) --build build/cpp-sanitized --parallel $(JOBS)
 	ATTNRB_TEST_CASES=$(SANITIZED_CASES) $(BIN)/ctest --test-dir build/cpp-sanitized --parallel $(JOBS) --output-on-failure
 	@test ! -x build/cpp/tests/cpp/attnrb_tests || touch $@
+
+# ---------------------------------------------------------------------------------------------------- CUDA
+
+CUDA_BUILD := $(CORE_BUILD) -D Python_EXECUTABLE=$(CURDIR)/$(BIN)/python
+CUDA_LIBRARY_BUILD := $(CUDA_BUILD) -D ATTNRB_BUILD_CUDA_LIBRARY=ON -D ATTNRB_CUDA=ON
+
+test-cuda: $(DONE)/test
+	@rm -f $(DONE)/test-cuda-host
+	@$(MAKE) --no-print-directory $(DONE)/test-cuda-host $(DONE)/cuda-library
+	$(BIN)/python -m pytest tests/python/test_cuda_library.py
+
+# The kernels' own source on an emulated device: the C++ tests of the core, then the op tests from Python.
+$(DONE)/test-cuda-host: $(CUDA_FILES) $(DONE)/test $(DONE)/google
+	$(CMAKE) -S . -B build/cuda-host $(CUDA_BUILD) -D ATTNRB_BUILD_CUDA_TESTS=ON -D ATTNRB_BUILD_CUDA_HOST_OPS=ON
+	$(CMAKE) --build build/cuda-host --target attnrb_cuda_emulated --parallel $(JOBS)
+	ATTNRB_TEST_CASES=$(EMULATED_CASES) $(BIN)/ctest --test-dir build/cuda-host --parallel $(JOBS) --output-on-failure
+	@if test -f $(EMULATED_OPS); then \
+	  echo 'The op tests on the emulated device:'; \
+	  ATTNRB_TEST_EMULATED_CUDA=$(EMULATED_OPS) ATTNRB_CUDA_CHECKS=1 ATTNRB_TEST_SAMPLE=$(EMULATED_SAMPLE) OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(EMULATED_TESTS) && touch $@; \
+	else echo 'The emulated device was not tested: GoogleTest is neither installed nor to be had.'; fi
+
+# Only what nvcc makes of them: no GPU is needed, and the tests that read it are skipped where it is not there.
+$(DONE)/cuda-library: $(CUDA_FILES) $(DONE)/tools
+	@if command -v nvcc > /dev/null; then \
+	  $(CMAKE) -S . -B build/cuda $(CUDA_LIBRARY_BUILD) -D 'CMAKE_CUDA_ARCHITECTURES=$(CUDA_TEST_TARGETS)' && \
+	  $(CMAKE) --build build/cuda --target attnrb_cuda --parallel $(JOBS) && touch $@; \
+	else echo 'The CUDA kernels were not compiled: there is no nvcc.'; fi
+
+cuda: $(DONE)/tools
+	$(CMAKE) -S . -B build/cuda-all $(CUDA_LIBRARY_BUILD)
+	$(CMAKE) --build build/cuda-all --target attnrb_cuda --parallel $(JOBS)
+
+# Plants faults in the kernels and asks the tests on the emulated device to find them: a build and a run for each.
+test-cuda-mutations: $(DONE)/test-cuda-host
+	$(BIN)/python tests/cuda_host/mutate.py --jobs $(JOBS)
+
+# The op tests with every op run on the GPU, then what only a device can show.
+test-gpu: $(DONE)/test
+	ATTNRB_TEST_DEVICE=cuda $(BIN)/python -m pytest $(EMULATED_TESTS) tests/python/test_gpu.py
+
+bench-gpu: $(DONE)/test
+	$(BIN)/python bench/python/bench_gpu.py --json build/bench/gpu.json
 
 bench: $(DONE)/test $(DONE)/model $(DONE)/google
 	@mkdir -p build/bench

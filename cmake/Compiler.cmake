@@ -17,13 +17,14 @@ check_cxx_source_compiles("
 int main() {}" ATTNRB_TARGET_X86_64)
 
 add_library(attnrb_options INTERFACE)
-target_compile_options(attnrb_options INTERFACE -Wall -Wextra)
+# nvcc has names of its own for these: see Cuda.cmake.
+target_compile_options(attnrb_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall> $<$<COMPILE_LANGUAGE:CXX>:-Wextra>)
 if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
   # GCC's names in pragmas are no mistake.
   target_compile_options(attnrb_options INTERFACE -Wno-unknown-warning-option)
 endif()
 if(ATTNRB_WERROR)
-  target_compile_options(attnrb_options INTERFACE -Werror)
+  target_compile_options(attnrb_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()
 if(ATTNRB_SANITIZE)
   target_compile_options(attnrb_options INTERFACE -fsanitize=${ATTNRB_SANITIZE} -fno-sanitize-recover=all

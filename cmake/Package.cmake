@@ -19,17 +19,22 @@ if(NOT APPLE)
   target_link_options(attnrb_ops PRIVATE -Wl,-z,defs)
 endif()
 
+include(cmake/Cuda.cmake)
+
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
 find_package(pybind11 CONFIG REQUIRED)
 pybind11_add_module(attnrb_module ${PROJECT_SOURCE_DIR}/csrc/module.cpp)
 set_target_properties(attnrb_module PROPERTIES OUTPUT_NAME _C INSTALL_RPATH "$<IF:$<BOOL:${APPLE}>,@loader_path,$ORIGIN>")
 target_link_libraries(attnrb_module PRIVATE attnrb_ops attnrb_options)
 string(REPLACE ";" " " instruction_sets "${ATTNRB_INSTRUCTION_SETS}")
+string(REPLACE ";" " " cuda_targets "${ATTNRB_CUDA_TARGETS}")
 target_compile_definitions(attnrb_module PRIVATE
   ATTNRB_VERSION="${SKBUILD_PROJECT_VERSION_FULL}"
   ATTNRB_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
   ATTNRB_BUILD_TYPE="${CMAKE_BUILD_TYPE}"
   ATTNRB_INSTRUCTION_SETS="${instruction_sets}"
+  ATTNRB_CUDA_VERSION="${ATTNRB_CUDA_VERSION}"
+  ATTNRB_CUDA_TARGETS="${cuda_targets}"
   ATTNRB_TORCH_HEADERS="${ATTNRB_TORCH_VERSION}"
   ATTNRB_TORCH_TARGET="${ATTNRB_TORCH_TARGET}")
 

@@ -18,6 +18,8 @@ py::dict build_options() {
   options["compiler"] = ATTNRB_COMPILER;
   options["build_type"] = ATTNRB_BUILD_TYPE;
   options["instruction_sets"] = py::str(ATTNRB_INSTRUCTION_SETS).attr("split")();
+  options["cuda"] = ATTNRB_CUDA_VERSION;
+  options["cuda_targets"] = py::str(ATTNRB_CUDA_TARGETS).attr("split")();
   options["torch_headers"] = ATTNRB_TORCH_HEADERS;
   options["torch_target"] = ATTNRB_TORCH_TARGET;
   return options;
@@ -34,8 +36,10 @@ int64_t outlier_capacity(double threshold) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "How the native library of attnrb was built, and what it runs on.";
   module.attr("version") = ATTNRB_VERSION;
-  module.def("build_options", &build_options,
-             "Compiler, build type, instruction sets built, torch whose headers were used, oldest torch served.");
+  module.def(
+      "build_options", &build_options,
+      "Compiler, build type, instruction sets built, nvcc and what it built for (empty without the CUDA ops), torch "
+      "whose headers were used, oldest torch served.");
   module.def("instruction_set", &attnrb::runtime::instruction_set,
              "The instruction set in use: the best one, or the one that the environment variable ATTNRB_CPU names.");
   module.def("instruction_sets", &attnrb::runtime::instruction_sets,

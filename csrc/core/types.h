@@ -6,7 +6,12 @@
 
 // Kernels are compiled once per instruction set. A helper that two of them share must never become a symbol of its own:
 // the linker would keep one copy, perhaps the one that the processor at hand cannot run.
+// nvcc compiles the same mathematics for both sides.
+#if defined(__CUDACC__)
+#define ATTNRB_INLINE inline __attribute__((always_inline)) __host__ __device__
+#else
 #define ATTNRB_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace attnrb {
 

@@ -98,6 +98,18 @@ class OutlierArguments {
   OptionalTensor indices_copy_, counts_copy_;
 };
 
+// Refuses what only the kernels saw, in outlier rows of that capacity.
+inline void check_status(Status status, int64_t capacity) {
+  switch (status) {
+    case Status::ok:
+      return;
+    case Status::unsorted_outliers:
+      refuse("indices", "expected each row to ascend strictly over its first counts entries, got a row that does not");
+    case Status::outlier_count:
+      refuse("counts", "expected numbers from 0 to C = ", capacity, ", got one outside");
+  }
+}
+
 // float32, one gain for all heads or one each.
 inline Operand check_gain(const Tensor& tensor, const Shape& shape, const Operand& reference) {
   const Operand gain("gain", tensor);

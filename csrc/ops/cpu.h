@@ -47,18 +47,6 @@ inline void attend_to_nothing(const AttentionProblem& problem) {
   if (problem.emit.counts) std::fill_n(problem.emit.counts, rows, 0);
 }
 
-// Refuses what only the kernels saw, in outlier rows of that capacity.
-inline void check_status(Status status, int64_t capacity) {
-  switch (status) {
-    case Status::ok:
-      return;
-    case Status::unsorted_outliers:
-      refuse("indices", "expected each row to ascend strictly over its first counts entries, got a row that does not");
-    case Status::outlier_count:
-      refuse("counts", "expected numbers from 0 to C = ", capacity, ", got one outside");
-  }
-}
-
 // Runs the chosen kernels. Sizes that leave nothing to compute never reach them.
 inline void attend(const AttentionProblem& problem) {
   const Shape& shape = problem.shape;

@@ -3,7 +3,10 @@
 version: str
 
 def build_options() -> dict[str, str | list[str]]:
-    """Compiler, build type, instruction sets built, torch whose headers were used, oldest torch served."""
+    """Compiler, build type, instruction sets built, nvcc and what it built for, torch whose headers, oldest served.
+
+    ``cuda`` is the version of nvcc and ``cuda_targets`` the architectures; both are empty without the CUDA ops.
+    """
 
 def instruction_set() -> str:
     """The instruction set in use: the best one, or the one that the environment variable ATTNRB_CPU names."""

@@ -26,26 +26,39 @@ def _load() -> None:
             f"attnrb needs torch 2.10 or newer, this is torch {version}: run `pip install 'torch>=2.10'`."
         )
 
-    library = _library()
+    library = _folder() / "libattnrb.so"
     if not library.is_file():
         raise ImportError(
             f"attnrb's native library is missing, there is no {library}: this is perhaps a source tree that was never "
             "installed. Run `pip install .` in it, or leave the tree to import an installed attnrb."
         )
+    _load_into_torch(library)
+    # Beside a torch without CUDA it would be of no use: no tensor would reach it.
+    if torch.version.cuda is not None and cuda_library().is_file():
+        _load_into_torch(cuda_library())
+
+
+def _load_into_torch(library: Path) -> None:
+    import torch
+
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
-            f"attnrb's native library {library} does not load into torch {version}: {error}. Build it anew here: run "
-            "`pip install --force-reinstall --no-deps attnrb`, or `pip install .` in a source tree."
+            f"attnrb's native library {library} does not load into torch {torch.__version__}: {error}. Build it anew "
+            "here: run `pip install --force-reinstall --no-deps attnrb`, or `pip install .` in a source tree."
         ) from error
 
 
-def _library() -> Path:
+def cuda_library() -> Path:
+    """Where the CUDA ops are, if this attnrb was built with them."""
+    return _folder() / "libattnrb_cuda.so"
+
+
+def _folder() -> Path:
     # Beside the extension module, which in an editable install is not beside this file.
     extension = importlib.util.find_spec("attnrb._C")
-    folder = Path(__file__ if extension is None or extension.origin is None else extension.origin).parent
-    return folder / "libattnrb.so"
+    return Path(__file__ if extension is None or extension.origin is None else extension.origin).parent
 
 
 _load()

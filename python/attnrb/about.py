@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnrb import _C, __version__
+from attnrb import _C, __version__, _native
 from attnrb.models import ModelError, cache_folder, default_model_path
 
 
@@ -29,12 +29,24 @@ def about() -> dict[str, Any]:
         "instruction_set": _C.instruction_set(),
         "instruction_sets_found": _C.instruction_sets(),
         "ATTNRB_CPU": os.environ.get("ATTNRB_CPU", "not set"),
+        "cuda": _cuda(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "build": _C.build_options(),
         "default_model": embedded,
         "cache": "off" if cache is None else str(cache),
     }
+
+
+def _cuda() -> str:
+    if not _native.cuda_library().is_file():
+        return "off: attnrb was built without the CUDA ops"
+    if torch.version.cuda is None:
+        return "off: this torch has no CUDA"
+    if not torch.cuda.is_available():
+        return "loaded, but torch finds no device"
+    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return "on: " + ", ".join(f"{device.name} ({device.major}.{device.minor})" for device in devices)
 
 
 def _version(package: str) -> str | None:

@@ -16,6 +16,13 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kExp2Error = 4.0 * kRounding;
 
+double cuda_probability_rounding(DType dtype) {
+  return dtype == DType::bfloat16 ? 0x1p-8 : dtype == DType::float16 ? 0x1p-11 : 0.0;
+}
+
+// What tensor cores cut off along a sum of so many products, relative to the sum of their absolute values.
+double cut_off_error(int64_t products) { return (double(products) / 8.0 + 4.0) * kRounding; }
+
 // Half a unit in the last place of `value`, and what the dtype cannot resolve near zero.
 double storage_rounding(DType dtype, double value) {
   switch (dtype) {
@@ -86,6 +93,7 @@ RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i) {
   row.error = 2.0 * (largest_error + 4.0 * kRounding * std::max(largest_score, std::fabs(largest))) + kExp2Error +
               sum_error(keys + 1);
   row.tile_error = row.error;
+  row.cuda_error = row.error + 2.0 * cut_off_error(width) * largest_size;
   if (source.dtype == DType::bfloat16) row.tile_error += 3e-6;
   if (source.dtype == DType::float16) row.tile_error += 0x1p-15 * largest_size;
   row.scores = std::move(scores);
@@ -130,23 +138,30 @@ AttentionTruth attention_truth(const AttentionProblem& problem) {
         // Tiles round probabilities; a normalized row divides by rounded ones.
         const double rounding = tile_probability_rounding(problem.dtype);
         const double divisor_rounding = problem.boost.normalize ? rounding : 0.0;
-        truth.lse.push_back({lse, row.error + lse_rounding, row.tile_error + divisor_rounding + lse_rounding});
+        truth.lse.push_back({lse, row.error + lse_rounding, row.tile_error + divisor_rounding + lse_rounding,
+                             row.cuda_error + lse_rounding});
         for (int64_t j = 0; j < shape.keys; ++j) {
-          truth.weights.push_back({row.weights[size_t(j)], row.error + lse_rounding, row.tile_error + lse_rounding});
+          truth.weights.push_back({row.weights[size_t(j)], row.error + lse_rounding, row.tile_error + lse_rounding,
+                                   row.cuda_error + lse_rounding});
           truth.visible.push_back(row.visible[size_t(j)]);
         }
         for (int64_t d = 0; d < shape.value_width; ++d) {
-          double value = 0.0, size = 0.0;
+          double value = 0.0, size = 0.0, unweighted = 0.0;
           for (int64_t j = 0; j < shape.keys; ++j) {
             if (!row.visible[size_t(j)]) continue;
-            const double term = factor(j) * row.weights[size_t(j)] / divisor *
-                                element(problem.value, problem.dtype, b, h / (shape.heads / shape.key_heads), j, d);
+            const double v = element(problem.value, problem.dtype, b, h / (shape.heads / shape.key_heads), j, d);
+            const double term = factor(j) * row.weights[size_t(j)] / divisor * v;
             value += term;
             size += std::fabs(term);
+            unweighted += std::fabs(v);
           }
           const double tile_error = row.tile_error + rounding + divisor_rounding;
-          truth.output.push_back(
-              {value, stored(problem.dtype, value, row.error * size), stored(problem.dtype, value, tile_error * size)});
+          double cuda_error =
+              (row.cuda_error + cuda_probability_rounding(problem.dtype) + cut_off_error(shape.keys)) * size;
+          if (problem.dtype == DType::float16) cuda_error += 0x1p-25 * unweighted / divisor;
+          truth.output.push_back({value, stored(problem.dtype, value, row.error * size),
+                                  stored(problem.dtype, value, tile_error * size),
+                                  stored(problem.dtype, value, cuda_error)});
         }
       }
   return truth;
@@ -159,7 +174,7 @@ std::vector<Bounded> received_truth(const ReceivedProblem& problem) {
   for (int64_t b = 0; b < shape.batch; ++b)
     for (int64_t h = 0; h < shape.heads; ++h) {
       std::vector<double> sums(size_t(shape.keys), 0.0), errors(size_t(shape.keys), 0.0);
-      std::vector<double> tile_errors(size_t(shape.keys), 0.0);
+      std::vector<double> tile_errors(size_t(shape.keys), 0.0), cuda_errors(size_t(shape.keys), 0.0);
       std::vector<int64_t> seen(size_t(shape.keys), 0);
       for (int64_t i = 0; i < shape.queries; ++i) {
         const RowTruth row = row_truth(source, b, h, i);
@@ -170,13 +185,15 @@ std::vector<Bounded> received_truth(const ReceivedProblem& problem) {
           sums[size_t(j)] += row.weights[size_t(j)];
           errors[size_t(j)] += row.weights[size_t(j)] * (2.0 * row.error + error);
           tile_errors[size_t(j)] += row.weights[size_t(j)] * (2.0 * row.tile_error + error);
+          cuda_errors[size_t(j)] += row.weights[size_t(j)] * (2.0 * row.cuda_error + error);
           ++seen[size_t(j)];
         }
       }
       for (int64_t j = 0; j < shape.keys; ++j) {
         const double count = double(std::max<int64_t>(seen[size_t(j)], 1)), mean = sums[size_t(j)] / count;
         received.push_back({mean, stored(DType::float32, mean, errors[size_t(j)] / count),
-                            stored(DType::float32, mean, tile_errors[size_t(j)] / count)});
+                            stored(DType::float32, mean, tile_errors[size_t(j)] / count),
+                            stored(DType::float32, mean, cuda_errors[size_t(j)] / count)});
       }
     }
   return received;
@@ -201,7 +218,7 @@ std::vector<Bounded> rebalance_truth(const RebalanceProblem& problem) {
         for (const double weight : row) {
           const double value = weight / divisor, error = (sum_error(shape.keys) + 4.0 * kRounding) * std::fabs(value);
           const double tolerance = stored(problem.dtype, value, error);
-          out.push_back({value, tolerance, tolerance});
+          out.push_back({value, tolerance, tolerance, tolerance});
         }
       }
   return out;

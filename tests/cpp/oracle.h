@@ -15,6 +15,10 @@
 // Kernels that multiply in tiles of bfloat16 add to W_i, for float16 in two halves, 2^-15 max_j scale sum_d |q_d k_d|
 // (low times low is left out of each score, twice), and for bfloat16 a shorter polynomial's 3e-6; and their
 // probabilities are rounded once more, to 2^-8 in bfloat16 and 2^-15 in two halves.
+//
+// CUDA's tensor cores cut additions off where float32 rounds: 2u for each step of 8 or 16 products, which adds to e_ij
+// (D/8 + 4) u scale sum_d |q_d k_d| and to an output (N/8 + 4) u of its sum of absolute values. Probabilities are
+// rounded to 2^-8 in bfloat16 and 2^-11 in float16, and there to 2^-25 of a largest weight at least.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +33,7 @@ struct Bounded {
   double value = 0.0;
   double tolerance = 0.0;
   double tile_tolerance = 0.0;  // of kernels that multiply in tiles of bfloat16
+  double cuda_tolerance = 0.0;  // of kernels on CUDA's tensor cores
 };
 
 struct AttentionTruth {

@@ -33,7 +33,7 @@ struct RowTruth {
   std::vector<double> weights, scores;  // [N]
   std::vector<bool> visible;            // [N]
   double lse = -std::numeric_limits<double>::infinity();
-  double error = 0.0, tile_error = 0.0;  // W_i
+  double error = 0.0, tile_error = 0.0, cuda_error = 0.0;  // W_i
 };
 
 RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i);

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen = config.getoption("--attnrb-cpu")
     if chosen is not None:
         os.environ["ATTNRB_CPU"] = chosen
+    # The ops on the emulated CUDA device (tests/cuda_host) take the place of the CPU's.
+    emulated = os.environ.get("ATTNRB_TEST_EMULATED_CUDA")
     # A thread that waits must not spin: beside another load, the suite would take ten times as long. OpenMP reads this
     # when torch loads it, which is why torch is imported late here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -43,6 +46,44 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # Two threads: the fewest that can show a race, and what every machine has.
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    if emulated:
+        import attnrb  # noqa: F401  (defines the ops)
+
+        torch.ops.load_library(emulated)
+    if os.environ.get("ATTNRB_TEST_DEVICE") == "cuda":
+        _run_ops_on_the_gpu()
+
+
+def _run_ops_on_the_gpu() -> None:
+    """Every op on CPU tensors takes them to the GPU and its results back: the op tests run there as they are."""
+    import attnrb  # noqa: F401  (defines the ops)
+    import torch
+    from torch.utils import _pytree
+
+    if not torch.cuda.is_available():
+        reason = "ATTNRB_TEST_DEVICE=cuda, but torch finds no CUDA device"
+        if os.environ.get("ATTNRB_REQUIRE_CUDA") == "1":
+            pytest.exit(reason, returncode=1)
+        pytest.exit(f"skipped: {reason}", returncode=0)
+
+    def on_gpu(op: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            arguments = _pytree.tree_map_only(torch.Tensor, lambda x: x.cuda(), arguments)
+            return _pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), op(*arguments))
+
+        return call
+
+    library = torch.library.Library("attnrb", "IMPL")
+    for name in ("source_attention", "rebalanced_attention", "received_attention", "outlier_mask", "rebalance"):
+        packet = getattr(torch.ops.attnrb, name)
+        for overload in packet.overloads():
+            qualified = name if overload == "default" else f"{name}.{overload}"
+            library.impl(qualified, on_gpu(getattr(packet, overload)), "CPU", allow_override=True)
+    _KEPT.append(library)
+
+
+# A library's registrations end with it.
+_KEPT: list[Any] = []
 
 
 def shared_folder() -> Path | None:

@@ -1,0 +1,75 @@
+// What the attention kernels are started with. The host fills it in (cuda/plan.cpp).
+//
+// Note: [Rows of a group]
+// The query heads that share a key head are rows of one problem: row r of batch element b and key head k is query r / G
+// of head k G + r % G. A tile of 64 rows then reads each key once for all of them, and decoding, where a head has one
+// query, fills its tile as far as it can.
+//
+// Note: [Split keys]
+// Where there are too few row tiles to fill the device, several blocks share the keys of a tile. Each leaves a softmax
+// over its keys alone (reference m, sum l, unscaled sums of values) and that softmax's own outliers, of which there are
+// no more than of any other; the merge kernel puts the first together and filters the second with the final l.
+#pragma once
+
+#include "core/problem.h"
+
+namespace attnrb::cuda {
+
+// An operand [batch, heads, rows, width]. `aligned`: 16-byte copies fit, that is, columns are adjacent, and rows and
+// their length come in whole units of 16 bytes.
+struct Operand {
+  const void* data;
+  int64_t strides[4];
+  int32_t width;
+  bool aligned;
+};
+
+enum class Task { source, rebalance, softmax };  // find outliers; strengthen them; only the rows' softmax
+
+// Row (b, k, r) of split s has index ((b Hk + k) rows + r) splits + s.
+struct Partials {
+  float* state = nullptr;               // [index, 4]: m, l, strengthened mass, 1 where a key was seen
+  float* sums = nullptr;                // [index, value_width]
+  float* candidate_scores = nullptr;    // [index, capacity]
+  int32_t* candidates = nullptr;        // [index, capacity], key positions
+  int32_t* candidate_counts = nullptr;  // [index]
+};
+
+struct AttentionParameters {
+  AttentionProblem problem;
+  Operand query, key, value;
+  Partials partials;
+  int64_t rows = 0;       // G M
+  int64_t row_tiles = 0;  // of 64
+  int32_t group = 1;      // G
+  int32_t splits = 1;
+  int32_t slices = 1;         // of the value width
+  int32_t columns = 0;        // of a query or key row in shared memory
+  int32_t value_columns = 0;  // of a value row
+  int32_t gain_stride = 1;    // 0: one gain for all heads
+  bool pairs = false;         // output columns may be written in pairs
+  float factor = 1.0f;        // scores are factor * product, or cap * tanh(inner * product), times log2(e)
+  float inner = 0.0f, cap = 0.0f;
+  float threshold_log2 = 0.0f;
+  int32_t* status = nullptr;
+};
+
+struct ReceivedParameters {
+  AttentionParameters rows;  // the same queries and keys; problem.softmax holds every row's m and l
+  float* received = nullptr;
+};
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kTileRows = 16 * kWarps;
+
+// `Width`: the class of widths, at most 64, 128 or 256 (wider queries and keys are possible, wider values are cut).
+template <class T, int Width>
+struct Tile {
+  // As many as registers hold scores for beside the sums of values.
+  static constexpr int keys = (Width <= 128 ? 128 : 64) / int(sizeof(T));
+  static constexpr int score_tiles = keys / 8;
+  static constexpr int value_tiles = Width / 8;
+  static constexpr int unit = 16 / int(sizeof(T));  // columns in 16 bytes
+  static constexpr int step = 2 * unit;             // columns, or keys, of one tensor-core step
+};
+
+}  // namespace attnrb::cuda

@@ -1,0 +1,216 @@
+// The two rows that a lane shares with three others: g and g + 8 of its warp's sixteen (Note: [Fragments]).
+//
+// The softmax is that of Note: [Online softmax in base 2] (csrc/core/kernels/rows.h), with m the largest score so far,
+// and strengthening that of Note: [Strengthened probabilities]. A sink joins the sum at the end, so that it cannot push
+// the probabilities of 16-bit tiles out of their range.
+#pragma once
+
+#include <cmath>
+
+#include "core/visibility.h"
+#include "fragments.h"
+#include "tile.h"
+
+namespace attnrb::cuda {
+
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
+
+ATTNRB_DEVICE float minus_infinity() { return bit_cast<float>(uint32_t(0xff800000u)); }
+
+// Over the four lanes of a row.
+ATTNRB_DEVICE float quad_max(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+ATTNRB_DEVICE float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// A reference that may be subtracted: a row whose scores are all minus infinity or NaN has none.
+ATTNRB_DEVICE float reference(float max) { return max == minus_infinity() ? 0.0f : max; }
+
+// Where row r of a key head's group stands.
+struct RowPlace {
+  int64_t query;
+  int head;
+};
+ATTNRB_DEVICE RowPlace row_place(const AttentionParameters& p, int64_t key_head, int64_t row) {
+  const int64_t query = row / p.group;
+  return {query, int(key_head * p.group + (row - query * p.group))};
+}
+
+// Sum and reference of a row after its sink, if any, joined them.
+ATTNRB_DEVICE void join_sink(const AttentionParameters& p, int head, float& max, float& sum, float& boosted) {
+  if (p.problem.scoring.sinks == nullptr) return;
+  const float sink = p.problem.scoring.sinks[head] * kLog2E, high = fmaxf(max, sink);
+  const float keep = exp2f(reference(max) - reference(high));
+  boosted *= keep;
+  sum = sum * keep + exp2f(sink - reference(high));
+  max = high;
+}
+
+struct RowPair {
+  float max[2], sum[2], boosted[2];  // sum and boosted are this lane's share
+  int low[2], high[2];               // visible interval
+  bool valid[2], seen[2];
+  const bool* mask[2];
+
+  ATTNRB_DEVICE void start(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t first_row) {
+    const Visibility& visibility = p.problem.visibility;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = first_row + 8 * i;
+      max[i] = minus_infinity();
+      sum[i] = boosted[i] = 0.0f;
+      low[i] = high[i] = 0;
+      seen[i] = false;
+      mask[i] = nullptr;
+      valid[i] = row < p.rows;
+      if (!valid[i]) continue;
+      const RowPlace place = row_place(p, key_head, row);
+      const Interval interval = visible_interval(visibility, batch, place.query, p.problem.shape.keys);
+      low[i] = int(interval.low);
+      high[i] = int(interval.high);
+      if (visibility.mask != nullptr)
+        mask[i] = visibility.mask + batch * visibility.mask_strides[0] + place.head * visibility.mask_strides[1] +
+                  place.query * visibility.mask_strides[2];
+    }
+  }
+
+  // Whether some row of the warp sees a key of [first, last), as far as intervals tell.
+  ATTNRB_DEVICE bool active(int first, int last) const {
+    return any((low[0] < last && high[0] > first) || (low[1] < last && high[1] > first));
+  }
+
+  // Whether some row of the warp may not see some key of [first, last).
+  ATTNRB_DEVICE bool partial(const AttentionParameters& p, int first, int last) const {
+    if (p.problem.visibility.mask != nullptr) return true;
+    const bool cut0 = valid[0] && (low[0] > first || high[0] < last);
+    const bool cut1 = valid[1] && (low[1] > first || high[1] < last);
+    return any(cut0 || cut1);
+  }
+
+  ATTNRB_DEVICE bool visible(const AttentionParameters& p, int i, int key) const {
+    return key >= low[i] && key < high[i] &&
+           (mask[i] == nullptr || mask[i][int64_t(key) * p.problem.visibility.mask_strides[3]]);
+  }
+
+  // Products become scores in base 2, minus infinity where the row does not see the key.
+  template <int Tiles>
+  ATTNRB_DEVICE void finish_scores(const AttentionParameters& p, float (&s)[Tiles][4], int first, bool partial_tile) {
+    const int column = first + thread_index() % 4 * 2;
+    if (p.cap != 0.0f) {
+#pragma unroll
+      for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] = p.cap * tanhf(s[n][e] * p.inner);
+    } else {
+#pragma unroll
+      for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] *= p.factor;
+    }
+    if (!partial_tile) {
+      seen[0] = seen[1] = true;
+      return;
+    }
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (visible(p, e / 2, column + 8 * n + e % 2))
+          seen[e / 2] = true;
+        else
+          s[n][e] = minus_infinity();
+      }
+  }
+
+  // Scores become probabilities relative to the row's maximum. Returns in `factor` what the rows' sums of values are to
+  // be multiplied by, in `largest` the block's maxima.
+  template <int Tiles>
+  ATTNRB_DEVICE void absorb(float (&s)[Tiles][4], float (&factor)[2], float (&largest)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float block_max = fmaxf(s[0][2 * i], s[0][2 * i + 1]);
+#pragma unroll
+      for (int n = 1; n < Tiles; ++n) block_max = fmaxf(block_max, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+      largest[i] = quad_max(block_max);
+      const float high = fmaxf(max[i], largest[i]), from = reference(high);
+      factor[i] = fast_exp2(max[i] - from);
+      max[i] = high;
+      float added = 0.0f;
+#pragma unroll
+      for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+        for (int e = 2 * i; e < 2 * i + 2; ++e) {
+          s[n][e] = fast_exp2(s[n][e] - from);
+          added += s[n][e];
+        }
+      sum[i] = sum[i] * factor[i] + added;
+      boosted[i] *= factor[i];
+    }
+  }
+};
+
+// The sixteen rows' outliers still to come: lanes 0 to 15 walk down a row's list each.
+struct BoostCursor {
+  const int32_t* slots = nullptr;
+  int32_t count = 0, next = 0;
+  int64_t position = 0;  // of the next outlier, or beyond all keys
+
+  // Rows that break the rules (a count outside [0, C], slots that do not ascend) are reported and become NaN: `broken`
+  // has a bit for each.
+  ATTNRB_DEVICE unsigned start(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t warp_row) {
+    const AttentionProblem::Boost& boost = p.problem.boost;
+    const int lane = thread_index() % 32;
+    unsigned broken = 0;
+    position = kNone;
+    if (boost.indices == nullptr) return 0;
+    for (int r = 0; r < 16; ++r) {
+      const int64_t row = warp_row + r;
+      if (row >= p.rows) break;
+      const RowPlace place = row_place(p, key_head, row);
+      const int64_t index = (batch * p.problem.shape.heads + place.head) * p.problem.shape.queries + place.query;
+      const int32_t* list = boost.indices + index * boost.capacity;
+      const int32_t length = boost.counts[index];
+      const bool outside = length < 0 || length > boost.capacity;
+      bool unsorted = false;
+      if (!outside)
+        for (int c = lane + 1; c < length; c += 32) unsorted = unsorted || list[c] <= list[c - 1];
+      unsorted = any(unsorted);
+      if (outside || unsorted) {
+        broken |= 1u << r;
+        if (lane == 0) report_status(p.status, int32_t(outside ? Status::outlier_count : Status::unsorted_outliers));
+      } else if (lane == r && boost.gain[place.head * p.gain_stride] != 0.0f) {
+        slots = list;
+        count = length;
+      }
+    }
+    advance(p);
+    return broken;
+  }
+
+  // Whether some row has an outlier before `last`.
+  ATTNRB_DEVICE bool any_before(int last) const { return any(position < last); }
+
+  // The row's outliers among the `keys` <= 64 keys from `first` on, one bit each. Slots before them are not held here.
+  ATTNRB_DEVICE uint64_t take(const AttentionParameters& p, int first, int keys) {
+    uint64_t bits = 0;
+    while (position < first + keys) {
+      if (position >= first) bits |= uint64_t(1) << (position - first);
+      ++next;
+      advance(p);
+    }
+    return bits;
+  }
+
+ private:
+  static constexpr int64_t kNone = int64_t(1) << 62;
+
+  ATTNRB_DEVICE void advance(const AttentionParameters& p) {
+    position = next < count ? int64_t(slots[next]) - p.problem.visibility.key_offset : kNone;
+  }
+};
+
+}  // namespace attnrb::cuda

@@ -1,0 +1,61 @@
+// Starting the kernels: torch-free, like the core. Pointers lead into device memory, work is enqueued on `stream`, and
+// nothing waits for the device.
+#pragma once
+
+#include <cstdint>
+
+#include "core/problem.h"
+#include "kernels/parameters.h"
+
+namespace attnrb::cuda {
+
+// What the host has to know of a device.
+struct Device {
+  int multiprocessors = 1;
+  int64_t shared_bytes = 48 * 1024;  // that a block may ask for
+  int capability = 80;               // 10 major + minor
+};
+
+// An attention call laid out for a device.
+struct AttentionPlan {
+  AttentionParameters parameters;
+  int64_t blocks = 0;
+  int64_t shared_bytes = 0;
+  int width = 64;  // class of widths
+  Task task = Task::rebalance;
+  int64_t workspace_bytes = 0;  // device memory the caller has to lend until the work is done
+};
+
+// Throws std::invalid_argument where the device cannot run the kernels on such a problem. `gain_stride` 0: one gain for
+// all heads. `values` false: only the rows' softmax is wanted.
+AttentionPlan plan_attention(const AttentionProblem& problem, const Device& device, bool values = true,
+                             int gain_stride = 1);
+// `status`, if any, is set to what is wrong with outlier rows; it has to be Status::ok before.
+void start_attention(AttentionPlan& plan, void* workspace, int32_t* status, void* stream);
+
+struct ReceivedPlan {
+  AttentionPlan softmax;
+  ReceivedParameters parameters;
+  int64_t blocks = 0;
+  int64_t shared_bytes = 0;
+  int64_t workspace_bytes = 0;
+};
+
+ReceivedPlan plan_received(const ReceivedProblem& problem, const Device& device);
+void start_received(ReceivedPlan& plan, void* workspace, void* stream);
+
+void start_outlier_mask(const OutlierMaskProblem& problem, void* stream);
+// One gain for all heads, `gain`, where problem.gain is null.
+void start_rebalance(const RebalanceProblem& problem, int gain_stride, float gain, void* stream);
+
+// What each dtype's translation unit defines (launch_types.h).
+struct Launches {
+  void (*attention)(const AttentionPlan& plan, void* stream);
+  void (*merge)(const AttentionPlan& plan, void* stream);
+  void (*received)(const ReceivedPlan& plan, void* stream);
+  void (*outlier_mask)(const struct OutlierMaskParameters& parameters, int64_t blocks, void* stream);
+  void (*rebalance)(const struct RebalanceParameters& parameters, int64_t blocks, void* stream);
+};
+extern const Launches float32_launches, bfloat16_launches, float16_launches;
+
+}  // namespace attnrb::cuda

@@ -1,0 +1,64 @@
+// The kernels of one element type. Each type has a translation unit, so that they compile side by side.
+#pragma once
+
+#include "kernels/attention.h"
+#include "kernels/elementwise.h"
+#include "kernels/merge.h"
+#include "kernels/received.h"
+#include "launch.h"
+
+namespace attnrb::cuda {
+
+template <class T>
+struct TypeLaunches {
+  template <int Width, Task task>
+  static void attention_of(const AttentionPlan& plan, void* stream) {
+    launch<attention_kernel<T, Width, task>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
+  }
+
+  template <Task task>
+  static void attention_of_width(const AttentionPlan& plan, void* stream) {
+    if (plan.width == 64)
+      attention_of<64, task>(plan, stream);
+    else if (plan.width == 128)
+      attention_of<128, task>(plan, stream);
+    else
+      attention_of<256, task>(plan, stream);
+  }
+
+  static void attention(const AttentionPlan& plan, void* stream) {
+    if (plan.task == Task::source)
+      attention_of_width<Task::source>(plan, stream);
+    else if (plan.task == Task::rebalance)
+      attention_of_width<Task::rebalance>(plan, stream);
+    else if (plan.width == 256)
+      attention_of<256, Task::softmax>(plan, stream);
+    else
+      attention_of<128, Task::softmax>(plan, stream);
+  }
+
+  static void merge(const AttentionPlan& plan, void* stream) {
+    const AttentionParameters& p = plan.parameters;
+    const int64_t rows = p.problem.shape.batch * p.problem.shape.key_heads * p.rows;
+    launch<merge_kernel<T>>((rows + kWarps - 1) / kWarps, kThreads, 0, stream, p);
+  }
+
+  static void received(const ReceivedPlan& plan, void* stream) {
+    if (plan.softmax.width == 256)
+      launch<received_kernel<T, 256>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
+    else
+      launch<received_kernel<T, 128>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
+  }
+
+  static void outlier_mask(const OutlierMaskParameters& parameters, int64_t blocks, void* stream) {
+    launch<outlier_mask_kernel<T>>(blocks, kThreads, 0, stream, parameters);
+  }
+
+  static void rebalance(const RebalanceParameters& parameters, int64_t blocks, void* stream) {
+    launch<rebalance_kernel<T>>(blocks, kThreads, 0, stream, parameters);
+  }
+
+  static constexpr Launches table{&attention, &merge, &received, &outlier_mask, &rebalance};
+};
+
+}  // namespace attnrb::cuda

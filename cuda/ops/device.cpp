@@ -1,0 +1,113 @@
+#include "device.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#if !defined(ATTNRB_CUDA_EMULATED)
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#endif
+
+namespace attnrb::ops {
+
+#if defined(ATTNRB_CUDA_EMULATED)
+
+// ATTNRB_EMULATED_MULTIPROCESSORS: many make the kernels split their keys, 0 never.
+const cuda::Device& cuda_device(int32_t /*index*/) {
+  static const cuda::Device device = [] {
+    cuda::Device found;
+    const char* text = std::getenv("ATTNRB_EMULATED_MULTIPROCESSORS");
+    found.multiprocessors = text == nullptr ? 8 : std::atoi(text);
+    found.shared_bytes = 99 * 1024;
+    found.capability = 86;
+    return found;
+  }();
+  return device;
+}
+
+void* current_stream(int32_t /*index*/) { return nullptr; }
+
+int32_t read_back(const int32_t* address, void* /*stream*/) { return *address; }
+
+#else
+
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("attnrb: ") + what + " failed: " + cudaGetErrorString(error));
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "asking for the limits of the device");
+  return value;
+}
+
+}  // namespace
+
+const cuda::Device& cuda_device(int32_t index) {
+  constexpr int kDevices = 64;
+  static cuda::Device devices[kDevices];
+  static std::once_flag asked[kDevices];
+  if (index < 0 || index >= kDevices) refuse("query", "expected on a CUDA device from 0 to 63, got ", index);
+  std::call_once(asked[index], [&] {
+    cuda::Device& device = devices[index];
+    device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+    device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    device.capability =
+        10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
+  });
+  return devices[index];
+}
+
+// libtorch_cuda is not among the libraries that this one is linked with, so that it loads beside any torch.
+void* current_stream(int32_t index) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  if (function == nullptr) throw std::runtime_error("attnrb: this torch has no CUDA: libtorch_cuda.so is not loaded");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(function(index, &stream));
+  return stream;
+}
+
+int32_t read_back(const int32_t* address, void* stream) {
+  int32_t value = 0;
+  check(cudaMemcpyAsync(&value, address, sizeof(value), cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)),
+        "reading the status");
+  check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "waiting for the device");
+  return value;
+}
+
+#endif
+
+namespace {
+
+bool checks_wanted() {
+  const char* text = std::getenv("ATTNRB_CUDA_CHECKS");
+  return text != nullptr && std::strcmp(text, "1") == 0;
+}
+
+}  // namespace
+
+void attend_on_device(const AttentionProblem& problem, const Operand& query, int gain_stride) {
+  const DeviceScope scope(query);
+  cuda::AttentionPlan plan = cuda::plan_attention(problem, scope.device(), true, gain_stride);
+  const Tensor workspace = scope.bytes(plan.workspace_bytes);
+  const bool checked = problem.boost.indices != nullptr && checks_wanted();
+  OptionalTensor status_tensor;
+  int32_t* status = nullptr;
+  if (checked) {
+    status_tensor = empty<1>({1}, dtype_codes().int32, query);
+    torch::stable::zero_(*status_tensor);
+    status = static_cast<int32_t*>(status_tensor->mutable_data_ptr());
+  }
+  cuda::start_attention(plan, workspace.mutable_data_ptr(), status, scope.stream());
+  if (checked) check_status(Status(read_back(status, scope.stream())), problem.boost.capacity);
+}
+
+}  // namespace attnrb::ops

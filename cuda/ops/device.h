@@ -1,0 +1,74 @@
+// What the CUDA registrations share beyond the checks: the device that a tensor lies on, its stream, working memory.
+//
+// Built for the emulated device of tests/cuda_host, the same registrations serve CPU tensors.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "launch.h"
+#include "ops/arguments.h"
+
+#if defined(ATTNRB_CUDA_EMULATED)
+#define ATTNRB_CUDA_KEY CPU
+#else
+#define ATTNRB_CUDA_KEY CUDA
+#endif
+
+namespace attnrb::ops {
+
+// The limits of a device, asked for once.
+const cuda::Device& cuda_device(int32_t index);
+// The stream that torch uses on a device now.
+void* current_stream(int32_t index);
+// The int32 at a device address, once all work on the stream is done.
+int32_t read_back(const int32_t* address, void* stream);
+
+// The device of `operand` for as long as this lives, torch's current stream on it, and memory that torch will not hand
+// out again before the stream is done with it.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Operand& operand)
+      :
+#if !defined(ATTNRB_CUDA_EMULATED)
+        guard_(operand.device_index),
+#endif
+        operand_(operand),
+        stream_(current_stream(operand.device_index)) {
+  }
+
+  const cuda::Device& device() const { return cuda_device(operand_.device_index); }
+  void* stream() const { return stream_; }
+
+  Tensor bytes(int64_t count) const { return empty<1>({count}, aoti_torch_dtype_uint8(), operand_); }
+
+ private:
+#if !defined(ATTNRB_CUDA_EMULATED)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  const Operand& operand_;
+  void* stream_;
+};
+
+// A gain for all heads or one each, on the device.
+struct DeviceGain {
+  DeviceGain(const Tensor& tensor, const Shape& shape, const Operand& reference) {
+    const Operand gain = check_gain(tensor, shape, reference);
+    stride = gain.sizes[0] == 1 ? 0 : 1;
+    data = contiguous_data<float>(gain, tensor, dtype_codes().float32, copy);
+  }
+  DeviceGain(double gain, const Shape& /*shape*/, const Operand& /*reference*/)
+      : stride(0), value(check_finite("gain", gain)) {}
+
+  const float* data = nullptr;  // null: `value` for all heads
+  int stride = 0;
+  float value = 0.0f;
+  OptionalTensor copy;
+};
+
+// Runs an attention problem of at least one query and one key.
+//
+// Outlier rows that break the rules make their rows of the output NaN. Only a caller that waits for the device can be
+// told; the environment variable ATTNRB_CUDA_CHECKS asks for that, and the refusal is then the CPU's.
+void attend_on_device(const AttentionProblem& problem, const Operand& query, int gain_stride);
+
+}  // namespace attnrb::ops

@@ -1,0 +1,44 @@
+// Attention in a layer below the source: the entries that the outlier rows name weigh (1 + gain) as much.
+#include "device.h"
+
+namespace attnrb::ops {
+namespace {
+
+Tensor rebalanced_attention(const Tensor& query_tensor, const Tensor& key_tensor, const Tensor& value_tensor,
+                            const Tensor& indices, const Tensor& counts, const Tensor& gain, bool normalize,
+                            bool causal, int64_t query_offset, int64_t key_offset, int64_t window,
+                            const OptionalTensor& key_start, const OptionalTensor& key_end, const OptionalTensor& mask,
+                            double scale, double softcap, const OptionalTensor& sinks) {
+  const Operand query("query", query_tensor), key("key", key_tensor), value("value", value_tensor);
+  const DType dtype = check_element_type(query);
+  const Shape shape = check_attention(query, key, value);
+  const OutlierArguments outliers(indices, counts, shape, query);
+  const DeviceGain gains(gain, shape, query);
+  const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
+                               {scale, softcap, sinks}, shape, query);
+
+  const OutputLayout layout(shape);
+  Tensor output = empty_strided(layout.sizes, layout.strides, query.dtype, query);
+
+  if (shape.keys == 0) torch::stable::zero_(output);
+  if (shape.batch * shape.heads * shape.queries * shape.keys == 0) return output;
+
+  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared, layout, output);
+  if (outliers.capacity > 0) {  // an empty set leaves plain attention
+    problem.boost.indices = outliers.indices;
+    problem.boost.counts = outliers.counts;
+    problem.boost.capacity = outliers.capacity;
+    problem.boost.gain = gains.data;
+    problem.boost.normalize = normalize;
+  }
+  attend_on_device(problem, query, gains.stride);
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
+  library.impl("rebalanced_attention", TORCH_BOX(&rebalanced_attention));
+}
+
+}  // namespace attnrb::ops

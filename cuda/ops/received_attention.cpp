@@ -1,0 +1,43 @@
+// How much attention each key receives: the mean weight that the queries which can see it give it.
+#include "device.h"
+
+namespace attnrb::ops {
+namespace {
+
+Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, bool causal, int64_t query_offset,
+                          int64_t key_offset, int64_t window, const OptionalTensor& key_start,
+                          const OptionalTensor& key_end, const OptionalTensor& mask, double scale, double softcap,
+                          const OptionalTensor& sinks) {
+  const Operand query("query", query_tensor), key("key", key_tensor);
+  ReceivedProblem problem;
+  problem.dtype = check_element_type(query);
+  problem.shape = check_query_key(query, key);
+  const Shape& shape = problem.shape;
+  const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
+                               {scale, softcap, sinks}, shape, query);
+
+  Tensor received = empty<3>({shape.batch, shape.heads, shape.keys}, dtype_codes().float32, query);
+  if (shape.batch * shape.heads * shape.keys == 0) return received;
+  if (shape.queries == 0) {
+    torch::stable::zero_(received);
+    return received;
+  }
+  problem.received = static_cast<float*>(received.mutable_data_ptr());
+  problem.query = view_of(query);
+  problem.key = view_of(key);
+  problem.visibility = shared.visibility;
+  problem.scoring = shared.scoring;
+  const DeviceScope scope(query);
+  cuda::ReceivedPlan plan = cuda::plan_received(problem, scope.device());
+  const Tensor workspace = scope.bytes(plan.workspace_bytes);
+  cuda::start_received(plan, workspace.mutable_data_ptr(), scope.stream());
+  return received;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
+  library.impl("received_attention", TORCH_BOX(&received_attention));
+}
+
+}  // namespace attnrb::ops

@@ -1,0 +1,239 @@
+// Lays attention problems out for a device and starts what comes of it. Nothing here looks at device memory.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+
+#include "kernels/elementwise_parameters.h"
+#include "launch.h"
+
+namespace attnrb::cuda {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+const Launches& launches(DType dtype) {
+  return dtype == DType::float32 ? float32_launches : dtype == DType::bfloat16 ? bfloat16_launches : float16_launches;
+}
+
+// See tile.h: 16-byte copies need adjacent columns and rows that begin and end on 16 bytes.
+Operand operand_of(const View& view, int64_t width, DType dtype) {
+  const int64_t size = element_size(dtype);
+  Operand operand{
+      view.data, {view.strides[0], view.strides[1], view.strides[2], view.strides[3]}, int32_t(width), true};
+  const auto whole = [&](int64_t elements) { return elements * size % 16 == 0; };
+  operand.aligned = width > 0 && (view.strides[3] == 1 || width == 1) && whole(width) && whole(view.strides[0]) &&
+                    whole(view.strides[1]) && whole(view.strides[2]) &&
+                    reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  return operand;
+}
+
+void check_capability(const Device& device) {
+  if (device.capability < 80)
+    refuse("query: expected on a device of compute capability 8.0 or newer, got one of ", device.capability / 10, ".",
+           device.capability % 10);
+}
+
+void check_shared(const char* what, int64_t needed, const Device& device) {
+  if (needed > device.shared_bytes)
+    refuse(what, ": expected rows that fit shared memory, of which this device has ", device.shared_bytes,
+           " bytes a block, got widths that need ", needed);
+}
+
+int64_t check_blocks(int64_t blocks) {
+  if (blocks > std::numeric_limits<int32_t>::max())
+    refuse("query: expected a problem of at most 2147483647 blocks, got ", blocks, ": split the batch");
+  return blocks;
+}
+
+int width_class(int64_t width) { return width <= 64 ? 64 : width <= 128 ? 128 : 256; }
+
+// Keys in a tile: Tile<T, Width>::keys.
+int64_t tile_keys(DType dtype, int width) {
+  if (dtype == DType::float32) return width <= 128 ? Tile<float, 128>::keys : Tile<float, 256>::keys;
+  return width <= 128 ? Tile<bfloat16, 128>::keys : Tile<bfloat16, 256>::keys;
+}
+
+void set_scoring(AttentionParameters& p) {
+  const Scoring& scoring = p.problem.scoring;
+  p.factor = scoring.scale * kLog2E;
+  if (scoring.softcap > 0.0f) {
+    p.inner = scoring.scale / scoring.softcap;
+    p.cap = scoring.softcap * kLog2E;
+  }
+}
+
+// Four blocks for each multiprocessor keep a device busy; a split shorter than two tiles costs more than it brings.
+int split_keys(const AttentionProblem& problem, int64_t blocks, int64_t keys_in_tile, const Device& device) {
+  int64_t keys = problem.shape.keys;
+  if (problem.visibility.window > 0) keys = std::min(keys, problem.visibility.window + problem.shape.queries);
+  const int64_t wanted = divide_up(4 * int64_t(device.multiprocessors), blocks);
+  const int64_t useful = divide_up(divide_up(keys, keys_in_tile), 2);
+  return 2 * blocks > 4 * int64_t(device.multiprocessors)
+             ? 1
+             : int(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(useful, 64)));
+}
+
+// Cuts one allocation into aligned pieces; counts them when the base is null.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + taken_);
+    taken_ += round_up(count * int64_t(sizeof(T)), 256);
+    return piece;
+  }
+  int64_t taken() const { return taken_; }
+
+ private:
+  char* base_;
+  int64_t taken_ = 0;
+};
+
+int64_t carve_partials(AttentionParameters& p, void* workspace) {
+  if (p.splits == 1) return 0;
+  const Shape& shape = p.problem.shape;
+  const int64_t count = shape.batch * shape.key_heads * p.rows * p.splits;
+  Carver carver(workspace);
+  p.partials.state = carver.take<float>(4 * count);
+  p.partials.sums = carver.take<float>(count * shape.value_width);
+  if (p.problem.emit.indices != nullptr) {
+    p.partials.candidate_scores = carver.take<float>(count * p.problem.emit.capacity);
+    p.partials.candidates = carver.take<int32_t>(count * p.problem.emit.capacity);
+    p.partials.candidate_counts = carver.take<int32_t>(count);
+  }
+  return carver.taken();
+}
+
+template <class Problem>
+bool whole_rows(const View& view, const Problem& problem) {
+  const int64_t size = element_size(problem.dtype);
+  bool whole =
+      view.strides[3] == 1 && problem.shape.keys * size % 16 == 0 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  for (int axis = 0; axis < 3; ++axis) whole = whole && view.strides[axis] * size % 16 == 0;
+  return whole;
+}
+
+int64_t row_blocks(const Shape& shape) {
+  return check_blocks(divide_up(shape.batch * shape.heads * shape.queries, kWarps));
+}
+
+}  // namespace
+
+AttentionPlan plan_attention(const AttentionProblem& problem, const Device& device, bool values, int gain_stride) {
+  check_capability(device);
+  const Shape& shape = problem.shape;
+  if (shape.keys > std::numeric_limits<int32_t>::max() - 256)
+    refuse("key: expected fewer than 2^31 - 256 keys, got ", shape.keys);
+  AttentionPlan plan;
+  AttentionParameters& p = plan.parameters;
+  p.problem = problem;
+  p.query = operand_of(problem.query, shape.width, problem.dtype);
+  p.key = operand_of(problem.key, shape.width, problem.dtype);
+  p.value = operand_of(problem.value, values ? shape.value_width : 0, problem.dtype);
+  p.group = int32_t(shape.heads / shape.key_heads);
+  p.rows = p.group * shape.queries;
+  p.row_tiles = divide_up(p.rows, kTileRows);
+  p.gain_stride = gain_stride;
+  set_scoring(p);
+  plan.task = !values ? Task::softmax : problem.emit.indices != nullptr ? Task::source : Task::rebalance;
+  if (plan.task == Task::source) p.threshold_log2 = float(std::log2(problem.emit.threshold));
+
+  const int64_t size = element_size(problem.dtype), unit = 16 / size;
+  const int64_t value_width = values ? shape.value_width : 0;
+  plan.width = width_class(std::max(shape.width, value_width));
+  p.slices = int32_t(std::max<int64_t>(1, divide_up(value_width, plan.width)));
+  p.columns = int32_t(round_up(shape.width, 2 * unit));
+  p.value_columns = int32_t(round_up(std::clamp<int64_t>(value_width, 1, plan.width), 16));
+  const int64_t keys = tile_keys(problem.dtype, plan.width);
+  const int64_t row_bytes = (p.columns + unit) * size, value_row_bytes = (p.value_columns + unit) * size;
+  plan.shared_bytes = kTileRows * row_bytes + 2 * keys * std::max(row_bytes, value_row_bytes);
+  check_shared("query", plan.shared_bytes, device);
+
+  const int64_t blocks = shape.batch * shape.key_heads * p.row_tiles * p.slices;
+  p.splits = split_keys(problem, blocks, keys, device);
+  plan.blocks = check_blocks(blocks * p.splits);
+  plan.workspace_bytes = carve_partials(p, nullptr);
+  return plan;
+}
+
+void start_attention(AttentionPlan& plan, void* workspace, int32_t* status, void* stream) {
+  AttentionParameters& p = plan.parameters;
+  carve_partials(p, workspace);
+  p.status = status;
+  const Launches& start = launches(p.problem.dtype);
+  start.attention(plan, stream);
+  if (p.splits > 1) start.merge(plan, stream);
+}
+
+ReceivedPlan plan_received(const ReceivedProblem& problem, const Device& device) {
+  AttentionProblem rows;
+  rows.shape = problem.shape;
+  rows.shape.value_width = 0;
+  rows.dtype = problem.dtype;
+  rows.query = problem.query;
+  rows.key = problem.key;
+  rows.visibility = problem.visibility;
+  rows.scoring = problem.scoring;
+  rows.lse = problem.lse;
+
+  ReceivedPlan plan;
+  plan.softmax = plan_attention(rows, device, false);
+  AttentionParameters& p = plan.parameters.rows = plan.softmax.parameters;
+  const Shape& shape = p.problem.shape;
+  p.group = 1;
+  p.rows = shape.queries;
+  p.row_tiles = divide_up(p.rows, kTileRows);
+  plan.parameters.received = problem.received;
+  const int64_t size = element_size(problem.dtype), row_bytes = (p.columns + 16 / size) * size;
+  const int64_t keys = tile_keys(problem.dtype, plan.softmax.width);
+  plan.blocks = check_blocks(shape.batch * shape.heads * divide_up(shape.keys, keys));
+  plan.shared_bytes = std::max<int64_t>((keys + 2 * kTileRows) * row_bytes, kWarps * keys * 8);
+  check_shared("query", plan.shared_bytes, device);
+  plan.workspace_bytes = round_up(shape.batch * shape.heads * shape.queries * 2 * int64_t(sizeof(float)), 256) +
+                         plan.softmax.workspace_bytes;
+  return plan;
+}
+
+void start_received(ReceivedPlan& plan, void* workspace, void* stream) {
+  const Shape& shape = plan.softmax.parameters.problem.shape;
+  const int64_t bytes = plan.workspace_bytes - plan.softmax.workspace_bytes;
+  float* softmax = static_cast<float*>(workspace);
+  plan.softmax.parameters.problem.softmax = plan.parameters.rows.problem.softmax = softmax;
+  if (shape.queries > 0) start_attention(plan.softmax, static_cast<char*>(workspace) + bytes, nullptr, stream);
+  launches(plan.softmax.parameters.problem.dtype).received(plan, stream);
+}
+
+void start_outlier_mask(const OutlierMaskProblem& problem, void* stream) {
+  OutlierMaskParameters parameters;
+  parameters.problem = problem;
+  // float32 w > threshold exactly where w > the largest float32 that is not above the threshold.
+  parameters.bound = float(problem.threshold);
+  if (double(parameters.bound) > problem.threshold) parameters.bound = std::nextafter(parameters.bound, 0.0f);
+  parameters.aligned = whole_rows(problem.weights, problem);
+  launches(problem.dtype).outlier_mask(parameters, row_blocks(problem.shape), stream);
+}
+
+void start_rebalance(const RebalanceProblem& problem, int gain_stride, float gain, void* stream) {
+  RebalanceParameters parameters;
+  parameters.problem = problem;
+  parameters.gain_stride = gain_stride;
+  parameters.gain = gain;
+  parameters.aligned = whole_rows(problem.weights, problem) && reinterpret_cast<uintptr_t>(problem.output) % 16 == 0;
+  launches(problem.dtype).rebalance(parameters, row_blocks(problem.shape), stream);
+}
+
+}  // namespace attnrb::cuda

@@ -1,0 +1,418 @@
+#include "emulation.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace attnrb::cuda {
+namespace emulation {
+
+thread_local Lane current;
+
+void fail(const char* format, ...) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "emulated device: block %lld, thread %d: ", static_cast<long long>(current.block),
+               current.thread);
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fputc('\n', stderr);
+  std::abort();
+}
+
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+
+// Where a fiber stands while another runs. A switch is a dozen instructions; swapcontext() would ask the operating
+// system for the signal mask each time.
+#if defined(__x86_64__)
+extern "C" void attnrb_switch_stacks(void** save, void* load);
+__asm__(
+    ".text\n"
+    ".globl attnrb_switch_stacks\n"
+    ".hidden attnrb_switch_stacks\n"
+    ".type attnrb_switch_stacks,@function\n"
+    "attnrb_switch_stacks:\n"
+    "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
+    "  movq %rsp, (%rdi)\n"
+    "  movq %rsi, %rsp\n"
+    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
+    "  ret\n"
+    ".size attnrb_switch_stacks,.-attnrb_switch_stacks\n"
+    ".section .note.GNU-stack,\"\",@progbits\n"
+    ".text\n");
+
+struct Context {
+  void* top = nullptr;
+  void prepare(unsigned char* stack, void (*entry)()) {
+    void** slot = reinterpret_cast<void**>(stack + kStackBytes - 64);
+    *--slot = nullptr;  // entry never returns; the stack is aligned as after a call
+    *--slot = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--slot = nullptr;
+    top = slot;
+  }
+  static void swap(Context& from, Context& to) { attnrb_switch_stacks(&from.top, to.top); }
+};
+#else
+struct Context {
+  ucontext_t context;
+  void prepare(unsigned char* stack, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+  }
+  static void swap(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
+
+// Memory with nothing on either side: a read or write past its end is a fault. Its end is exact; before its begin lie
+// up to a page of bytes that are checked afterwards.
+class GuardedMemory {
+ public:
+  explicit GuardedMemory(size_t bytes) : bytes_(bytes) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    inner_ = (bytes + page - 1) / page * page;
+    whole_ = inner_ + 2 * page;
+    base_ = static_cast<unsigned char*>(mmap(nullptr, whole_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + page, inner_ > 0 ? inner_ : page, PROT_READ | PROT_WRITE) != 0)
+      fail("no memory");
+    if (inner_ == 0) mprotect(base_ + page, page, PROT_NONE);
+    first_ = base_ + page;
+  }
+  ~GuardedMemory() { munmap(base_, whole_); }
+  GuardedMemory(const GuardedMemory&) = delete;
+  GuardedMemory& operator=(const GuardedMemory&) = delete;
+
+  unsigned char* data() const { return first_ + (inner_ - bytes_); }
+  size_t size() const { return bytes_; }
+  bool contains(const void* pointer, size_t count) const {
+    const unsigned char* p = static_cast<const unsigned char*>(pointer);
+    return p >= data() && p + count <= data() + bytes_;
+  }
+  // All bits set is a NaN in every type.
+  void poison() { std::memset(first_, 0xff, inner_); }
+  void check_margin() const {
+    for (const unsigned char* p = first_; p < data(); ++p)
+      if (*p != 0xff) fail("shared memory was written before its begin");
+  }
+
+ private:
+  size_t bytes_, inner_, whole_;
+  unsigned char *base_, *first_;
+};
+
+struct Copy {
+  void* shared;
+  const void* global;
+  bool valid;
+};
+
+enum class State { ready, waiting, done };
+
+struct Fiber {
+  Context context;
+  State state = State::ready;
+  std::vector<Copy> copies;
+};
+
+struct Warp {
+  void* arguments[32];
+  int arrived = 0;
+  const char* what = nullptr;
+  int line = 0;
+};
+
+struct Block {
+  int threads = 0;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<int> ready;
+  int at_barrier = 0, barrier_line = 0, left = 0;
+  Context scheduler;
+  const GuardedMemory* shared = nullptr;
+  void (*body)(const void*) = nullptr;
+  const void* argument = nullptr;
+};
+thread_local Block* block = nullptr;
+thread_local uint64_t order = 0;
+
+uint64_t draw() {
+  order ^= order << 13;
+  order ^= order >> 7;
+  order ^= order << 17;
+  return order;
+}
+
+Fiber& running() { return block->fibers[size_t(current.thread)]; }
+
+void leave() { Context::swap(running().context, block->scheduler); }
+
+void wait() {
+  running().state = State::waiting;
+  leave();
+}
+
+void make_ready(int thread) {
+  block->fibers[size_t(thread)].state = State::ready;
+  block->ready.push_back(thread);
+}
+
+void fiber_main() {
+  block->body(block->argument);
+  if (!running().copies.empty()) fail("%zu copies were never waited for", running().copies.size());
+  running().state = State::done;
+  --block->left;
+  leave();
+  fail("a thread that had ended was run");
+}
+
+void run_block() {
+  const int64_t index = current.block;
+  unsigned char* shared = current.shared;
+  while (!block->ready.empty()) {
+    const size_t pick = size_t(draw() % block->ready.size());
+    const int thread = block->ready[pick];
+    block->ready[pick] = block->ready.back();
+    block->ready.pop_back();
+    current = {thread, index, shared};
+    Context::swap(block->scheduler, block->fibers[size_t(thread)].context);
+  }
+  if (block->left == 0) return;
+  for (const Warp& warp : block->warps)
+    if (warp.arrived != 0)
+      fail("divergent warp: %d of 32 lanes wait at the %s of line %d", warp.arrived, warp.what, warp.line);
+  fail("divergent block: %d of %d threads wait at the barrier of line %d", block->at_barrier, block->threads,
+       block->barrier_line);
+}
+
+}  // namespace
+
+void warp_meet(const char* what, int line, void* argument, void (*operate)(void* const (&)[32])) {
+  const int thread = current.thread;
+  Warp& warp = block->warps[size_t(thread / 32)];
+  if (warp.arrived == 0) {
+    warp.what = what;
+    warp.line = line;
+  } else if (warp.line != line || std::strcmp(warp.what, what) != 0) {
+    fail("divergent warp: one lane is at the %s of line %d, another at the %s of line %d", what, line, warp.what,
+         warp.line);
+  }
+  warp.arguments[thread % 32] = argument;
+  if (++warp.arrived < 32) return wait();
+  warp.arrived = 0;
+  operate(warp.arguments);
+  const int first = thread / 32 * 32;
+  for (int lane = 0; lane < 32; ++lane)
+    if (first + lane != thread) make_ready(first + lane);
+  // The last to arrive takes its turn like the others.
+  block->ready.push_back(thread);
+  leave();
+}
+
+void block_meet(int line) {
+  if (block->at_barrier == 0)
+    block->barrier_line = line;
+  else if (block->barrier_line != line)
+    fail("divergent block: one thread is at the barrier of line %d, another at that of line %d", line,
+         block->barrier_line);
+  if (++block->at_barrier < block->threads) return wait();
+  block->at_barrier = 0;
+  for (int thread = 0; thread < block->threads; ++thread)
+    if (thread != current.thread) make_ready(thread);
+  block->ready.push_back(current.thread);
+  leave();
+}
+
+void start_copy(void* shared, const void* global, bool valid) {
+  if (!block->shared->contains(shared, 16)) fail("a copy to outside shared memory");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("a copy to an address that is not aligned to 16 bytes");
+  if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0)
+    fail("a copy from an address that is not aligned to 16 bytes");
+  std::memset(shared, 0xff, 16);
+  running().copies.push_back({shared, global, valid});
+}
+
+void finish_copies() {
+  for (const Copy& copy : running().copies) {
+    if (copy.valid)
+      std::memcpy(copy.shared, copy.global, 16);
+    else
+      std::memset(copy.shared, 0, 16);
+  }
+  running().copies.clear();
+}
+
+void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, void (*body)(const void*), const void* argument) {
+  if (blocks <= 0) return;
+  if (threads % 32 != 0) fail("blocks of whole warps expected");
+  const GuardedMemory shared{size_t(shared_bytes)};
+  // Kept between calls: stacks are large.
+  static thread_local std::vector<std::unique_ptr<unsigned char[]>> stacks;
+  while (int(stacks.size()) < threads) stacks.emplace_back(new unsigned char[kStackBytes + 16]);
+  // Goes on from launch to launch: the same work again runs in another order, and must give the same bits.
+  if (order == 0) {
+    const char* seed = std::getenv("ATTNRB_EMULATION_SEED");
+    order = (seed == nullptr ? 1 : std::strtoull(seed, nullptr, 10)) * 0x9e3779b97f4a7c15u | 1;
+  }
+
+  Block state;
+  state.threads = threads;
+  state.fibers.resize(size_t(threads));
+  state.warps.resize(size_t(threads / 32));
+  state.shared = &shared;
+  state.body = body;
+  state.argument = argument;
+  block = &state;
+  for (int64_t index = 0; index < blocks; ++index) {
+    const_cast<GuardedMemory&>(shared).poison();
+    state.left = threads;
+    for (int thread = 0; thread < threads; ++thread) {
+      unsigned char* stack = stacks[size_t(thread)].get();
+#if defined(__SANITIZE_ADDRESS__)
+      ASAN_UNPOISON_MEMORY_REGION(stack, kStackBytes);
+#endif
+      stack += 16 - reinterpret_cast<uintptr_t>(stack) % 16;
+      state.fibers[size_t(thread)].context.prepare(stack, fiber_main);
+      make_ready(thread);
+    }
+    current = {0, index, shared.data()};
+    run_block();
+    shared.check_margin();
+  }
+  block = nullptr;
+}
+
+namespace {
+
+void check_rows(const void* row) {
+  if (!block->shared->contains(row, 16)) fail("ldmatrix reads outside shared memory");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix reads a row that is not aligned to 16 bytes");
+}
+
+struct Matrices {
+  uint32_t* r;
+  const void* row;
+};
+
+// See "ldmatrix" in the PTX ISA: lane l gets, of matrix m, word l % 4 of row l / 4; transposed, elements 2 (l % 4) and
+// 2 (l % 4) + 1 of column l / 4.
+template <bool Transposed>
+void deal_matrices(void* const (&lanes)[32]) {
+  uint16_t matrices[4][8][8];
+  for (int lane = 0; lane < 32; ++lane)
+    std::memcpy(matrices[lane / 8][lane % 8], static_cast<Matrices*>(lanes[lane])->row, 16);
+  for (int lane = 0; lane < 32; ++lane)
+    for (int m = 0; m < 4; ++m) {
+      const int major = lane / 4, minor = lane % 4 * 2;
+      const uint16_t low = Transposed ? matrices[m][minor][major] : matrices[m][major][minor];
+      const uint16_t high = Transposed ? matrices[m][minor + 1][major] : matrices[m][major][minor + 1];
+      static_cast<Matrices*>(lanes[lane])->r[m] = uint32_t(low) | uint32_t(high) << 16;
+    }
+}
+
+// Towards zero, as tensor cores add.
+float cut_off(double x) {
+  const float nearest = float(x);
+  if (std::isnan(nearest) || std::isinf(nearest) || std::fabs(double(nearest)) <= std::fabs(x)) return nearest;
+  return std::nextafter(nearest, 0.0f);
+}
+
+struct Product {
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+// c[16, 8] += a[16, k] b[k, 8] with the layouts of the PTX ISA, "Matrix fragments for mma.m16n8k16" and "mma.m16n8k8".
+template <int K, class GetA, class GetB>
+void multiply_lanes(void* const (&lanes)[32], GetA&& get_a, GetB&& get_b) {
+  double a[16][K], b[K][8];
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < K; ++k) a[row][k] = get_a(row, k);
+  for (int k = 0; k < K; ++k)
+    for (int column = 0; column < 8; ++column) b[k][column] = get_b(k, column);
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+      float& c = static_cast<Product*>(lanes[lane])->c[i];
+      double sum = double(c);
+      for (int k = 0; k < K; ++k) sum += a[row][k] * b[k][column];
+      c = cut_off(sum);
+    }
+}
+
+template <class T>
+double half_of(uint32_t word, int half) {
+  return double(to_float(T{uint16_t(word >> (16 * half))}));
+}
+
+template <class T>
+void multiply_halves(void* const (&lanes)[32]) {
+  const auto product = [&](int lane) { return static_cast<const Product*>(lanes[lane]); };
+  multiply_lanes<16>(
+      lanes,
+      [&](int row, int k) {
+        const int lane = row % 8 * 4 + k % 8 / 2, index = (row >= 8 ? 1 : 0) + (k >= 8 ? 2 : 0);
+        return half_of<T>(product(lane)->a[index], k % 2);
+      },
+      [&](int k, int column) { return half_of<T>(product(column * 4 + k % 8 / 2)->b[k >= 8 ? 1 : 0], k % 2); });
+}
+
+// The 13 low bits of a tf32 operand are not looked at.
+double tf32_of(uint32_t word) { return double(bit_cast<float>(word & 0xffffe000u)); }
+
+void multiply_tf32_lanes(void* const (&lanes)[32]) {
+  const auto product = [&](int lane) { return static_cast<const Product*>(lanes[lane]); };
+  multiply_lanes<8>(
+      lanes,
+      [&](int row, int k) { return tf32_of(product(row % 8 * 4 + k % 4)->a[(row >= 8 ? 1 : 0) + (k >= 4 ? 2 : 0)]); },
+      [&](int k, int column) { return tf32_of(product(column * 4 + k % 4)->b[k >= 4 ? 1 : 0]); });
+}
+
+}  // namespace
+}  // namespace emulation
+
+void load_matrices(uint32_t (&r)[4], const void* row, int line) {
+  emulation::check_rows(row);
+  emulation::Matrices matrices{r, row};
+  emulation::warp_meet("ldmatrix", line, &matrices, emulation::deal_matrices<false>);
+}
+
+void load_matrices_transposed(uint32_t (&r)[4], const void* row, int line) {
+  emulation::check_rows(row);
+  emulation::Matrices matrices{r, row};
+  emulation::warp_meet("transposed ldmatrix", line, &matrices, emulation::deal_matrices<true>);
+}
+
+void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
+  emulation::Product product{c, a, {b0, b1}};
+  emulation::warp_meet("bfloat16 product", line, &product, emulation::multiply_halves<bfloat16>);
+}
+
+void multiply_float16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
+  emulation::Product product{c, a, {b0, b1}};
+  emulation::warp_meet("float16 product", line, &product, emulation::multiply_halves<float16>);
+}
+
+void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
+  emulation::Product product{c, a, {b0, b1}};
+  emulation::warp_meet("tf32 product", line, &product, emulation::multiply_tf32_lanes);
+}
+
+}  // namespace attnrb::cuda

@@ -1,0 +1,186 @@
+"""The faults that mutate.py plants: (what it is, file under cuda/, text that occurs there once, what replaces it)."""
+
+from __future__ import annotations
+
+MUTATIONS: list[tuple[str, str, str, str]] = [
+    (
+        "no barrier before the scores are computed",
+        "kernels/attention.h",
+        "    wait_for_copies();\n    block_sync();\n    if (task != Task::softmax) load_values(tile);",
+        "    wait_for_copies();\n    if (task != Task::softmax) load_values(tile);",
+    ),
+    (
+        "no barrier before the values are used",
+        "kernels/attention.h",
+        "    wait_for_copies();\n    block_sync();\n    if (tile + 1 < last_tile) load_keys(tile + 1, 0);",
+        "    wait_for_copies();\n    if (tile + 1 < last_tile) load_keys(tile + 1, 0);",
+    ),
+    (
+        "no wait for the values",
+        "kernels/attention.h",
+        "    wait_for_copies();\n    block_sync();\n    if (tile + 1 < last_tile) load_keys(tile + 1, 0);",
+        "    block_sync();\n    if (tile + 1 < last_tile) load_keys(tile + 1, 0);",
+    ),
+    (
+        "no barrier in the second pass",
+        "kernels/attention.h",
+        "      wait_for_copies();\n      block_sync();\n      if (next < last_tile)",
+        "      wait_for_copies();\n      if (next < last_tile)",
+    ),
+    (
+        "no barrier between queries of received attention",
+        "kernels/received.h",
+        "      wait_for_copies();\n      block_sync();\n",
+        "      wait_for_copies();\n",
+    ),
+    (
+        "no barrier before column sums are joined",
+        "kernels/received.h",
+        "    block_sync();\n    const int key = thread_index();",
+        "    const int key = thread_index();",
+    ),
+    (
+        "the next tile of values, not this one",
+        "kernels/attention.h",
+        "load_values(tile);",
+        "load_values(tile + 1);",
+    ),
+    (
+        "the last tile of keys is left out",
+        "kernels/attention.h",
+        "high = int((interval.high + kKeys - 1) / kKeys);",
+        "high = int(interval.high / kKeys);",
+    ),
+    (
+        "a row of queries beyond the last is read",
+        "kernels/attention.h",
+        "      if (row >= p.rows) return nullptr;",
+        "      if (row > p.rows) return nullptr;",
+    ),
+    (
+        "a key beyond the last is read",
+        "kernels/attention.h",
+        "return r < left ? base + (first + r) * operand.strides[2] : nullptr;",
+        "return r <= left ? base + (first + r) * operand.strides[2] : nullptr;",
+    ),
+    (
+        "the tail of a row is not cut",
+        "kernels/tile.h",
+        "valid && column + i < left ?",
+        "valid && column + i <= left ?",
+    ),
+    (
+        "keys' fragments from the wrong lanes",
+        "kernels/attention.h",
+        "(lane / 16 * 8 + lane % 8) * query_stride + lane / 8 % 2 * Tiles::unit",
+        "(lane / 8 % 2 * 8 + lane % 8) * query_stride + lane / 16 * Tiles::unit",
+    ),
+    (
+        "values' fragments from the wrong lanes",
+        "kernels/fragments.h",
+        "(step * 16 + lane % 16) * stride + column + lane / 16 * 8",
+        "(step * 16 + lane / 16 * 8 + lane % 8) * stride + column + lane / 8 % 2 * 8",
+    ),
+    (
+        "float32 probabilities in the order of 16-bit ones",
+        "kernels/fragments.h",
+        "    a[1] = bit_cast<uint32_t>(p[step][2]);\n    a[2] = bit_cast<uint32_t>(p[step][1]);",
+        "    a[1] = bit_cast<uint32_t>(p[step][1]);\n    a[2] = bit_cast<uint32_t>(p[step][2]);",
+    ),
+    (
+        "one of six tf32 products is missing",
+        "kernels/fragments.h",
+        "    multiply_tf32(sum, high, b_middle[0], b_middle[1]);\n",
+        "",
+    ),
+    (
+        "a 32-bit row offset",
+        "kernels/rows.h",
+        "mask[i][int64_t(key) * p.problem.visibility.mask_strides[3]]",
+        "mask[i][int8_t(key) * p.problem.visibility.mask_strides[3]]",
+    ),
+    (
+        "the maximum of half a row",
+        "kernels/rows.h",
+        "  x = fmaxf(x, shuffle_xor(x, 1));\n  return fmaxf(x, shuffle_xor(x, 2));",
+        "  return fmaxf(x, shuffle_xor(x, 1));",
+    ),
+    (
+        "sums of values are not rescaled",
+        "kernels/attention.h",
+        "sums[n][e] *= factor[e / 2];",
+        "sums[n][e] *= 1.0f;",
+    ),
+    (
+        "the second row's factor for the first",
+        "kernels/attention.h",
+        "sums[n][e] *= factor[e / 2];",
+        "sums[n][e] *= factor[1 - e / 2];",
+    ),
+    (
+        "tiles are marked too rarely",
+        "kernels/attention.h",
+        "rows.max[i] + log2f(sum) + slack",
+        "rows.max[i] + log2f(sum) + 1.0f + slack",
+    ),
+    (
+        "the query's own key counts",
+        "kernels/attention.h",
+        " && first + 8 * n + column + e != own",
+        "",
+    ),
+    (
+        "outliers of one lane overwrite another's",
+        "kernels/attention.h",
+        "count_bits(all & ((uint64_t(1) << key) - 1))",
+        "count_bits(mine & ((uint64_t(1) << key) - 1))",
+    ),
+    (
+        "what lies behind a row's outliers is left",
+        "kernels/attention.h",
+        "for (int64_t c = count + lane % 4; c < capacity; c += 4) found[i][c] = -1;",
+        "for (int64_t c = count + 4; c < capacity; c += 4) found[i][c] = -1;",
+    ),
+    (
+        "strengthened before it joined the row's sum",
+        "kernels/attention.h",
+        "          s[n][2 * i + e] *= 1.0f + gain;",
+        "          s[n][2 * i + e] *= 1.0f + gain, rows.sum[i] += gain * s[n][2 * i + e];",
+    ),
+    (
+        "an outlier of an earlier tile stops the list",
+        "kernels/rows.h",
+        "      if (position >= first) bits |=",
+        "      if (position < first) return bits;\n      bits |=",
+    ),
+    (
+        "split sums are merged without their references",
+        "kernels/merge.h",
+        "    sum += states[4 * s + 1] * factor;",
+        "    sum += states[4 * s + 1];",
+    ),
+    (
+        "candidates of splits are not filtered",
+        "kernels/merge.h",
+        "c + lane < candidates && p.partials.candidate_scores[at] > threshold",
+        "c + lane < candidates",
+    ),
+    (
+        "a NaN value reaches rows that do not see it",
+        "kernels/attention.h",
+        "if (!partial || all_finite(values)) {",
+        "if (true) {",
+    ),
+    (
+        "received attention counts rows behind the last",
+        "kernels/received.h",
+        "const bool shown = rows.valid[i] && (!partial",
+        "const bool shown = (!partial",
+    ),
+    (
+        "a sum over half a warp",
+        "kernels/merge.h",
+        "  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);",
+        "  for (int mask = 8; mask > 0; mask /= 2) x += shuffle_xor(x, mask);",
+    ),
+]

@@ -1,0 +1,52 @@
+#include "table.h"
+
+#include <vector>
+
+#include "launch.h"
+
+namespace attnrb {
+namespace {
+
+cuda::Device device(int multiprocessors) {
+  cuda::Device device;
+  device.multiprocessors = multiprocessors;
+  device.shared_bytes = 99 * 1024;  // of capability 8.6, the least
+  device.capability = 86;
+  return device;
+}
+
+// Exactly as large as asked for, and NaN at first.
+struct Workspace {
+  explicit Workspace(int64_t bytes) : memory(size_t(bytes), 0xff) {}
+  std::vector<unsigned char> memory;
+};
+
+template <int multiprocessors>
+Status attention(const AttentionProblem& problem, const ThreadPool&, Scratch&) {
+  AttentionProblem allowed = problem;
+  if (allowed.boost.capacity == 0) allowed.boost = {};
+  cuda::AttentionPlan plan = cuda::plan_attention(allowed, device(multiprocessors));
+  Workspace workspace(plan.workspace_bytes);
+  int32_t status = int32_t(Status::ok);
+  cuda::start_attention(plan, workspace.memory.data(), &status, nullptr);
+  return Status(status);
+}
+
+template <int multiprocessors>
+void received_attention(const ReceivedProblem& problem, const ThreadPool&, Scratch&) {
+  cuda::ReceivedPlan plan = cuda::plan_received(problem, device(multiprocessors));
+  Workspace workspace(plan.workspace_bytes);
+  cuda::start_received(plan, workspace.memory.data(), nullptr);
+}
+
+void outlier_mask(const OutlierMaskProblem& problem, const ThreadPool&) { cuda::start_outlier_mask(problem, nullptr); }
+
+void rebalance(const RebalanceProblem& problem, const ThreadPool&) { cuda::start_rebalance(problem, 1, 0.0f, nullptr); }
+
+}  // namespace
+
+const Kernels emulated_cuda_kernels = {"cuda", attention<0>, received_attention<0>, nullptr, outlier_mask, rebalance};
+const Kernels emulated_cuda_split_kernels = {"cuda",  attention<1000>, received_attention<1000>,
+                                             nullptr, outlier_mask,    rebalance};
+
+}  // namespace attnrb

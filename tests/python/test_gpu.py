@@ -1,0 +1,89 @@
+"""What only a device can show: streams, graph capture, mixed devices. Skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from attnrb import Outliers, functional
+from torch import Tensor
+
+REASON = "torch finds no CUDA device (ATTNRB_REQUIRE_CUDA=1 makes this a failure)"
+
+
+@pytest.fixture(autouse=True)
+def _gpu() -> None:
+    if not torch.cuda.is_available():
+        if os.environ.get("ATTNRB_REQUIRE_CUDA") == "1":
+            pytest.fail(REASON)
+        pytest.skip(REASON)
+
+
+def operands(queries: int, keys: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((2, 8, queries, 64), (2, 2, keys, 64), (2, 2, keys, 64))
+    query, key, value = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in shapes)
+    return query, key, value
+
+
+def layers(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    output, lse, outliers = functional.source_attention(query, key, value)
+    below = functional.rebalanced_attention(output, key, value, outliers, torch.full((1,), 0.2, device="cuda"))
+    return output, lse, outliers.indices, outliers.counts, below, functional.received_attention(query, key)
+
+
+@pytest.mark.parametrize("queries", [1, 300])
+def test_a_captured_graph_computes_the_same(queries: int) -> None:
+    inputs = operands(queries, 700)
+    expected = layers(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = layers(*inputs)
+    for result in results:
+        result.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for result, right in zip(results, expected, strict=True):
+        assert torch.equal(result, right)
+
+
+def test_streams_do_not_wait_for_each_other_nor_share_memory() -> None:
+    inputs = [operands(257, 513) for _ in range(4)]
+    expected = [layers(*each) for each in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    results: list[tuple[Tensor, ...]] = []
+    for stream, each in zip(streams, inputs, strict=True):
+        with torch.cuda.stream(stream):
+            for _ in range(5):
+                result = layers(*each)
+            results.append(result)
+    torch.cuda.synchronize()
+    for got, right in zip(results, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+
+
+def test_mixed_devices_are_refused() -> None:
+    query, key, value = operands(3, 5)
+    with pytest.raises(ValueError, match=r"key: expected on cuda:0, where query is, got cpu"):
+        functional.source_attention(query, key.cpu(), value)
+
+
+@pytest.mark.parametrize("checks", [False, True])
+def test_broken_outlier_rows_are_nan_or_refused(checks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = operands(4, 9)
+    indices = torch.tensor([3, 2], dtype=torch.int32, device="cuda").expand(2, 8, 4, 2).contiguous()
+    counts = torch.zeros(2, 8, 4, dtype=torch.int32, device="cuda")
+    counts[1, 3, 2] = 2
+    call: dict[str, Any] = {"outliers": Outliers(indices, counts), "gain": 0.5}
+    if checks:
+        monkeypatch.setenv("ATTNRB_CUDA_CHECKS", "1")
+        with pytest.raises(ValueError, match="indices: expected each row to ascend strictly"):
+            functional.rebalanced_attention(query, key, value, **call)
+        return
+    output = functional.rebalanced_attention(query, key, value, **call)
+    broken = torch.zeros(2, 8, 4, dtype=torch.bool, device="cuda")
+    broken[1, 3, 2] = True
+    assert output[broken].isnan().all() and output[~broken].isfinite().all()
