@@ -43,7 +43,9 @@
   const state = { text: 0, run: 0, layer: 0, head: -1, current: -1, change: false };
   const view = byId("text");
   const tip = byId("tip");
+  const SHADES = 40;
   let spans = [];
+  let looks = []; // how each token is shown at present
 
   const showText = () => {
     const text = data.texts[state.text];
@@ -58,6 +60,7 @@
       parts.append(span);
       return span;
     });
+    looks = [];
     view.replaceChildren(parts);
     state.current = -1;
     byId("head").disabled = !text.by_head;
@@ -95,12 +98,19 @@
       byId("high").textContent = percent(high);
     }
     byId("scale").className = state.change ? "scale change" : "scale level";
+    // Most tokens of a long text keep their shade from one layer to the next: only what changed is written.
     spans.forEach((span, index) => {
       const value = strength(index);
-      span.style.setProperty("--a", Math.abs(value).toFixed(3));
-      if (state.change) span.style.setProperty("--tone", value < 0 ? "var(--less)" : "var(--more)");
+      const shade = Math.round(SHADES * Math.abs(value));
+      const tone = !state.change || shade === 0 ? "" : value < 0 ? "less" : "more";
+      const outlier = !state.change && scores[index] > data.z_threshold;
+      const look = `${shade} ${tone} ${outlier}`;
+      if (looks[index] === look) return;
+      looks[index] = look;
+      span.style.setProperty("--a", shade / SHADES);
+      if (tone) span.style.setProperty("--tone", `var(--${tone})`);
       else span.style.removeProperty("--tone");
-      span.classList.toggle("outlier", !state.change && scores[index] > data.z_threshold);
+      span.classList.toggle("outlier", outlier);
     });
     if (state.current >= 0) showTip(state.current);
   };
@@ -232,8 +242,8 @@
   // ------------------------------------------------------------------------------------------------ plots
 
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-  const touch = window.matchMedia("(pointer: coarse)").matches;
-  const config = { displaylogo: false, responsive: true, displayModeBar: touch ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  // Without the bar of buttons, which covers small plots. Dragging zooms, a double click goes back.
+  const config = { displaylogo: false, responsive: true, displayModeBar: false };
   const plotWidth = { now: null };
   const base = (extra) => ({
     autosize: plotWidth.now === null,

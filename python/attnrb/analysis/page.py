@@ -256,7 +256,9 @@ def _fact(report: AttentionReport, name: str, what: str) -> str:
 def _format(name: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{100 * value:.1f} %" if _unit(name) == "share" else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    if _unit(name) == "share":
+        return f"{100 * value:.1f} %"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _capital(text: str) -> str:
@@ -315,9 +317,9 @@ def _run_legend(report: AttentionReport) -> str:
 
 def _depth_section(report: AttentionReport) -> str:
     plots = "".join(
-        f'<div><h3>{_text(_capital(METRICS[name]))}</h3><div class="plot depth" data-metric="{name}" role="img" '
+        f'<div><h3>{what}</h3><div class="plot depth" data-metric="{name}" role="img" '
         f'aria-label="{_text(METRICS[name])}, by layer"></div></div>'
-        for name in _FACTS
+        for name, what in _FACTS.items()
     )
     return f"""<section><h2>Over the layers</h2><p class="soft small">Means over the heads of each layer.</p>
 {_run_legend(report)}<div class="plots">{plots}</div></section>"""
@@ -378,9 +380,9 @@ def _sink_table(report: AttentionReport, place: int, run: AttentionRun) -> str:
     more = ""
     if len(run.sinks) > _SINKS_SHOWN:
         more = f'<button type="button" class="more screen" data-run="{place}">Show all {len(run.sinks)}</button>'
-    return f"""<div class="scroll"><table>{caption}<thead><tr><th>token</th><th>class</th><th>position</th>
-<th class="number">places</th><th>layers</th><th class="number">peak share</th><th class="number">at layer</th>
-<th class="number">z-score</th></tr></thead><tbody>{rows}</tbody></table></div>{more}"""
+    return f"""<div class="scroll"><table>{caption}<thead><tr><th>token</th><th>layers</th>
+<th class="number">peak share</th><th class="number">at layer</th><th>class</th><th class="number">places</th>
+<th>position</th><th class="number">z-score</th></tr></thead><tbody>{rows}</tbody></table></div>{more}"""
 
 
 def _sink_row(sink: Sink, place: int, *, hidden: bool) -> str:
@@ -389,9 +391,9 @@ def _sink_row(sink: Sink, place: int, *, hidden: bool) -> str:
         where += ", …"
     attributes = f' class="more" data-run="{place}" hidden' if hidden else ""
     return f"""<tr{attributes}><td class="token"><code>{_text(visible(sink.text))}</code></td>
-<td>{sink.token_class.replace("_", " ")}</td><td>{where}</td><td class="number">{sink.count:,}</td>
 <td class="layers">{ranges(sink.layers)}</td><td class="number">{100 * sink.peak_share:.1f} %</td>
-<td class="number">{sink.peak_layer}</td><td class="number">{sink.z_score:.1f}</td></tr>"""
+<td class="number">{sink.peak_layer}</td><td>{sink.token_class.replace("_", " ")}</td>
+<td class="number">{sink.count:,}</td><td>{where}</td><td class="number">{sink.z_score:.1f}</td></tr>"""
 
 
 def ranges(layers: Sequence[int]) -> str:
