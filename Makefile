@@ -196,6 +196,7 @@ bench: $(DONE)/test $(DONE)/model $(DONE)/google
 	$(BIN)/python bench/python/bench_training.py --json build/bench/training.json
 	$(BIN)/python bench/python/bench_model.py --json build/bench/model.json
 	$(BIN)/python bench/python/bench_patch.py --json build/bench/patch.json
+	$(BIN)/python bench/python/bench_analysis.py --json build/bench/analysis.json
 
 test-aarch64: $(DONE)/tools
 	tools/test-aarch64 $(CMAKE) $(JOBS)
