@@ -77,6 +77,10 @@ class Entries(NamedTuple):
     def at(self, chosen: Tensor | slice) -> Entries:
         return Entries(self.head[chosen], self.query[chosen], self.key[chosen])
 
+    def to(self, device: torch.device) -> Entries:
+        """On this device: the layers of a model may be on several."""
+        return Entries(*(each.to(device) for each in self))
+
     def codes(self, keys: int) -> Tensor:
         """One number for each place, ascending as the places are: int64 ``[E]``."""
         return (self.head << 42) + self.query * keys + self.key
@@ -124,7 +128,7 @@ class _Layer:
         # Where every entry grows alike and rows are divided by their sums, nothing changes.
         self.gain = None if self.boost_all and self.normalize else call.gain
         self.known = entries(call.outliers) if source is None and call.outliers is not None else None
-        self.source = None if source is None else self._visible(source)
+        self.source = None if source is None else self._visible(source.to(self.query.device))
         columns = torch.zeros(self.length, 3 + len(TOKEN_CLASSES), device=self.query.device)
         columns[:, 0] = 1
         columns[0, 1] = 1

@@ -309,6 +309,7 @@ class _Observer:
             source = self._source.codes(self.length)
             for layer, outliers in self._waiting.items():
                 heads = len(self._sums[layer].entropy)
+                outliers = outliers.to(source.device)
                 self._overlaps[layer] = _overlap(outliers, self._source, source, heads, self.length)
             self._waiting.clear()
         self.layer_done(min(len(self._sums) / self.total, 1.0))
