@@ -109,6 +109,11 @@ def test_hostile_tokens_stay_text(chromium: Any, page: Path, report: AttentionRe
         assert heard.dialogs == [] and heard.messages == [] and heard.requests == []
 
 
+def shown(tab: Any, layer: int) -> None:
+    """Wait for a layer. A selector, since the page's own policy lets no string be evaluated while it polls."""
+    tab.locator(f"#layer-name:text-is('layer {layer}')").wait_for()
+
+
 def test_slider_moves_through_the_layers(chromium: Any, page: Path, report: AttentionReport) -> None:
     with opened(chromium, page) as (tab, heard):
         ready(tab)
@@ -118,7 +123,7 @@ def test_slider_moves_through_the_layers(chromium: Any, page: Path, report: Atte
         slider.focus()
         for layer in range(LAYERS):
             tab.keyboard.press("ArrowRight")
-            tab.wait_for_function(f"document.getElementById('layer-name').textContent === 'layer {layer}'")
+            shown(tab, layer)
             # The token that receives most is the darkest.
             shades = tab.eval_on_selector_all("#text .t", SHADES)
             received = report.before.received[0][layer].mean(0)
@@ -248,7 +253,7 @@ def test_long_text_stays_usable(chromium: Any, report: AttentionReport, tmp_path
         tab.locator("#layer").focus()
         for layer in range(LAYERS):
             tab.keyboard.press("ArrowRight")
-            tab.wait_for_function(f"document.getElementById('layer-name').textContent === 'layer {layer}'")
+            shown(tab, layer)
         tab.locator("#text").focus()
         tab.keyboard.press("End")
         assert tab.locator(".t.current").get_attribute("data-index") == str(length - 1)
