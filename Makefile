@@ -192,6 +192,7 @@ bench: $(DONE)/test $(DONE)/model $(DONE)/google
 	  build/bench/cpp/bench/cpp/attnrb_bench --benchmark_out=build/bench/cpp.json --benchmark_out_format=json; \
 	else echo 'C++ benches skipped: Google Benchmark is neither installed nor to be had.'; fi
 	$(BIN)/python bench/python/bench_attention.py --json build/bench/attention.json
+	$(BIN)/python bench/python/bench_scaling.py --json build/bench/scaling.json
 	$(BIN)/python bench/python/bench_memory.py --json build/bench/memory.json
 	$(BIN)/python bench/python/bench_training.py --json build/bench/training.json
 	$(BIN)/python bench/python/bench_model.py --json build/bench/model.json

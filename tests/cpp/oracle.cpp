@@ -146,22 +146,23 @@ AttentionTruth attention_truth(const AttentionProblem& problem) {
           truth.visible.push_back(row.visible[size_t(j)]);
         }
         for (int64_t d = 0; d < shape.value_width; ++d) {
-          double value = 0.0, size = 0.0, unweighted = 0.0;
+          double value = 0.0, size = 0.0, strengthened = 0.0, unweighted = 0.0;
           for (int64_t j = 0; j < shape.keys; ++j) {
             if (!row.visible[size_t(j)]) continue;
             const double v = element(problem.value, problem.dtype, b, h / (shape.heads / shape.key_heads), j, d);
             const double term = factor(j) * row.weights[size_t(j)] / divisor * v;
             value += term;
             size += std::fabs(term);
+            if (factor(j) != 1.0) strengthened += std::fabs(term);
             unweighted += std::fabs(v);
           }
-          const double tile_error = row.tile_error + rounding + divisor_rounding;
+          // Strengthening multiplies a probability that is rounded already, and rounds it again.
+          const double tile_error = (row.tile_error + rounding + divisor_rounding) * size + rounding * strengthened;
           double cuda_error =
               (row.cuda_error + cuda_probability_rounding(problem.dtype) + cut_off_error(shape.keys)) * size;
           if (problem.dtype == DType::float16) cuda_error += 0x1p-25 * unweighted / divisor;
           truth.output.push_back({value, stored(problem.dtype, value, row.error * size),
-                                  stored(problem.dtype, value, tile_error * size),
-                                  stored(problem.dtype, value, cuda_error)});
+                                  stored(problem.dtype, value, tile_error), stored(problem.dtype, value, cuda_error)});
         }
       }
   return truth;
