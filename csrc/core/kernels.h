@@ -14,6 +14,7 @@ struct Kernels {
   Status (*gradient)(const GradientProblem&, const ThreadPool&, Scratch&);
   void (*outlier_mask)(const OutlierMaskProblem&, const ThreadPool&);
   void (*rebalance)(const RebalanceProblem&, const ThreadPool&);
+  void (*rebalance_gradient)(const RebalanceGradientProblem&, const ThreadPool&);
 };
 
 // The best table that this processor runs, or the one that the environment variable ATTNRB_CPU names (lower only).

@@ -125,6 +125,19 @@ struct RebalanceProblem {
   void* output = nullptr;  // contiguous, dtype of weights
 };
 
+// The gradients of the same: grad_weights[b, h, i, j], and of the gain of each head.
+struct RebalanceGradientProblem {
+  Shape shape;  // batch, heads, queries, keys
+  DType dtype = DType::float32;
+  View weights, grad_output;
+  View mask;                    // bool
+  const float* gain = nullptr;  // [H]
+  bool normalize = false;
+  void* grad_weights = nullptr;  // contiguous, dtype of weights
+  double* gain_rows = nullptr;   // [B, H, M] contiguous: what each row adds to grad_gain
+  float* grad_gain = nullptr;    // [H]
+};
+
 // What a kernel found wrong in data that only it reads.
 enum class Status : int32_t {
   ok = 0,

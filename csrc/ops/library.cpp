@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
   library.def("rebalance(Tensor weights, Tensor mask, float gain, bool normalize) -> Tensor");
   library.def("rebalance.per_head(Tensor weights, Tensor mask, Tensor gain, bool normalize) -> Tensor");
 
+  // grad_output of the dtype and shape of weights, gain float32 [1] or [H] -> grad_weights like weights, grad_gain
+  // float32 [H]
+  library.def(
+      "rebalance_backward(Tensor grad_output, Tensor weights, Tensor mask, Tensor gain, bool normalize) -> "
+      "(Tensor grad_weights, Tensor grad_gain)");
+
   // query [B, H, M, D], key [B, Hk, N, D], value [B, Hk, N, Dv]
   //   -> output [B, H, M, Dv], lse float32 [B, H, M], indices int32 [B, H, M, C], counts int32 [B, H, M]
   library.def("source_attention(Tensor query, Tensor key, Tensor value, float threshold, " ATTNRB_VISIBILITY

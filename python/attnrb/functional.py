@@ -33,6 +33,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _outlier_mask = torch.ops.attnrb.outlier_mask.default
 _rebalance = torch.ops.attnrb.rebalance.default
 _rebalance_per_head = torch.ops.attnrb.rebalance.per_head
+_rebalance_backward = torch.ops.attnrb.rebalance_backward.default
 _source_attention = torch.ops.attnrb.source_attention.default
 _rebalanced_attention = torch.ops.attnrb.rebalanced_attention.default
 _received_attention = torch.ops.attnrb.received_attention.default
@@ -120,33 +121,48 @@ def _rebalance_fake(weights: Tensor, mask: Tensor, gain: float | Tensor, normali
 def _rebalance_setup(ctx: Any, inputs: tuple[Tensor, Tensor, float | Tensor, bool], output: Tensor) -> None:
     weights, mask, gain, ctx.normalize = inputs
     ctx.gain = None if isinstance(gain, Tensor) else gain
-    ctx.save_for_backward(weights, mask, output, *([gain] if isinstance(gain, Tensor) else []))
+    ctx.save_for_backward(weights, mask, *([gain] if isinstance(gain, Tensor) else []))
 
 
-def _rebalance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-    # With f = 1 + gain·mask and z = sum of the row f·w: out = f·w, or f·w/z when normalised. Either way
-    #     d_weights = f·e,   d_gain = sum over mask of w·e,   e = d_out,  or (d_out - d_out·out)/z when normalised,
-    # and a product with f is what the op itself computes.
-    weights, mask, output, *tensors = ctx.saved_tensors
-    op, gain = (_rebalance_per_head, tensors[0]) if tensors else (_rebalance, ctx.gain)
-    error = grad.float()
-    if ctx.normalize:
-        total = op(weights.float(), mask, gain, False).sum(-1, keepdim=True)
-        error = error - (error * output.float()).sum(-1, keepdim=True)
-        # A row that sums to zero was not divided.
-        error = torch.where(total == 0, grad.float(), error / total)
-    grad_weights = op(error, mask, gain, False).to(weights.dtype) if ctx.needs_input_grad[0] else None
-    grad_gain = None
-    if ctx.needs_input_grad[2]:
-        grad_gain = (weights.float() * error * mask).sum((0, 2, 3))
-        if gain.shape[0] == 1:
-            grad_gain = grad_gain.sum(0, keepdim=True)
-    return grad_weights, None, grad_gain, None
+def _rebalance_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
+    weights, mask, *gains = ctx.saved_tensors
+    gain = gains[0] if gains else weights.new_full((1,), ctx.gain, dtype=torch.float32)
+    grad_weights, grad_gain = _rebalance_backward(grad, weights, mask, gain, ctx.normalize)
+    if not gains:
+        return grad_weights, None, None, None
+    return grad_weights, None, grad_gain.sum(0, keepdim=True) if gain.shape[0] == 1 else grad_gain, None
+
+
+def _rebalance_backward_fake(
+    grad_output: Tensor, weights: Tensor, mask: Tensor, gain: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    _check_one_device(weights=weights, grad_output=grad_output, mask=mask, gain=gain)
+    return weights.new_empty(weights.shape), weights.new_empty((weights.shape[1],), dtype=torch.float32)
+
+
+def _rebalance_backward_cuda(
+    grad_output: Tensor, weights: Tensor, mask: Tensor, gain: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """What the CPU's kernel computes (csrc/core/kernels/elementwise.h), in torch's operations."""
+    factor = 1 + gain.view(-1, 1, 1) * mask
+    error, wide = grad_output.float(), weights.float()
+    if normalize:
+        boosted = factor * wide
+        total = boosted.sum(-1, keepdim=True)
+        divided = (error - (error * boosted).sum(-1, keepdim=True) / total) / total
+        error = torch.where(total == 0, error, divided)
+    # A row without a gradient is left out, whatever its weights hold.
+    error = torch.where((grad_output == 0).all(-1, keepdim=True), 0.0, error)
+    shares = torch.where(mask & (error != 0), wide * error, 0.0)
+    return (factor * error).to(weights.dtype), shares.sum((0, 2, 3))
 
 
 for _name in ("attnrb::rebalance", "attnrb::rebalance.per_head"):
     torch.library.register_fake(_name, _rebalance_fake)
-    torch.library.register_autograd(_name, _rebalance_backward, setup_context=_rebalance_setup)
+    torch.library.register_autograd(_name, _rebalance_gradient, setup_context=_rebalance_setup)
+torch.library.register_fake("attnrb::rebalance_backward", _rebalance_backward_fake)
+torch.library.register_autograd("attnrb::rebalance_backward", training.second_derivative)
+torch.library.impl("attnrb::rebalance_backward", "cuda", _rebalance_backward_cuda)
 
 
 # ------------------------------------------------------------------------------------------------ source_attention

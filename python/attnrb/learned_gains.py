@@ -28,8 +28,14 @@ class LearnedGains(torch.nn.Module):
 
         attnrb.patch(model, attnrb.LearnedGains.load("gains"))
 
-    The model stays as it is; only the gains move. With ``transformers.Trainer`` pass
-    ``optimizers=(torch.optim.AdamW(learned.parameters(), lr=...), None)``. With re-entrant gradient checkpointing call
+    The model stays as it is; only the gains move. With ``transformers.Trainer`` pass ``optimizers=(optimizer, None)``
+    and let the optimizer clear its own gradients, since Trainer clears those of the model only:
+
+        optimizer = torch.optim.AdamW(learned.parameters(), lr=1e-2)
+        optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+
+    Trainer's checkpoints hold the model and not the gains: ``examples/structured/training.py`` shows one that saves
+    and resumes the gains. With re-entrant gradient checkpointing call
     ``model.enable_input_require_grads()`` first, since nothing else that goes into a layer requires a gradient.
 
     Attributes:

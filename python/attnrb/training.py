@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["rebalanced_attention", "received_attention", "records_gradient", "source_attention"]
+__all__ = ["rebalanced_attention", "received_attention", "records_gradient", "second_derivative", "source_attention"]
 
 source_attention = torch.ops.attnrb.source_attention_training.default
 rebalanced_attention = torch.ops.attnrb.rebalanced_attention_training.default
@@ -77,10 +77,11 @@ def _log_sum_exp_like(query: Tensor) -> Tensor:
     return query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-def _second_derivative(ctx: Any, *gradients: Any) -> Any:
+def second_derivative(ctx: Any, *gradients: Any) -> Any:
+    """The backward of every backward op: there is none."""
     raise NotImplementedError(
-        "attention of attnrb has no second derivative: leave create_graph False, or pass float64 inputs, which plain "
-        "PyTorch serves, slowly and with every derivative"
+        "the functions of attnrb have no second derivative: leave create_graph False, or pass float64 inputs, which "
+        "plain PyTorch serves, slowly and with every derivative"
     )
 
 
@@ -174,4 +175,4 @@ def register(source_fake: Any, rebalanced_fake: Any, received_fake: Any) -> None
         torch.library.register_fake(twin, fake)
         torch.library.register_autograd(twin, gradient, setup_context=setup)
         torch.library.register_fake(backward, backward_fake)
-        torch.library.register_autograd(backward, _second_derivative)
+        torch.library.register_autograd(backward, second_derivative)

@@ -225,4 +225,46 @@ std::vector<Bounded> rebalance_truth(const RebalanceProblem& problem) {
   return out;
 }
 
+// By the quotient rule, entry by entry: with u_k = f_k w_k and z their sum, dy_k/du_j = [j = k]/z - u_k/z^2.
+RebalanceGradientTruth rebalance_gradient_truth(const RebalanceGradientProblem& problem) {
+  const Shape& shape = problem.shape;
+  const int64_t* s = problem.mask.strides;
+  RebalanceGradientTruth truth;
+  std::vector<double> gains(size_t(shape.heads), 0.0), gain_sizes(size_t(shape.heads), 0.0);
+  for (int64_t b = 0; b < shape.batch; ++b)
+    for (int64_t h = 0; h < shape.heads; ++h)
+      for (int64_t i = 0; i < shape.queries; ++i) {
+        const auto marked = [&](int64_t j) {
+          return static_cast<const bool*>(problem.mask.data)[b * s[0] + h * s[1] + i * s[2] + j * s[3]];
+        };
+        const auto weight = [&](int64_t j) { return element(problem.weights, problem.dtype, b, h, i, j); };
+        const auto upstream = [&](int64_t j) { return element(problem.grad_output, problem.dtype, b, h, i, j); };
+        const auto boosted = [&](int64_t j) { return weight(j) * (marked(j) ? 1.0 + double(problem.gain[h]) : 1.0); };
+        double z = 0.0;
+        for (int64_t j = 0; j < shape.keys; ++j) z += boosted(j);
+        const bool divided = problem.normalize && z != 0.0;
+        for (int64_t j = 0; j < shape.keys; ++j) {
+          double slope = 0.0, size = 0.0;  // of the loss along u_j
+          for (int64_t k = 0; k < shape.keys; ++k) {
+            const double own = j == k ? (divided ? 1.0 / z : 1.0) : 0.0;
+            const double others = divided ? boosted(k) / (z * z) : 0.0;
+            slope += upstream(k) * (own - others);
+            size += std::fabs(upstream(k)) * (own + std::fabs(others));
+          }
+          const double factor = marked(j) ? 1.0 + double(problem.gain[h]) : 1.0;
+          // The kernel works in double from 1 + gain in float32, which enters twice, and rounds once.
+          const double tolerance = stored(problem.dtype, factor * slope, 4.0 * kRounding * std::fabs(factor) * size);
+          truth.weights.push_back({factor * slope, tolerance, tolerance, tolerance});
+          if (!marked(j)) continue;
+          gains[size_t(h)] += weight(j) * slope;
+          gain_sizes[size_t(h)] += std::fabs(weight(j)) * size;
+        }
+      }
+  for (size_t h = 0; h < gains.size(); ++h) {
+    const double tolerance = stored(DType::float32, gains[h], 4.0 * kRounding * gain_sizes[h]);
+    truth.gain.push_back({gains[h], tolerance, tolerance, tolerance});
+  }
+  return truth;
+}
+
 }  // namespace attnrb::testing

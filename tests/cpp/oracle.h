@@ -53,4 +53,11 @@ std::vector<Bounded> received_truth(const ReceivedProblem& problem);
 // [B, H, M, N]
 std::vector<Bounded> rebalance_truth(const RebalanceProblem& problem);
 
+struct RebalanceGradientTruth {
+  std::vector<Bounded> weights;  // [B, H, M, N]
+  std::vector<Bounded> gain;     // [H]
+};
+
+RebalanceGradientTruth rebalance_gradient_truth(const RebalanceGradientProblem& problem);
+
 }  // namespace attnrb::testing

@@ -1,4 +1,4 @@
-// outlier_mask and rebalance, on weight matrices in memory.
+// outlier_mask, rebalance and its gradient, on weight matrices in memory.
 #include <cmath>
 #include <memory>
 
@@ -40,6 +40,9 @@ WeightsCase generate_weights(uint64_t seed) {
   for (int64_t h = 0; h < shape.heads; ++h) weights.gain.push_back(float(random.uniform(-0.5, 1.0)));
   return weights;
 }
+
+// Every other element of every row.
+const Layout kSteps = {{0, 1, 2, 3}, 2, 0, 0};
 
 class Elementwise : public KernelTest {};
 
@@ -125,6 +128,49 @@ TEST_P(Elementwise, NormalizingARowOfZerosKeepsIt) {
   problem.output = output.data();
   GetParam()->rebalance(problem, ThreadPool());
   for (int64_t j = 0; j < 4; ++j) EXPECT_EQ(output.at(0, 0, 0, j), 0.0);
+}
+
+TEST_P(Elementwise, GradientMatchesTheOracleWithTheSameBitsOnAnyThreads) {
+  for (uint64_t seed = 0; seed < 200; ++seed) {
+    const WeightsCase given = generate_weights(seed);
+    const Shape& shape = given.shape;
+    const DType dtype = given.weights.dtype();
+    Random random(seed + 1000);
+    Array upstream(dtype, {shape.batch, shape.heads, shape.queries, shape.keys},
+                   random.chance(0.5) ? Layout{} : kSteps);
+    upstream.fill_uniform(random, -1.0, 1.0);
+    Array weights_once, weights_again;
+    std::vector<float> gains_once, gains_again;
+    RebalanceGradientProblem problem;
+    const auto run = [&](int64_t threads, Array& grad_weights, std::vector<float>& grad_gain) {
+      grad_weights = Array(dtype, {shape.batch, shape.heads, shape.queries, shape.keys});
+      grad_gain.assign(size_t(shape.heads), 0.0f);
+      std::vector<double> rows(size_t(shape.batch * shape.heads * shape.queries));
+      problem.shape = shape;
+      problem.dtype = dtype;
+      problem.weights = given.weights.view();
+      problem.grad_output = upstream.view();
+      problem.mask = given.mask_view;
+      problem.gain = given.gain.data();
+      problem.normalize = seed % 2 == 1;
+      problem.grad_weights = grad_weights.data();
+      problem.gain_rows = rows.data();
+      problem.grad_gain = grad_gain.data();
+      GetParam()->rebalance_gradient(problem, test_pool(threads));
+    };
+    run(1, weights_once, gains_once);
+    run(3, weights_again, gains_again);
+    EXPECT_EQ(weights_once.bytes(), weights_again.bytes());
+    EXPECT_EQ(gains_once, gains_again);
+    EXPECT_TRUE(weights_once.surroundings_untouched());
+    const RebalanceGradientTruth truth = rebalance_gradient_truth(problem);
+    for (size_t i = 0; i < truth.weights.size(); ++i)
+      ASSERT_TRUE(close(*GetParam(), load_element(weights_once.data(), dtype, int64_t(i)), truth.weights[i]))
+          << "seed " << seed << ", element " << i << ": expected " << truth.weights[i].value << " within "
+          << tolerance(*GetParam(), truth.weights[i]);
+    for (size_t h = 0; h < truth.gain.size(); ++h)
+      ASSERT_TRUE(close(*GetParam(), gains_once[h], truth.gain[h])) << "seed " << seed << ", gain of head " << h;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, Elementwise, ::testing::ValuesIn(tested_kernels()), kernel_name);

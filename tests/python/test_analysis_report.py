@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,35 @@ def test_baseline_comes_first(model: Any, tokenizer: Any) -> None:
     assert report.before.model == "base"
     np.testing.assert_array_equal(report.before.entropy, analyze(other, tokenizer, TEXT).before.entropy)
     np.testing.assert_array_equal(report.run("model").entropy, analyze(model, tokenizer, TEXT).before.entropy)
+
+
+def test_learnt_gains_are_measured(tmp_path: Path) -> None:
+    import torch
+    from attnrb import LearnedGains
+
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    learned = LearnedGains(model, CONFIG)
+    scheduled = analyze(model, tokenizer, TEXT, compare=CONFIG)
+    started = analyze(model, tokenizer, TEXT, compare=learned)
+    for metric in METRICS:
+        np.testing.assert_array_equal(started.after.metric(metric), scheduled.after.metric(metric))
+    assert started.after.config == CONFIG and started.threshold == CONFIG.threshold
+    assert scheduled.after.gains is None and started.before.gains is None
+    with torch.no_grad():
+        learned.gains[0, 1] = 2.0
+    moved = analyze(model, tokenizer, TEXT, compare=learned)
+    assert not np.array_equal(moved.after.entropy, started.after.entropy)
+    assert moved.after.gains is not None
+    np.testing.assert_array_equal(moved.after.gains, learned.matrix().numpy())
+    again = AttentionReport.from_json(moved.to_json())
+    np.testing.assert_array_equal(again.after.gains, moved.after.gains)
+    older = json.loads(moved.to_json())
+    for run in older["runs"]:
+        del run["gains"]
+    assert AttentionReport.from_json(json.dumps(older)).after.gains is None
+    assert learned.gains.requires_grad
+    if importlib.util.find_spec("plotly"):
+        assert "learnt, 0.00 to 2.00" in moved.to_html()
 
 
 def test_model_is_left_as_it_was(tokenizer: Any) -> None:

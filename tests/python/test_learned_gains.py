@@ -99,9 +99,28 @@ def test_trainer_trains_them(tmp_path: Path) -> None:
         str(tmp_path), max_steps=3, report_to=[], save_strategy="no", use_cpu=True, per_device_train_batch_size=2
     )
     optimizer = torch.optim.AdamW(learned.parameters(), lr=0.05)
+    optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+    used: list[Any] = []
+    batches: list[Any] = []
+    optimizer.register_step_pre_hook(lambda *_: used.append(learned.gains.grad.clone()))
+    hook = model.register_forward_pre_hook(lambda _, args, batch: batches.append(batch), with_kwargs=True)
     with attnrb.patch(model, learned):
         transformers.Trainer(model=model, args=options, train_dataset=Texts(), optimizers=(optimizer, None)).train()
     assert (learned.gains != start).any()
+
+    # Each step used the gradient of its own batch alone.
+    hook.remove()
+    assert len(used) == len(batches) == 3
+    learned = LearnedGains(model, CONFIG)
+    optimizer = torch.optim.AdamW(learned.parameters(), lr=0.05)
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, 3)
+    with attnrb.patch(model, learned):
+        for gradient, batch in zip(used, batches, strict=True):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            torch.testing.assert_close(gradient, learned.gains.grad, rtol=1e-4, atol=1e-6)
+            optimizer.step()
+            scheduler.step()
 
 
 @pytest.mark.parametrize("place", ["folder", "gains.safetensors"])

@@ -1,4 +1,4 @@
-// The two operations on weight matrices that the caller already holds: plain loops over rows.
+// The operations on weight matrices that the caller already holds, and a gradient: plain loops over rows.
 #pragma once
 
 #include "../problem.h"
@@ -59,6 +59,58 @@ void rebalance(const RebalanceProblem& problem, const ThreadPool& pool) {
     }
     for (int64_t j = 0; j < keys; ++j) out[j] = from_float<T>(strengthened(j) * scale);
   });
+}
+
+// With f = 1 + gain where mask and 1 elsewhere, w the weights, dy the gradient of the output and z the sum of a row of
+// f·w, or 1 where rows are not divided (and in a row of zeros, which is not either):
+//
+//     dw_j = f_j e_j,   dgain = sum of w_j e_j where mask,   e_j = (dy_j - [divided] sum_k dy_k f_k w_k / z) / z
+//
+// A row whose dy is zero is left out, whatever its weights hold.
+template <class T>
+void rebalance_gradient(const RebalanceGradientProblem& problem, const ThreadPool& pool) {
+  const Shape& shape = problem.shape;
+  const int64_t keys = shape.keys, stride = problem.weights.strides[3], mask_stride = problem.mask.strides[3],
+                upstream_stride = problem.grad_output.strides[3];
+  for_each_row(shape, pool, [&](int64_t batch, int64_t head, int64_t query, int64_t index) {
+    const T* weights = row_of<T>(problem.weights, batch, head, query);
+    const T* upstream = row_of<T>(problem.grad_output, batch, head, query);
+    const bool* mask = row_of<bool>(problem.mask, batch, head, query);
+    T* out = static_cast<T*>(problem.grad_weights) + index * keys;
+    double& gain_row = problem.gain_rows[index];
+    gain_row = 0.0;
+    bool any = false;
+    for (int64_t j = 0; j < keys; ++j) any |= to_float(upstream[j * upstream_stride]) != 0.0f;
+    if (!any) {
+      for (int64_t j = 0; j < keys; ++j) out[j] = from_float<T>(0.0f);
+      return;
+    }
+    const float strength = 1.0f + problem.gain[head];
+    const auto factor = [&](int64_t j) { return mask[j * mask_stride] ? strength : 1.0f; };
+    double scale = 1.0, mean = 0.0;
+    if (problem.normalize) {
+      double sum = 0.0, along = 0.0;
+      for (int64_t j = 0; j < keys; ++j) {
+        const double boosted = double(factor(j)) * to_float(weights[j * stride]);
+        sum += boosted;
+        along += boosted * to_float(upstream[j * upstream_stride]);
+      }
+      if (sum != 0.0) scale = 1.0 / sum, mean = along / sum;
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      const double error = (to_float(upstream[j * upstream_stride]) - mean) * scale;
+      if (mask[j * mask_stride]) gain_row += error * to_float(weights[j * stride]);
+      out[j] = from_float<T>(float(error * factor(j)));
+    }
+  });
+  // In one order, whatever the threads were.
+  for (int64_t head = 0; head < shape.heads; ++head) {
+    double sum = 0.0;
+    for (int64_t batch = 0; batch < shape.batch; ++batch)
+      for (int64_t query = 0; query < shape.queries; ++query)
+        sum += problem.gain_rows[(batch * shape.heads + head) * shape.queries + query];
+    problem.grad_gain[head] = float(sum);
+  }
 }
 
 }  // namespace ATTNRB_ISA

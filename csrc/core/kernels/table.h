@@ -81,9 +81,14 @@ inline void run_rebalance(const RebalanceProblem& problem, const ThreadPool& poo
   with_element_type(problem.dtype, [&](auto element) { rebalance<decltype(element)>(problem, pool); });
 }
 
+inline void run_rebalance_gradient(const RebalanceGradientProblem& problem, const ThreadPool& pool) {
+  with_element_type(problem.dtype, [&](auto element) { rebalance_gradient<decltype(element)>(problem, pool); });
+}
+
 template <template <class> class Choice>
 constexpr Kernels make_table(const char* name) {
-  return {name, run_attention<Choice>, run_received<Choice>, run_gradient<Choice>, run_outlier_mask, run_rebalance};
+  return {name,          run_attention<Choice>, run_received<Choice>, run_gradient<Choice>, run_outlier_mask,
+          run_rebalance, run_rebalance_gradient};
 }
 
 }  // namespace ATTNRB_ISA

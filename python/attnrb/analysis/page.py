@@ -218,7 +218,8 @@ def _header(report: AttentionReport) -> str:
     }
     for run in runs:
         if run.config is not None:
-            changed = {"alpha": run.config.alpha, **_changed(run)}
+            strength = {"alpha": run.config.alpha} if run.gains is None else {"gains": _learnt(run.gains)}
+            changed = {**strength, **_changed(run)}
             settings["Re-balanced"] = ", ".join(f"{name} {_value(value)}" for name, value in changed.items())
     lines = "".join(
         f"<li><span class='soft'>{name}</span> <b>{_text(value)}</b></li>" for name, value in settings.items()
@@ -241,6 +242,10 @@ def _changed(run: AttentionRun) -> dict[str, Any]:
     usual = RebalanceConfig().to_dict()
     own = run.config.to_dict()
     return {name: value for name, value in own.items() if value != usual[name] and name not in ("alpha", "threshold")}
+
+
+def _learnt(gains: NDArray[np.float64]) -> str:
+    return f"learnt, {gains.min():.2f} to {gains.max():.2f}"
 
 
 def _value(value: Any) -> str:

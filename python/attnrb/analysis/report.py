@@ -52,6 +52,8 @@ class AttentionRun:
     """Name of the model."""
     config: RebalanceConfig | None
     """How it was re-balanced; None: not at all."""
+    gains: Floats | None
+    """The gains that were used, where they were learnt and no schedule; 0 where a layer or head has none."""
     entropy: Floats
     """Mean entropy of a query's attention, in nats. NaN where a gain of -1 or less leaves no distribution."""
     first_key: Floats
@@ -202,6 +204,7 @@ class AttentionReport:
             "label": run.label,
             "model": run.model,
             "config": None if run.config is None else run.config.to_dict(),
+            "gains": None if run.gains is None else _lists(run.gains),
             "summary": run.summary(),
             "entropy": _lists(run.entropy),
             "first_key": _lists(run.first_key),
@@ -326,6 +329,7 @@ def _run(run: Mapping[str, Any], shape: tuple[int, int], texts: Sequence[TextRep
         label=run["label"],
         model=run["model"],
         config=None if run["config"] is None else RebalanceConfig.from_dict(run["config"]),
+        gains=None if run.get("gains") is None else _array(run["gains"], shape),  # older reports have none
         entropy=_array(run["entropy"], shape),
         first_key=_array(run["first_key"], shape),
         mean_distance=_array(run["mean_distance"], shape),

@@ -19,6 +19,7 @@ from attnrb.analysis.tokens import TOKEN_CLASSES, Token, describe_tokens
 from attnrb.attention import AttentionCall
 from attnrb.config import RebalanceConfig
 from attnrb.generation import encode
+from attnrb.learned_gains import LearnedGains
 from attnrb.patch import Patch, patch
 
 Floats = NDArray[np.float64]
@@ -44,7 +45,7 @@ def analyze(
     tokenizer: Any,
     texts: str | Iterable[str],
     *,
-    compare: RebalanceConfig | None = None,
+    compare: RebalanceConfig | LearnedGains | None = None,
     baseline: Any | None = None,
     threshold: float | None = None,
     source_layer: int | None = None,
@@ -67,7 +68,7 @@ def analyze(
         model: an unpatched ``transformers`` causal language model that `attnrb.patch` serves. It is left as it was.
         tokenizer: its tokenizer.
         texts: a text or several; a generator is read as it goes.
-        compare: measure the model once more, re-balanced so.
+        compare: measure the model once more, re-balanced so, or with gains that were learnt.
         baseline: another model with the same tokenizer, layers and heads, such as the one that `model` was fine-tuned
             from: it is measured too, as it is.
         threshold: weight above which an entry of attention is an outlier. Default: that of `compare`, else 0.01.
@@ -92,19 +93,25 @@ def analyze(
         ValueError: an argument is out of range, no text holds two tokens, or the baseline does not fit the model.
         Whatever `attnrb.patch` raises for a model it cannot serve.
     """
-    plain = _plain_config(compare, threshold, source_layer)
+    if compare is not None and not isinstance(compare, (RebalanceConfig, LearnedGains)):
+        raise TypeError(
+            f"compare: expected an attnrb.RebalanceConfig, attnrb.LearnedGains or None, got {type(compare).__name__}"
+        )
+    learned, config = (compare, compare.config) if isinstance(compare, LearnedGains) else (None, compare)
+    plain = _plain_config(config, threshold, source_layer)
     if not z_threshold > 0:
         raise ValueError(f"z_threshold: expected a number above 0, got {z_threshold}")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens: expected at least 2, got {max_tokens}")
     if isinstance(texts, str):
         texts = [texts]
-    runs = [_Run("plain", model, model_name or _name(model), plain, None, z_threshold)]
+    runs = [_Run("plain", model, model_name or _name(model), plain, z_threshold)]
     if baseline is not None:
         runs[0].label = "model"
-        runs.insert(0, _Run("baseline", baseline, baseline_name or _name(baseline), plain, None, z_threshold))
-    if compare is not None:
-        runs.append(_Run("rebalanced", model, model_name or _name(model), compare, compare, z_threshold))
+        runs.insert(0, _Run("baseline", baseline, baseline_name or _name(baseline), plain, z_threshold))
+    if config is not None:
+        name = model_name or _name(model)
+        runs.append(_Run("rebalanced", model, name, config, z_threshold, shown=config, learned=learned))
 
     kept: list[TextReport] = []
     notes: list[str] = []
@@ -168,9 +175,18 @@ class _Run:
     """One model, plain or re-balanced, measured over one text after the other."""
 
     def __init__(
-        self, label: str, model: Any, name: str, config: RebalanceConfig, shown: RebalanceConfig | None, z: float
+        self,
+        label: str,
+        model: Any,
+        name: str,
+        config: RebalanceConfig,
+        z: float,
+        *,
+        shown: RebalanceConfig | None = None,
+        learned: LearnedGains | None = None,
     ) -> None:
-        self.label, self.model, self.name, self.config, self.shown = label, model, name, config, shown
+        self.label, self.model, self.name, self.config = label, model, name, config
+        self.shown, self.learned = shown, learned
         self.layers: tuple[int, ...] = ()
         self.source_layer = config.source_layer
         self.received: list[NDArray[np.float32]] = []
@@ -192,7 +208,11 @@ class _Run:
     ) -> None:
         """Measure one more text."""
         observer = _Observer(classes, self.config, len(ids), layer_done)
-        with torch.inference_mode(), _evaluating(self.model), patch(self.model, self.config, observer=observer) as on:
+        with (
+            torch.inference_mode(),
+            _evaluating(self.model),
+            patch(self.model, self.config if self.learned is None else self.learned, observer=observer) as on,
+        ):
             observer.total = _layer_count(on)
             try:
                 on.decoder(torch.tensor([list(ids)], device=self.model.device), use_cache=False)
@@ -225,6 +245,7 @@ class _Run:
             label=self.label,
             model=self.name,
             config=self.shown,
+            gains=None if self.learned is None else self.learned.matrix()[list(self.layers)].double().numpy(),
             entropy=table(each.entropy / each.queries for each in sums),
             first_key=table(each.first_key / each.later_queries for each in sums),
             mean_distance=table(each.mean_distance / each.queries for each in sums),
@@ -334,8 +355,6 @@ def _plain_config(
     compare: RebalanceConfig | None, threshold: float | None, source_layer: int | None
 ) -> RebalanceConfig:
     """A configuration that changes nothing and finds the outliers that are asked for."""
-    if compare is not None and not isinstance(compare, RebalanceConfig):
-        raise TypeError(f"compare: expected an attnrb.RebalanceConfig or None, got {type(compare).__name__}")
     options: dict[str, Any] = {"threshold": threshold, "source_layer": source_layer}
     for name, value in options.items():
         own = getattr(compare or RebalanceConfig(), name)

@@ -1,0 +1,1 @@
+"""The parts of ``finetune_structured.py``: data, training, what it measures, the report."""
