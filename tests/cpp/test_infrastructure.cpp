@@ -120,6 +120,7 @@ TEST(Dispatch, ThePortableTableIsTheLowestAndAlwaysThere) {
     EXPECT_NE(table->received_attention, nullptr);
     EXPECT_NE(table->outlier_mask, nullptr);
     EXPECT_NE(table->rebalance, nullptr);
+    EXPECT_NE(table->rebalance_gradient, nullptr);
   }
   EXPECT_EQ(find_kernels("abacus"), nullptr);
   EXPECT_EQ(find_kernels(""), nullptr);

@@ -45,8 +45,9 @@ void rebalance(const RebalanceProblem& problem, const ThreadPool&) { cuda::start
 
 }  // namespace
 
-const Kernels emulated_cuda_kernels = {"cuda", attention<0>, received_attention<0>, nullptr, outlier_mask, rebalance};
-const Kernels emulated_cuda_split_kernels = {"cuda",  attention<1000>, received_attention<1000>,
-                                             nullptr, outlier_mask,    rebalance};
+const Kernels emulated_cuda_kernels = {"cuda",    attention<0>, received_attention<0>, nullptr, outlier_mask,
+                                       rebalance, nullptr};
+const Kernels emulated_cuda_split_kernels = {
+    "cuda", attention<1000>, received_attention<1000>, nullptr, outlier_mask, rebalance, nullptr};
 
 }  // namespace attnrb
