@@ -2,18 +2,21 @@
 
     python bench/python/bench_patch.py [--quick] [--model MODEL] [--threads N] [--json FILE]
 
-A step decodes one token after 128 cached ones. Its overhead is taken between two models whose attention does nothing:
-one patched, with every line of Python that a patch adds and native ops that return at once, the other unpatched, with
-an attention function that returns at once. The difference is a share of a whole unpatched step with `sdpa`.
+A step decodes one token after 128 cached ones. Four models that share their weights take turns, step by step: an
+unpatched one with `sdpa`, whole; a patched one whose native ops return at once, with every line of Python that a patch
+adds; an unpatched one whose `scaled_dot_product_attention` returns at once, with what transformers does around it; and
+one whose attention function returns at once. What the patched step takes more than the third is what a patch adds to
+the Python that is there without it. What it takes more than the fourth, which includes what transformers' own attention
+function and masks take, is printed beside it. Both are shares of the whole unpatched step.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,98 +62,91 @@ def stepper(model: Any) -> Callable[[], Any]:
     return step
 
 
-@contextmanager
-def empty_ops() -> Iterator[None]:
-    """Native attention that returns at once what it returned the first time."""
-    from attnrb import functional
+def returning_at_once(step: Callable[[], Any], holder: Any, *names: str) -> Callable[[], Any]:
+    """The step with functions of ``holder`` that return what they returned last in a step of their own."""
+    known: dict[str, Any] = {}
 
-    names = ("_source_attention", "_rebalanced_attention")
-
-    def remembering(real: Any) -> Any:
-        known: dict[Any, Any] = {}
-
-        def op(query: Any, *rest: Any) -> Any:
-            shape = tuple(query.shape)
-            if shape not in known:
-                known[shape] = real(query, *rest)
-            return known[shape]
-
-        return op
-
-    with mock.patch.multiple(functional, **{name: remembering(getattr(functional, name)) for name in names}):
-        yield
-
-
-@contextmanager
-def empty_attention(model: Any) -> Iterator[None]:
-    """Attention of transformers that returns at once what it returned the first time, without a mask."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    known: dict[Any, Any] = {}
-
-    def attention(module: Any, query: Any, *_: Any, **__: Any) -> Any:
-        shape = tuple(query.shape)
-        if shape not in known:
-            known[shape] = query.transpose(1, 2).contiguous()
-        return known[shape], None
-
-    AttentionInterface.register("empty", attention)
-    AttentionMaskInterface.register("empty", lambda *_, **__: None)
-    model.set_attn_implementation("empty")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("sdpa")
-
-
-def step_times(model: Any, seconds: float) -> dict[str, Any]:
-    """Seconds of a step: unpatched, and of the two models whose attention does nothing."""
-    import attnrb
-    from timing import interleaved
-
-    plain = stepper(model)
-
-    def entering(context: Callable[[], Any]) -> Callable[[], Any]:
-        def call() -> Any:
-            with context():
-                for _ in range(10):  # so that entering is not what is timed
-                    plain()
+    def recorded(name: str, real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            known[name] = real(*args, **kwargs)
+            return known[name]
 
         return call
 
-    @contextmanager
-    def patched() -> Iterator[None]:
-        with empty_ops(), attnrb.patch(model):
-            yield
+    def constant(result: Any) -> Any:
+        return lambda *_, **__: result
 
-    contenders = {
-        "unpatched sdpa": lambda: [plain() for _ in range(10)],
-        "empty, unpatched": entering(lambda: empty_attention(model)),
-        "empty, patched": entering(patched),
-    }
-    return interleaved(contenders, seconds=seconds, least=5)
+    with mock.patch.multiple(holder, **{name: recorded(name, getattr(holder, name)) for name in names}):
+        step()
+    real = {name: getattr(holder, name) for name in names}
+    empty = {name: constant(known[name]) for name in names}
+
+    def call() -> Any:
+        vars(holder).update(empty)
+        try:
+            return step()
+        finally:
+            vars(holder).update(real)
+
+    return call
+
+
+def step_times(model: Any, seconds: float) -> dict[str, Any]:
+    """Seconds of a step: unpatched, and of the three models whose attention does nothing."""
+    import attnrb
+    import torch
+    from attnrb import routine
+    from timing import interleaved
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def twin(implementation: str) -> Any:
+        """A model with the same weights."""
+        copied = copy.deepcopy(model, {id(each): each for each in model.parameters()})
+        copied.set_attn_implementation(implementation)
+        return copied
+
+    outputs: dict[int, Any] = {}
+
+    def nothing(module: Any, query: Any, *_: Any, **__: Any) -> Any:
+        queries = query.size(2)
+        if queries not in outputs:
+            outputs[queries] = query.transpose(1, 2).contiguous()
+        return outputs[queries], None
+
+    AttentionInterface.register("nothing", nothing)
+    AttentionMaskInterface.register("nothing", lambda *_, **__: None)
+    rebalanced = twin("sdpa")
+    with attnrb.patch(rebalanced):
+        native = stepper(rebalanced)
+        contenders = {
+            "unpatched sdpa": stepper(twin("sdpa")),
+            "patched, ops empty": returning_at_once(native, routine, "_source_attention", "_rebalanced_attention"),
+            "unpatched, op empty": returning_at_once(
+                stepper(twin("sdpa")), torch.nn.functional, "scaled_dot_product_attention"
+            ),
+            "attention empty": stepper(twin("nothing")),
+        }
+        return interleaved(contenders, seconds=seconds, least=20, most=10_000)
 
 
 def measure(model: Any, quick: bool, seconds: float) -> dict[str, Any]:
     """Both costs for one model, printed and returned."""
     patching = patch_times(model, 5 if quick else 100)
-    # Entering and leaving is part of what is timed: it is taken off, a tenth for each of ten steps.
     times = step_times(model, 5.0 if quick else seconds)
-    whole, empty, patched = (
-        times[name].median / 10 for name in ("unpatched sdpa", "empty, unpatched", "empty, patched")
-    )
-    overhead = patched - empty - patching.median / 10
-    bars = [
-        {"name": "patch, seconds", "is": patching.median, "at_most": PATCH_BAR},
-        {"name": "step, share of an unpatched one", "is": overhead / whole, "at_most": STEP_BAR},
-    ]
+    whole, patched, stock, least = (each.median for each in times.values())
     dtype = str(model.dtype)[6:]
+    bars = [
+        {"name": "patching, seconds", "is": patching.median, "at_most": PATCH_BAR},
+        {"name": "added to a step, share", "is": (patched - stock) / whole, "at_most": STEP_BAR},
+    ]
     for bar in bars:
         bar["holds"] = bar["is"] <= bar["at_most"]
         print(f"{dtype:<9} {bar['name']:<34} {bar['is']:.5f} <= {bar['at_most']}  {'yes' if bar['holds'] else 'NO'}")
-    print(f"{dtype:<9} a step: {whole * 1e3:.2f} ms unpatched, {overhead * 1e6:.0f} us of Python more when patched")
+    print(f"{dtype:<9} {'beyond no attention at all, share':<34} {(patched - least) / whole:.5f}")
+    for name, taken in times.items():
+        print(f"{dtype:<9} {name:<34} {taken.median * 1e3:.3f} ms ({taken.low * 1e3:.3f} to {taken.high * 1e3:.3f})")
     steps = {name: asdict(each) for name, each in times.items()}
-    return {"name": dtype, "bars": bars, "seconds": {"patch": asdict(patching), "ten steps": steps}}
+    return {"name": dtype, "bars": bars, "seconds": {"patch": asdict(patching), "step": steps}}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ import torch
 from attnrb import functional
 from attnrb.config import RebalanceConfig
 from attnrb.outliers import Outliers
+from attnrb.routine import Routine
 from attnrb.stats import PatchStats
 from attnrb.weights import attention_weights
 
@@ -104,6 +105,7 @@ class Plan:
         self.layers = len(gains)
         self.observer = observer
         touched = [layer for layer, gain in enumerate(gains) if gain is not None]
+        self.touched = frozenset(touched)
         # A layer that takes part must call in every forward; any other may be left out.
         self.required = frozenset([self.source_layer, *touched])
         # float32 [H], by layer and number of heads: this rank's own, and all in a layer that is not split. A tensor
@@ -113,7 +115,6 @@ class Plan:
             gain = torch.tensor(gains[layer])
             self._gains[layer, self.local_heads] = self._own(gain).clone()
             self._gains[layer, heads] = gain
-        self._touched = frozenset(touched)
         self._no_gain = torch.zeros(1)
         self._no_outliers: Outliers | None = None
 
@@ -122,11 +123,11 @@ class Plan:
 
     def takes_part(self, layer: int) -> bool:
         """Whether a layer is the source or is re-balanced."""
-        return layer == self.source_layer or layer in self._touched
+        return layer == self.source_layer or layer in self.touched
 
     def gain(self, layer: int, heads: int, device: torch.device) -> torch.Tensor | None:
         """float32 ``[heads]`` on ``device``, or None for a layer that stays as it is."""
-        if layer not in self._touched:
+        if layer not in self.touched:
             return None
         if self._learned is not None:
             gain = self._learned.gain(layer)
@@ -166,7 +167,7 @@ class Forward:
         "outliers",
         "packed",
         "plan",
-        "rebalanced",
+        "routines",
         "stats",
         "unpadded",
         "weights",
@@ -201,9 +202,34 @@ class Forward:
         self.unpadded = unpadded
         self.outliers: Outliers | None = None
         self.called: set[int] = set()
-        self.rebalanced: set[int] = set()
+        # By the id of the mask; None: every layer takes the long way.
+        special = weights or plan.observer is not None or plan.boost_all or torch.compiler.is_compiling()
+        self.routines: dict[int, Routine] | None = None if special else {}
         # Masks without a geometry of their own, read once for all layers: (mask, N, geometry).
         self.masks: list[tuple[torch.Tensor | None, int, Geometry]] = []
+
+    def found(self, outliers: Outliers, tokens: torch.Tensor | None) -> None:
+        """Note the outliers of the source layer; ``tokens`` bool ``[B, M]`` says which queries count, None: all."""
+        self.outliers = outliers
+        # A graph counts nothing, and gradient checkpointing runs a layer again.
+        if self.plan.source_layer not in self.called and not torch.compiler.is_compiling():
+            self.stats.add_counts(outliers.counts, tokens)
+
+    def outliers_for(self, layer: int, device: torch.device) -> Outliers:
+        """The outliers of the source layer, on the device of this one.
+
+        Raises:
+            RuntimeError: the source layer has not run.
+        """
+        outliers = self.outliers
+        if outliers is None:
+            raise RuntimeError(
+                f"layer {layer} ran before the source layer {self.plan.source_layer}, which finds the outliers: attnrb "
+                "needs the layers of a model to run in order, all through transformers' AttentionInterface"
+            )
+        if outliers.counts.device != device:
+            outliers = self.outliers = Outliers(*(each.to(device) for each in outliers))
+        return outliers
 
 
 class _Traced:
@@ -282,6 +308,17 @@ def attention(
         _check_call(module, forward, layer, dropout, others)
     assert forward is not None
     assert layer is not None
+    geometry = getattr(attention_mask, GEOMETRY, None)
+    if forward.routines is not None and geometry is not None and isinstance(scaling, float):
+        assert attention_mask is not None
+        routine = forward.routines.get(id(attention_mask))
+        if routine is None or not routine.serves(query):
+            routine = Routine.of(forward, attention_mask, geometry, query)
+        if routine is not None:
+            forward.routines[id(attention_mask)] = routine
+            output = routine.attention(forward, layer, query, key, value, scaling, softcap, s_aux)
+            return output.transpose(1, 2), None
+
     plan = forward.plan
     heads = query.size(1)
     if heads != plan.local_heads and heads != plan.heads and plan.takes_part(layer):
@@ -293,7 +330,6 @@ def attention(
     gain = plan.gain(layer, heads, query.device)
     is_source = layer == plan.source_layer
 
-    geometry = getattr(attention_mask, GEOMETRY, None)
     if geometry is None:
         geometry = _read_mask(forward, module, attention_mask, query, key, is_causal, sliding_window)
     geometry = geometry.on(query.device)
@@ -302,22 +338,18 @@ def attention(
     scores: dict[str, Any] = {"scale": scaling, "visibility": geometry.visibility, "softcap": softcap, "sinks": s_aux}
 
     if is_source and not plan.boost_all:
-        output, _, forward.outliers = functional.source_attention(query, key, value, threshold=plan.threshold, **scores)
-        # A graph counts nothing, and gradient checkpointing runs a layer again.
-        if not torch.compiler.is_compiling() and layer not in forward.called:
-            forward.stats.add_counts(forward.outliers.counts, geometry.tokens)
+        output, _, outliers = functional.source_attention(query, key, value, threshold=plan.threshold, **scores)
+        forward.found(outliers, geometry.tokens)
     else:
         output = _layer_attention(forward, layer, gain, query, key, scores, value)
-        if gain is not None:
-            forward.rebalanced.add(layer)
     forward.called.add(layer)
     if plan.observer is not None:
         again = partial(_layer_attention, forward, layer, gain, query, key, scores)
         plan.observer(AttentionCall(layer, query, key, value, again, scores, gain, forward.outliers, plan.normalize))
     weights = None
     if forward.weights:
-        outliers = None if is_source or plan.boost_all else forward.outliers
-        weights = attention_weights(query, key, outliers, gain, normalize=plan.normalize, **scores)
+        strengthened = None if is_source or plan.boost_all else forward.outliers
+        weights = attention_weights(query, key, strengthened, gain, normalize=plan.normalize, **scores)
     return output.transpose(1, 2), weights
 
 
@@ -333,14 +365,7 @@ def _layer_attention(
     """The attention of one layer with these values, re-balanced where it has a gain."""
     plan = forward.plan
     if gain is not None and not plan.boost_all:
-        outliers = forward.outliers
-        if outliers is None:
-            raise RuntimeError(
-                f"layer {layer} ran before the source layer {plan.source_layer}, which finds the outliers: attnrb "
-                "needs the layers of a model to run in order, all through transformers' AttentionInterface"
-            )
-        if outliers.counts.device != query.device:
-            outliers = forward.outliers = Outliers(*(each.to(query.device) for each in outliers))
+        outliers = forward.outliers_for(layer, query.device)
         return functional.rebalanced_attention(query, key, value, outliers, gain, normalize=plan.normalize, **scores)
     output = functional.rebalanced_attention(query, key, value, *plan.nothing(query), **scores)
     if gain is not None:

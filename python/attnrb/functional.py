@@ -27,7 +27,8 @@ from attnrb.visibility import Visibility, describe, visibility_arguments
 
 __all__ = ["outlier_mask", "rebalance", "rebalanced_attention", "received_attention", "source_attention"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (*NATIVE_DTYPES, torch.float64)
 
 # Looked up once: torch.ops resolves overloads anew at every call.
 _outlier_mask = torch.ops.attnrb.outlier_mask.default

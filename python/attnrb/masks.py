@@ -175,14 +175,15 @@ def _in_numbers(visibility: Visibility, batch: int, device: torch.device | str |
     """A visibility without a mask, by `Note: [Masks in numbers]`."""
     window = _NO_BOUND if visibility.window is None else visibility.window
     row = [visibility.query_offset, visibility.key_offset, window, 0, _NO_BOUND]
-    numbers = torch.tensor([row if visibility.causal else [*row, 0]], dtype=torch.int64, device=device)
-    numbers = numbers.expand(batch, -1)
+    numbers = torch.tensor([[[row if visibility.causal else [*row, 0]]]], dtype=torch.int64, device=device)
+    if batch != 1:
+        numbers = numbers.expand(batch, -1, -1, -1)
     if visibility.key_start is not None or visibility.key_end is not None:
         numbers = numbers.clone()
         for column, bound in ((3, visibility.key_start), (4, visibility.key_end)):
             if bound is not None:
-                numbers[:, column] = bound
-    return numbers[:, None, None]
+                numbers[:, 0, 0, column] = bound
+    return numbers
 
 
 def _from_numbers(mask: torch.Tensor, queries: int) -> Geometry:
@@ -305,6 +306,8 @@ class _Slot:
 
 def _pattern(function: Callable[..., Any]) -> _Pattern | None:
     """Recognise a pattern that `Visibility` can say in numbers; None for any other."""
+    if function is masking_utils.causal_mask_function:  # nearly always
+        return _Pattern(causal=True)
     forward = current_forward()
     if torch.compiler.is_compiling() and (forward is None or forward.packed):
         return None  # tensors cannot be indexed by slots that are none, and a graph cannot try

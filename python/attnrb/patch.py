@@ -182,7 +182,7 @@ class Patch:
                 "re-balance with RebalanceConfig(layers=...)"
             )
         if not torch.compiler.is_compiling():  # a graph counts nothing
-            self.stats.add_forward(forward.rebalanced)
+            self.stats.add_forward(forward.called & self._plan.touched)
 
 
 class _Inputs:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from attnrb import functional
+from attnrb import functional, routine
 from attnrb.visibility import Visibility
 from dense_oracle import DenseOracle, linear_gains
 from test_patch_models import CONFIG, assert_close, oracle, run
@@ -20,16 +20,19 @@ from torch import Tensor
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Visibility]:
-    """What each layer said that its queries may see."""
+    """What the native op of each layer was told that its queries may see."""
     calls: list[Visibility] = []
-    for name in ("source_attention", "rebalanced_attention"):
-        real = getattr(functional, name)
+    first = {"_source_attention": 4, "_rebalanced_attention": 7}  # of the arguments that say so
+    for module in (functional, routine):
+        for name, start in first.items():
+            real = getattr(module, name)
 
-        def recorder(*args: Any, real: Any = real, **kwargs: Any) -> Any:
-            calls.append(kwargs["visibility"])
-            return real(*args, **kwargs)
+            def recorder(*args: Any, real: Any = real, start: int = start) -> Any:
+                causal, query_offset, key_offset, window, *tensors = args[start : start + 7]
+                calls.append(Visibility(causal, query_offset, key_offset, window or None, *tensors))
+                return real(*args)
 
-        monkeypatch.setattr(functional, name, recorder)
+            monkeypatch.setattr(module, name, recorder)
     return calls
 
 
