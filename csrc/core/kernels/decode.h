@@ -13,15 +13,30 @@
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-// Rows that will be read next, fetched into the cache a row at a time while others are being used: keys
-// and values alternate block by block, which the hardware's own prefetchers take for the end of a stream each time.
+// Rows that will be read next, fetched into the cache a few at a time while others are being used: keys and values
+// alternate block by block, which the hardware's own prefetchers take for the end of a stream each time.
 struct Upcoming {
   const char* next = nullptr;
   int64_t stride = 0, row_bytes = 0, rows = 0;
 
+  // Adjacent rows become `shares` times as many, for as many walks over a block to fetch them between them.
+  void divide(int64_t shares) {
+    if (stride != row_bytes) return;
+    rows *= shares;
+    stride = row_bytes = (row_bytes + shares - 1) / shares;
+  }
+
+  // May ask for a line beyond the last row, which harms nothing.
   ATTNRB_INLINE void fetch(int64_t count) {
-    for (; count > 0 && rows > 0; --count, --rows, next += stride)
-      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(next + byte, 0, 3);
+    if (rows <= 0) return;
+    rows -= count;
+    const bool adjacent = stride == row_bytes;
+    const int64_t runs = adjacent ? 1 : count, bytes = adjacent ? count * row_bytes : row_bytes;
+    for (int64_t run = 0; run < runs; ++run, next += adjacent ? bytes : stride)
+      for (int64_t byte = 0; byte < bytes; byte += 128) {
+        __builtin_prefetch(next + byte, 0, 3);
+        __builtin_prefetch(next + byte + 64, 0, 3);
+      }
   }
 };
 
@@ -112,6 +127,7 @@ class Decode {
   using Probability = typename Dot::Probability;
   static constexpr int kBlockKeys =
       64;  // keys and values of width 128 in bfloat16 fill two thirds of a first-level cache
+  static constexpr int64_t kMixColumns = 2 * Dot::chunk;  // columns of values that are summed in registers at a time
   static constexpr int kMaxRowBlock = Vec::width < 4 ? Vec::width : 4;
 
  public:
@@ -290,7 +306,10 @@ class Decode {
                   Dot::load_probability(worker.probabilities + r * kBlockKeys, j) * to_float(values[j * stride + d]);
       return;
     }
-    Upcoming keys_ahead = upcoming(problem_.key, batch, key_head, key + count, end - key - count, shape_.width);
+    const int64_t left = end - key - count;
+    Upcoming keys_ahead =
+        upcoming(problem_.key, batch, key_head, key + count, left < kBlockKeys ? left : kBlockKeys, shape_.width);
+    keys_ahead.divide((shape_.value_width + kMixColumns - 1) / kMixColumns);
     mix_rows(worker, values, stride, count, sums, keys_ahead);
   }
 
@@ -352,7 +371,7 @@ class Decode {
 
   void mix_rows(const Worker& worker, const Input* values, int64_t stride, int64_t count, float* sums,
                 Upcoming& ahead) const {
-    for (int64_t d = 0; d < shape_.value_width; d += 2 * Dot::chunk) {
+    for (int64_t d = 0; d < shape_.value_width; d += kMixColumns) {
       const int64_t left = shape_.value_width - d;
       int64_t r = 0;
       for (; r + kMaxRowBlock <= rows_; r += kMaxRowBlock)
@@ -371,7 +390,7 @@ class Decode {
       Dot::template mix<Rows, decltype(chunks)::value, decltype(whole)::value>(
           probabilities, kBlockKeys, values, stride, count, columns, out, sum_columns_, ahead);
     };
-    if (columns >= 2 * Dot::chunk)
+    if (columns >= kMixColumns)
       mix(std::integral_constant<int, 2>(), std::true_type());
     else if (columns > Dot::chunk)
       mix(std::integral_constant<int, 2>(), std::false_type());
