@@ -371,7 +371,7 @@ class AttentionBlock {
   // The second pass of Note: [Two passes for outliers].
   ATTNRB_DEVICE void select(const float (&max)[2], const float (&sum)[2]) {
     if (slice != 0) return;
-    block_sync();
+    // All warps are done with the first buffer: behind the last tile's scores there was a barrier.
     marks.join(reinterpret_cast<uint32_t*>(first_buffer));
     int32_t* found[2] = {nullptr, nullptr};
     float* scores[2] = {nullptr, nullptr};
@@ -477,8 +477,11 @@ class AttentionBlock {
   float sums[Tiles::value_tiles][4];
 };
 
+// Left alone, ptxas spills a register of the softmax kernel to come below 96 or 128 of them: shared memory holds three
+// blocks of it at a time, and that many registers do not press.
 template <class T, int Width, Task task>
-ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads) attention_kernel(ATTNRB_PARAMETERS AttentionParameters parameters) {
+ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, task == Task::softmax ? 3 : 1)
+    attention_kernel(ATTNRB_PARAMETERS AttentionParameters parameters) {
   AttentionBlock<T, Width, task> block(parameters, block_index());
   block.run();
 }

@@ -27,7 +27,8 @@
 #define ATTNRB_KERNEL __global__
 #define ATTNRB_DEVICE __device__ __forceinline__
 #define ATTNRB_PARAMETERS const __grid_constant__
-#define ATTNRB_BLOCK_THREADS(count) __launch_bounds__(count)
+// Threads of a block and, where given, the blocks that a multiprocessor is to hold at least.
+#define ATTNRB_BLOCK_THREADS(...) __launch_bounds__(__VA_ARGS__)
 
 namespace attnrb::cuda {
 

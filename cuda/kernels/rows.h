@@ -3,6 +3,12 @@
 // The softmax is that of Note: [Online softmax in base 2] (csrc/core/kernels/rows.h), with m the largest score so far,
 // and strengthening that of Note: [Strengthened probabilities]. A sink joins the sum at the end, so that it cannot push
 // the probabilities of 16-bit tiles out of their range.
+//
+// Note: [Loop distribution]
+// GCC 12 at -O3 (-ftree-loop-distribution) miscompiles a short loop which first resets an element of several arrays and
+// then, on one of its paths, stores the element anew: it makes loops of their own of the resets and may run one behind
+// the stores. The emulated kernels then saw every key below a row's last. So each element is stored once, with a value
+// that was chosen before; tests/cuda_host is compiled at -O3 and would show another such loop.
 #pragma once
 
 #include <cmath>
@@ -63,18 +69,21 @@ struct RowPair {
       const int64_t row = first_row + 8 * i;
       max[i] = minus_infinity();
       sum[i] = boosted[i] = 0.0f;
-      low[i] = high[i] = 0;
       seen[i] = false;
-      mask[i] = nullptr;
       valid[i] = row < p.rows;
-      if (!valid[i]) continue;
-      const RowPlace place = row_place(p, key_head, row);
-      const Interval interval = visible_interval(visibility, batch, place.query, p.problem.shape.keys);
+      Interval interval{0, 0};
+      const bool* row_mask = nullptr;
+      if (valid[i]) {
+        const RowPlace place = row_place(p, key_head, row);
+        interval = visible_interval(visibility, batch, place.query, p.problem.shape.keys);
+        if (visibility.mask != nullptr)
+          row_mask = visibility.mask + batch * visibility.mask_strides[0] + place.head * visibility.mask_strides[1] +
+                     place.query * visibility.mask_strides[2];
+      }
+      // Stored once each: see Note: [Loop distribution].
       low[i] = int(interval.low);
       high[i] = int(interval.high);
-      if (visibility.mask != nullptr)
-        mask[i] = visibility.mask + batch * visibility.mask_strides[0] + place.head * visibility.mask_strides[1] +
-                  place.query * visibility.mask_strides[2];
+      mask[i] = row_mask;
     }
   }
 

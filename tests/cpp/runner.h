@@ -15,6 +15,15 @@ namespace attnrb::testing {
 
 // Every kernel table to test: those that this processor runs, and the tile kernels on emulated tiles where it can.
 std::vector<const Kernels*> tested_kernels();
+// The numbers of threads, beside one, on which results must have the same bits. The emulated device knows no such
+// thing; there each run takes the work in another order.
+inline std::vector<int64_t> other_threads() {
+#if defined(ATTNRB_TEST_EMULATED_CUDA)
+  return {2};
+#else
+  return {2, 4};
+#endif
+}
 
 // Everything an attention kernel writes, to be compared bit by bit.
 struct Written {

@@ -28,7 +28,7 @@ TEST_P(GeneratedAttention, MatchesTheOracleOnAnyNumberOfThreads) {
       ASSERT_TRUE(matches(*kernels, attention, truth, &ties))
           << kernels->name << ", seed " << seed << ": " << attention.describe();
       for (const int32_t count : attention.found_counts) outliers += count;
-      for (const int64_t threads : {2, 4})
+      for (const int64_t threads : other_threads())
         ASSERT_TRUE(run_attention(*kernels, attention, threads) == alone)
             << kernels->name << " on " << threads << " threads, seed " << seed << ": " << attention.describe();
     }
@@ -50,19 +50,19 @@ TEST_P(GeneratedReceived, MatchesTheOracleOnAnyNumberOfThreads) {
     const ReceivedProblem problem = attention.received_problem(received);
     const std::vector<Bounded> truth = received_truth(problem);
     for (const Kernels* kernels : tested_kernels()) {
-      std::vector<float> alone;
-      for (const int64_t threads : {1, 2, 4}) {
+      const auto run = [&](int64_t threads) {
         received.assign(received.size(), -77.0f);
         ScratchLease scratch;
         kernels->received_attention(problem, test_pool(threads), *scratch);
-        if (threads == 1) {
-          alone = received;
-          for (size_t i = 0; i < truth.size(); ++i)
-            ASSERT_TRUE(close(*kernels, received[i], truth[i]))
-                << kernels->name << ", seed " << seed << ", element " << i << ": expected " << truth[i].value
-                << " within " << tolerance(*kernels, truth[i]) << ", got " << received[i] << "; "
-                << attention.describe();
-        }
+      };
+      run(1);
+      const std::vector<float> alone = received;
+      for (size_t i = 0; i < truth.size(); ++i)
+        ASSERT_TRUE(close(*kernels, received[i], truth[i]))
+            << kernels->name << ", seed " << seed << ", element " << i << ": expected " << truth[i].value << " within "
+            << tolerance(*kernels, truth[i]) << ", got " << received[i] << "; " << attention.describe();
+      for (const int64_t threads : other_threads()) {
+        run(threads);
         ASSERT_EQ(received, alone) << kernels->name << " on " << threads << " threads, seed " << seed;
       }
     }

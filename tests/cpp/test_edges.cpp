@@ -2,6 +2,7 @@
 // rules.
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "runner.h"
 #include "threads.h"
@@ -231,6 +232,36 @@ TEST_P(Edges, EvenWeightsOnTheThresholdFillTheRowAtMost) {
     EXPECT_TRUE(matches(kernels(), attention, truth, &ties));
     EXPECT_EQ(ties, 100 * queries);
   }
+}
+
+TEST_P(Edges, WideRowsAreExact) {
+  for (const DType dtype : {DType::float32, DType::bfloat16})
+    for (const Role role : {Role::source, Role::rebalanced})
+      for (const auto& [width, value_width] : {std::pair<int64_t, int64_t>{200, 300}, {250, 70}, {16, 600}}) {
+        AttentionCase attention = simple_case({1, 2, 1, 20, 70, width, value_width}, dtype);
+        attention.role = role;
+        Random random{uint64_t(width)};
+        if (role == Role::rebalanced) add_outliers(attention, random, 5);
+        const AttentionTruth truth = attention_truth(attention.problem());
+        run_attention(kernels(), attention, 2);
+        int64_t ties = 0;
+        EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
+      }
+}
+
+// Outliers anywhere in tens of thousands of keys.
+TEST_P(Edges, RowsOfManyKeysAreExact) {
+  AttentionCase attention = simple_case(make_shape(1, 2, 1, 3, 40000, 8));
+  attention.role = Role::source;
+  attention.threshold = 0.001;
+  attention.scoring.scale = 0.7f;
+  const AttentionTruth truth = attention_truth(attention.problem());
+  run_attention(kernels(), attention, 2);
+  int64_t ties = 0, outliers = 0;
+  EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
+  for (const int32_t count : attention.found_counts) outliers += count;
+  EXPECT_GT(outliers, 100);
+  EXPECT_LT(ties * 20, outliers);
 }
 
 TEST_P(Edges, ScratchGrowsAndIsReused) {

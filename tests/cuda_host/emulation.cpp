@@ -6,7 +6,6 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -19,7 +18,7 @@
 namespace attnrb::cuda {
 namespace emulation {
 
-thread_local Lane current;
+ATTNRB_EMULATION_LOCAL __thread Lane current;
 
 void fail(const char* format, ...) {
   std::fflush(stdout);
@@ -35,7 +34,14 @@ void fail(const char* format, ...) {
 
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kStackBytes = 256 * 1024;
+#else
+constexpr size_t kStackBytes = 64 * 1024;
+#endif
+// Stacks lie an odd number of cache lines apart: at a power of two, the same variable of all fibers would fall into one
+// set of the cache.
+constexpr size_t kStackSpacing = kStackBytes + 17 * 64;
 
 // Where a fiber stands while another runs. A switch is a dozen instructions; swapcontext() would ask the operating
 // system for the signal mask each time.
@@ -123,11 +129,8 @@ struct Copy {
   bool valid;
 };
 
-enum class State { ready, waiting, done };
-
 struct Fiber {
   Context context;
-  State state = State::ready;
   std::vector<Copy> copies;
 };
 
@@ -149,50 +152,50 @@ struct Block {
   void (*body)(const void*) = nullptr;
   const void* argument = nullptr;
 };
-thread_local Block* block = nullptr;
-thread_local uint64_t order = 0;
+ATTNRB_EMULATION_LOCAL __thread Block* block = nullptr;
+ATTNRB_EMULATION_LOCAL __thread uint64_t order = 0;
 
-uint64_t draw() {
+// Below `count`, which is small: the upper half of a product with 32 random bits.
+size_t draw(size_t count) {
   order ^= order << 13;
   order ^= order >> 7;
   order ^= order << 17;
-  return order;
+  return size_t((order >> 32) * count >> 32);
 }
 
 Fiber& running() { return block->fibers[size_t(current.thread)]; }
 
-void leave() { Context::swap(running().context, block->scheduler); }
-
-void wait() {
-  running().state = State::waiting;
-  leave();
+// Goes on with a fiber that is ready, drawn at random, or with the scheduler where none is.
+void go_on(Context& from) {
+  std::vector<int>& ready = block->ready;
+  if (ready.empty()) return Context::swap(from, block->scheduler);
+  const size_t pick = draw(ready.size());
+  const int thread = ready[pick];
+  ready[pick] = ready.back();
+  ready.pop_back();
+  Context& to = block->fibers[size_t(thread)].context;
+  current.thread = thread;
+  if (&to != &from) Context::swap(from, to);
 }
 
-void make_ready(int thread) {
-  block->fibers[size_t(thread)].state = State::ready;
-  block->ready.push_back(thread);
+void wait() { go_on(running().context); }
+
+// All threads from `first` on go on, in any order.
+void release(int first, int count) {
+  for (int thread = first; thread < first + count; ++thread) block->ready.push_back(thread);
+  wait();
 }
 
 void fiber_main() {
   block->body(block->argument);
   if (!running().copies.empty()) fail("%zu copies were never waited for", running().copies.size());
-  running().state = State::done;
   --block->left;
-  leave();
+  wait();
   fail("a thread that had ended was run");
 }
 
 void run_block() {
-  const int64_t index = current.block;
-  unsigned char* shared = current.shared;
-  while (!block->ready.empty()) {
-    const size_t pick = size_t(draw() % block->ready.size());
-    const int thread = block->ready[pick];
-    block->ready[pick] = block->ready.back();
-    block->ready.pop_back();
-    current = {thread, index, shared};
-    Context::swap(block->scheduler, block->fibers[size_t(thread)].context);
-  }
+  go_on(block->scheduler);
   if (block->left == 0) return;
   for (const Warp& warp : block->warps)
     if (warp.arrived != 0)
@@ -209,7 +212,7 @@ void warp_meet(const char* what, int line, void* argument, void (*operate)(void*
   if (warp.arrived == 0) {
     warp.what = what;
     warp.line = line;
-  } else if (warp.line != line || std::strcmp(warp.what, what) != 0) {
+  } else if (warp.line != line || (warp.what != what && std::strcmp(warp.what, what) != 0)) {
     fail("divergent warp: one lane is at the %s of line %d, another at the %s of line %d", what, line, warp.what,
          warp.line);
   }
@@ -217,12 +220,7 @@ void warp_meet(const char* what, int line, void* argument, void (*operate)(void*
   if (++warp.arrived < 32) return wait();
   warp.arrived = 0;
   operate(warp.arguments);
-  const int first = thread / 32 * 32;
-  for (int lane = 0; lane < 32; ++lane)
-    if (first + lane != thread) make_ready(first + lane);
-  // The last to arrive takes its turn like the others.
-  block->ready.push_back(thread);
-  leave();
+  release(thread / 32 * 32, 32);
 }
 
 void block_meet(int line) {
@@ -233,10 +231,7 @@ void block_meet(int line) {
          block->barrier_line);
   if (++block->at_barrier < block->threads) return wait();
   block->at_barrier = 0;
-  for (int thread = 0; thread < block->threads; ++thread)
-    if (thread != current.thread) make_ready(thread);
-  block->ready.push_back(current.thread);
-  leave();
+  release(0, block->threads);
 }
 
 void start_copy(void* shared, const void* global, bool valid) {
@@ -263,8 +258,9 @@ void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, void (*body)(
   if (threads % 32 != 0) fail("blocks of whole warps expected");
   const GuardedMemory shared{size_t(shared_bytes)};
   // Kept between calls: stacks are large.
-  static thread_local std::vector<std::unique_ptr<unsigned char[]>> stacks;
-  while (int(stacks.size()) < threads) stacks.emplace_back(new unsigned char[kStackBytes + 16]);
+  static thread_local std::vector<unsigned char> stacks;
+  if (stacks.size() < size_t(threads) * kStackSpacing + 64) stacks.resize(size_t(threads) * kStackSpacing + 64);
+  unsigned char* first_stack = stacks.data() + (64 - reinterpret_cast<uintptr_t>(stacks.data()) % 64);
   // Goes on from launch to launch: the same work again runs in another order, and must give the same bits.
   if (order == 0) {
     const char* seed = std::getenv("ATTNRB_EMULATION_SEED");
@@ -283,13 +279,12 @@ void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, void (*body)(
     const_cast<GuardedMemory&>(shared).poison();
     state.left = threads;
     for (int thread = 0; thread < threads; ++thread) {
-      unsigned char* stack = stacks[size_t(thread)].get();
+      unsigned char* stack = first_stack + size_t(thread) * kStackSpacing;
 #if defined(__SANITIZE_ADDRESS__)
       ASAN_UNPOISON_MEMORY_REGION(stack, kStackBytes);
 #endif
-      stack += 16 - reinterpret_cast<uintptr_t>(stack) % 16;
       state.fibers[size_t(thread)].context.prepare(stack, fiber_main);
-      make_ready(thread);
+      state.ready.push_back(thread);
     }
     current = {0, index, shared.data()};
     run_block();
@@ -326,11 +321,12 @@ void deal_matrices(void* const (&lanes)[32]) {
     }
 }
 
-// Towards zero, as tensor cores add.
+// Towards zero, as tensor cores add. A number rounded away from zero is not zero, and the bits of the one before it are
+// one less.
 float cut_off(double x) {
   const float nearest = float(x);
-  if (std::isnan(nearest) || std::isinf(nearest) || std::fabs(double(nearest)) <= std::fabs(x)) return nearest;
-  return std::nextafter(nearest, 0.0f);
+  if (!(std::fabs(double(nearest)) > std::fabs(x)) || std::isinf(nearest)) return nearest;
+  return bit_cast<float>(bit_cast<uint32_t>(nearest) - 1);
 }
 
 struct Product {
@@ -342,19 +338,26 @@ struct Product {
 // c[16, 8] += a[16, k] b[k, 8] with the layouts of the PTX ISA, "Matrix fragments for mma.m16n8k16" and "mma.m16n8k8".
 template <int K, class GetA, class GetB>
 void multiply_lanes(void* const (&lanes)[32], GetA&& get_a, GetB&& get_b) {
-  double a[16][K], b[K][8];
+  // Two columns in one vector: lane l holds columns 2 (l % 4) and the next.
+  typedef double Pair __attribute__((vector_size(16)));
+  double a[16][K];
+  Pair b[K][4];
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < K; ++k) a[row][k] = get_a(row, k);
   for (int k = 0; k < K; ++k)
-    for (int column = 0; column < 8; ++column) b[k][column] = get_b(k, column);
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
-      float& c = static_cast<Product*>(lanes[lane])->c[i];
-      double sum = double(c);
-      for (int k = 0; k < K; ++k) sum += a[row][k] * b[k][column];
-      c = cut_off(sum);
+    for (int column = 0; column < 8; ++column) b[k][column / 2][column % 2] = get_b(k, column);
+  for (int row = 0; row < 16; ++row) {
+    float* c[4];
+    Pair sums[4];
+    for (int t = 0; t < 4; ++t) {
+      c[t] = static_cast<Product*>(lanes[row % 8 * 4 + t])->c + row / 8 * 2;
+      sums[t] = Pair{double(c[t][0]), double(c[t][1])};
     }
+    for (int k = 0; k < K; ++k)
+      for (int t = 0; t < 4; ++t) sums[t] += a[row][k] * b[k][t];
+    for (int t = 0; t < 4; ++t)
+      for (int e = 0; e < 2; ++e) c[t][e] = cut_off(sums[t][e]);
+  }
 }
 
 template <class T>

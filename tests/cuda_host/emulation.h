@@ -19,7 +19,9 @@
 #define ATTNRB_KERNEL static
 #define ATTNRB_DEVICE inline
 #define ATTNRB_PARAMETERS const
-#define ATTNRB_BLOCK_THREADS(count)
+#define ATTNRB_BLOCK_THREADS(...)
+// Read at every step: not through the function that a shared library asks for its thread-local variables.
+#define ATTNRB_EMULATION_LOCAL __attribute__((tls_model("initial-exec")))
 
 namespace attnrb::cuda {
 
@@ -31,7 +33,7 @@ struct Lane {
   int64_t block;
   unsigned char* shared;
 };
-extern thread_local Lane current;
+extern ATTNRB_EMULATION_LOCAL __thread Lane current;
 
 // The 32 lanes of a warp meet: the last to arrive calls operate(arguments of all lanes), then all go on. `what` and
 // `line` name the operation: lanes that meet at different ones have diverged.
