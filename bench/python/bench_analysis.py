@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from figures import Figures, option_parser
+
 SECONDS_BAR = {4096: 60.0}
 GIGABYTES_BAR = 8.0
 
@@ -40,22 +42,15 @@ def measure(length: int, threads: int) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens")
-    parser.add_argument("--threads", type=int, default=2, help="threads (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures here")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # the child process
     options = parser.parse_args(arguments)
     if options.one is not None:
         print(json.dumps(measure(options.one, options.threads)))
         return 0
 
-    import torch
-    from machine import describe, headline
-
-    torch.set_num_threads(options.threads)
-    description = describe()
-    print(headline(description))
+    figures = Figures(options)
     cases: list[dict[str, Any]] = []
     for length in options.lengths:
         command = [sys.executable, __file__, "--one", str(length), "--threads", str(options.threads)]
@@ -66,9 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         bars = [(case["peak"] / 1e9, GIGABYTES_BAR, "GB")] + ([(case["seconds"], limit, "s")] if limit else [])
         verdicts = ", ".join(f"bar <= {bar:g} {unit}: {'holds' if is_ <= bar else 'MISSED'}" for is_, bar, unit in bars)
         print(f"{length:>6} tokens {case['seconds']:>8.1f} s {case['peak'] / 1e9:>6.2f} GB   {verdicts}", flush=True)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(description | {"cases": cases}, indent=1) + "\n")
+    figures.store(cases=cases)
     return 0
 
 

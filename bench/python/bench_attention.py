@@ -10,28 +10,24 @@ output was wrong, or, with --strict, that a bar was missed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
+
+from figures import Figures, option_parser
 
 # What --cpu means to PyTorch; it has no lower set than "default".
 _TORCH_CAPABILITY = {"portable": "default", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512", "amx": "amx"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter sequences and fewer rounds: a look, not a figure")
+    parser = option_parser(__doc__, quick="shorter sequences and fewer rounds", seconds=(3.0, "a case"))
     parser.add_argument(
         "--case", action="append", metavar="PART", help="only cases whose name contains this; repeatable"
     )
-    parser.add_argument("--threads", type=int, default=2, help="threads of both libraries (default: 2)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing a case (default: 3)")
     parser.add_argument("--cpu", choices=_TORCH_CAPABILITY, help="instruction set that both libraries are held to")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 where a bar is missed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures here")
     return parser.parse_args(arguments)
 
 
@@ -41,19 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["ATTNRB_CPU"] = options.cpu
         os.environ["ATEN_CPU_CAPABILITY"] = _TORCH_CAPABILITY[options.cpu]
 
-    import torch
     from bars import CASES
     from contenders import WrongResultError, smaller
-    from machine import describe, headline
     from report import HEADER, lines, verdict
 
-    torch.set_num_threads(options.threads)
     cases = [case for case in CASES if not options.case or any(part in case.name for part in options.case)]
     if not cases:
         print(f"no case is called like that; there are: {', '.join(case.name for case in CASES)}", file=sys.stderr)
         return 2
-    description = describe()
-    print(headline(description))
+    figures = Figures(options)
     print(HEADER, flush=True)
     results: list[dict[str, Any]] = []
     for case in cases:
@@ -65,9 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.append(result)
         print("\n".join(lines(result)), flush=True)
     print(verdict(results) + (" (which are meant for the full lengths)" if options.quick else ""))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(description | {"quick": options.quick, "cases": results}, indent=1) + "\n")
+    figures.store(cases=results)
     missed = any(not bar["holds"] for result in results for bar in result["bars"])
     return 1 if options.strict and missed else 0
 

@@ -13,13 +13,14 @@ weights.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from figures import Figures, option_parser
 
 EXPONENT_BAR = 1.1
 EAGER_BAR = 25.0
@@ -106,22 +107,14 @@ def against_published(keys: int, seconds: float) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter sequences: a look, not a figure")
-    parser.add_argument("--threads", type=int, default=2, help="threads (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures here")
+    parser = option_parser(__doc__, quick="shorter sequences")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # the child process
     options = parser.parse_args(arguments)
     if options.peak is not None:
         print(peak_above_inputs(options.peak, options.threads))
         return 0
 
-    import torch
-    from machine import describe, headline
-
-    torch.set_num_threads(options.threads)
-    description = describe()
-    print(headline(description))
+    figures = Figures(options)
     lengths = [256, 512, 1024, 2048] if options.quick else [1024, 2048, 4096, 8192, 16384]
     peaks = []
     print(f"{'n':>6} {'peak above inputs':>18} {'bytes a query':>14}")
@@ -139,11 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{published['name']}, bfloat16: {its * 1e3:.0f} ms, attnrb {own * 1e3:.1f} ms: {its / own:.1f} times faster, "
         f"bar >= {EAGER_BAR:g}: {'holds' if its / own >= EAGER_BAR else 'MISSED'}"
     )
-    if options.json is not None:
-        memory = {"lengths": lengths, "peaks": peaks, "exponent": slope, "bar": EXPONENT_BAR}
-        stored = description | {"quick": options.quick, "memory": memory, "cases": [published]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(stored, indent=1) + "\n")
+    memory = {"lengths": lengths, "peaks": peaks, "exponent": slope, "bar": EXPONENT_BAR}
+    figures.store(memory=memory, cases=[published])
     return 0
 
 

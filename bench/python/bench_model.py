@@ -9,12 +9,11 @@ gains are zero must give the logits of the unpatched model.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
+
+from figures import Figures, option_parser
 
 BAR = 1.0
 NEW_TOKENS = 64
@@ -85,21 +84,13 @@ def measure(model: Any, ids: Any, new_tokens: int, seconds: float) -> dict[str, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter prompts, fewer tokens: a look, not a figure")
-    parser.add_argument("--model", default=None, help="hub id, folder or .gguf file (default: the embedded model)")
-    parser.add_argument("--threads", type=int, default=2, help="threads (default: 2)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of timing a case (default: 30)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures here")
+    parser = option_parser(__doc__, quick="shorter prompts, fewer tokens", seconds=(30.0, "a case"), model=True)
     options = parser.parse_args(arguments)
 
     import torch
     from attnrb.models import load
-    from machine import describe, headline
 
-    torch.set_num_threads(options.threads)
-    description = describe()
-    print(headline(description))
+    figures = Figures(options)
     print(f"{'case':<28} {'re-balanced':>14} {'sdpa':>14} {'time ratio':>11} {'bar':>8}  holds")
     results = []
     lengths, new_tokens = ((512, 64), 16) if options.quick else ((4096, 128), NEW_TOKENS)
@@ -116,9 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{bar['is']:>11.2f} {'<=':>4} {bar['at_most']:.2f}  {'yes' if bar['holds'] else 'NO'}",
                 flush=True,
             )
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(description | {"quick": options.quick, "cases": results}, indent=1) + "\n")
+    figures.store(cases=results)
     return 0
 
 

@@ -12,15 +12,14 @@ function and masks take, is printed beside it. Both are shares of the whole unpa
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from figures import Figures, option_parser
 
 PATCH_BAR = 5e-3  # seconds
 STEP_BAR = 0.02
@@ -150,29 +149,19 @@ def measure(model: Any, quick: bool, seconds: float) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a figure")
-    parser.add_argument("--model", default=None, help="hub id, folder or .gguf file (default: the embedded model)")
-    parser.add_argument("--threads", type=int, default=2, help="threads (default: 2)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of timing the steps (default: 30)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures here")
+    parser = option_parser(__doc__, quick="few rounds", seconds=(30.0, "the steps"), model=True)
     options = parser.parse_args(arguments)
 
     import torch
     from attnrb.models import load
-    from machine import describe, headline
 
-    torch.set_num_threads(options.threads)
-    description = describe()
-    print(headline(description))
+    figures = Figures(options)
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         model, _ = load(options.model, dtype)
         model.set_attn_implementation("sdpa")
         results.append(measure(model, options.quick, options.seconds / 2))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(description | {"quick": options.quick, "cases": results}, indent=1) + "\n")
+    figures.store(cases=results)
     return 0
 
 

@@ -9,31 +9,22 @@ reached with a matrix product of the same dtype, or with a plain read of the sam
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
+
+from figures import Figures, option_parser
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 CACHES = (1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the three shortest of each: a look, not a figure")
-    parser.add_argument("--threads", type=int, default=2, help="threads of both libraries (default: 2)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing a length (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures here")
+    parser = option_parser(__doc__, quick="the three shortest of each", seconds=(3.0, "a length"))
     options = parser.parse_args(arguments)
 
-    import torch
     from bars import BF16, FP32, SDPA, SDPA_BEST, Case
     from bench_attention import measure
-    from machine import describe, headline
 
-    torch.set_num_threads(options.threads)
-    description = describe()
-    print(headline(description))
+    figures = Figures(options)
     print(
         f"{'case':<24} {'n':>6} {'attnrb ms':>10} {'sdpa ms':>10} {'limit ms':>10} {'ratio':>6} {'share':>6}",
         flush=True,
@@ -56,9 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{own / other:>6.2f} {limit / own:>6.0%}",
             flush=True,
         )
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(description | {"quick": options.quick, "cases": results}, indent=1) + "\n")
+    figures.store(cases=results)
     return 0
 
 

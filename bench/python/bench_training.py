@@ -11,7 +11,6 @@ and 2 for an n-by-n matrix.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_memory import EXPONENT_BAR, HEADS, KEY_HEADS, WIDTH, exponent
+from figures import Figures, option_parser
 
 BARS = {"bfloat16": 0.75, "float32": 1.0}
 GAIN = 0.1
@@ -131,11 +131,7 @@ def peak_above_inputs(keys: int, threads: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter sequences: a look, not a figure")
-    parser.add_argument("--threads", type=int, default=2, help="threads (default: 2)")
-    parser.add_argument("--seconds", type=float, default=8.0, help="time for each dtype (default: 8)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures here")
+    parser = option_parser(__doc__, quick="shorter sequences", seconds=(8.0, "a dtype"))
     parser.add_argument("--only", choices=("time", "memory"), help="one half of it")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # the child process
     options = parser.parse_args(arguments)
@@ -143,12 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(peak_above_inputs(options.peak, options.threads))
         return 0
 
-    import torch
-    from machine import describe, headline
-
-    torch.set_num_threads(options.threads)
-    description = describe()
-    print(headline(description))
+    figures = Figures(options)
     results: list[dict[str, Any]] = []
     if options.only != "memory":
         for name in BARS:
@@ -171,9 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         holds = slope <= EXPONENT_BAR
         print(f"memory grows as n^{slope:.2f} (at most {EXPONENT_BAR}: {'holds' if holds else 'MISSED'})")
         results.append({"name": "memory", "lengths": lengths, "peaks": peaks, "exponent": slope, "holds": holds})
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(description | {"quick": options.quick, "cases": results}, indent=1) + "\n")
+    figures.store(cases=results)
     return 0
 
 
