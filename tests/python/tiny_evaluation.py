@@ -47,6 +47,27 @@ def save_data(folder: Path) -> Path:
     return folder
 
 
+def save_task(folder: Path) -> Path:
+    """A task of the harness' own kind, ``colours``, with its items in a file beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    choices = ["red", "blue", "green"]
+    items = [{"question": f"Which colour has {n}?", "choices": choices, "gold": n % 3} for n in range(PAIRS)]
+    write_lines(folder / "colours.jsonl", items)
+    task = {
+        "task": "colours",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "colours.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}} Answer:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "colours.yaml").write_text(json.dumps(task), "utf-8")  # JSON is YAML too
+    return folder
+
+
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

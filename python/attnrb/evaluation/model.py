@@ -53,7 +53,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         config: a whole `RebalanceConfig` in place of those options.
         plain: leave the model as it is.
         dtype: of the weights. Default: float32.
-        device: default: CUDA where there is one, else the CPU.
+        device: default: CUDA where there is one, else the CPU, which stands in for a missing CUDA device too.
         batch_size: requests in a batch, or ``auto``: as many as a number of tokens allows, fewer where memory is short.
         max_batch_size: upper bound of an automatic batch.
         tokenizer: of a loaded model.
@@ -99,10 +99,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
             )
         self._batch_size_option = _batch_size(batch_size)
         accelerator = _accelerator()
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if accelerator is not None:
-            device = accelerator.device
+        device = _device(device) if accelerator is None else accelerator.device
         if pretrained is None or isinstance(pretrained, (str, os.PathLike)):
             pretrained, tokenizer = load(pretrained, dtype, device)
         kwargs.pop("trust_remote_code", None)  # code that ships with a model is never run
@@ -318,6 +315,13 @@ def _layers(text: str) -> tuple[int, ...]:
     from attnrb.cli.options import parse_layers
 
     return tuple(parse_layers(text.replace("+", ",")))
+
+
+def _device(name: str | None) -> str:
+    """Where to put a model. The harness' command names ``cuda:0`` where nobody asked for a device, GPU or not."""
+    if torch.cuda.is_available():
+        return name or "cuda"
+    return "cpu" if name is None or name.startswith("cuda") else name
 
 
 def _batch_size(option: int | str) -> int | None:
