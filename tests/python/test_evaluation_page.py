@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ for package in ("lm_eval", "plotly", "optuna"):
     pytest.importorskip(package)
 
 from attnrb.config import RebalanceConfig  # noqa: E402
-from attnrb.evaluation.grid import Plan, evaluate  # noqa: E402
+from attnrb.evaluation.grid import evaluate  # noqa: E402
 from attnrb.evaluation.model import AttnrbLM  # noqa: E402
 from attnrb.evaluation.page import letter_notes, page, points, sentence  # noqa: E402
+from attnrb.evaluation.plan import Plan  # noqa: E402
 from attnrb.evaluation.search import SearchPlan, search  # noqa: E402
 from attnrb.evaluation.search_page import search_page  # noqa: E402
 from browser import Heard, browser, opened  # noqa: E402
@@ -40,12 +42,33 @@ def chromium() -> Iterator[Any]:
         yield chromium
 
 
-def test_an_evaluation(lm: AttnrbLM, data: Path, tmp_path: Path, chromium: Any) -> None:
-    plan = Plan(("mmlu_anatomy", "siqa"), data, (RebalanceConfig(alpha=3.0),), "both", (0, 4), limit=3)
-    report = evaluate(lm, plan, tmp_path / "run.jsonl", model=HOSTILE)
+@pytest.fixture(scope="module")
+def report(lm: AttnrbLM, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    configs = (RebalanceConfig(alpha=3.0), RebalanceConfig(alpha=0.5, layers=(1, 2)))
+    plan = Plan(("mmlu_anatomy", "siqa"), data, configs, "both", (0, 4), limit=3)
+    report = evaluate(lm, plan, tmp_path_factory.mktemp("run") / "run.jsonl", model=HOSTILE)
     assert report is not None
-    (tmp_path / "page.html").write_text(page(report.to_dict()), "utf-8")
-    with opened(chromium, tmp_path / "page.html") as (tab, heard):
+    return report.to_dict()
+
+
+@pytest.fixture(scope="module")
+def evaluation(report: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "evaluation.html"
+    path.write_text(page(report), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def searched(lm: AttnrbLM, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("search")
+    result = search(lm, SearchPlan(("siqa",), data, evaluations=3, development=2), folder / "run.jsonl", model="m" * 80)
+    assert result is not None
+    (folder / "search.html").write_text(search_page(result.to_dict()), "utf-8")
+    return folder / "search.html"
+
+
+def test_an_evaluation(chromium: Any, evaluation: Path) -> None:
+    with opened(chromium, evaluation) as (tab, heard):
         assert HOSTILE in tab.locator("h1").inner_text()
         assert tab.title() != "caught"
         plots = tab.locator(".plot")
@@ -55,13 +78,75 @@ def test_an_evaluation(lm: AttnrbLM, data: Path, tmp_path: Path, chromium: Any) 
     assert heard == Heard()
 
 
-def test_a_search(lm: AttnrbLM, data: Path, tmp_path: Path, chromium: Any) -> None:
-    result = search(lm, SearchPlan(("siqa",), data, evaluations=3, development=2), tmp_path / "run.jsonl", model="m")
-    assert result is not None
-    (tmp_path / "page.html").write_text(search_page(result.to_dict()), "utf-8")
-    with opened(chromium, tmp_path / "page.html") as (tab, heard):
+def test_points_stand_where_their_figures_say(chromium: Any, evaluation: Path, report: dict[str, Any]) -> None:
+    """In pixels, of every marker and bar: what shares a row must not move along the axis of values."""
+    drawn = """name => {
+        const plot = document.querySelector(`.plot[data-spec="${name}"]`);
+        return plot.calcdata.flatMap((points) => points.map((point) => ({
+          x: plot._fullLayout.xaxis.p2c(plot._fullLayout.xaxis.c2p(point.x)), y: point.y ?? point.s, size: point.s,
+        })));
+    }"""
+    with opened(chromium, evaluation) as (tab, heard):
+        points = tab.evaluate(drawn, "differences")
+        bars = tab.evaluate(drawn, "accuracies")
+    expected = [
+        100 * group["difference"]
+        for arm in dict.fromkeys(pair["arm"] for pair in report["differences"])
+        for pair in report["differences"]
+        if pair["arm"] == arm
+        for group in pair["groups"].values()
+    ]
+    assert [point["x"] for point in points] == pytest.approx(expected)
+    assert len(points) == 2 * 3 * 2  # models, ways of asking, groups
+    shares = sorted(100 * group["accuracy"] for result in report["results"] for group in result["groups"].values())
+    assert sorted(bar["size"] for bar in bars) == pytest.approx(shares)
+    assert heard == Heard()
+
+
+def test_a_search(chromium: Any, searched: Path) -> None:
+    with opened(chromium, searched) as (tab, heard):
         assert tab.locator("#trials").count() == 1
         assert tab.locator('.plot[data-spec="trials"] svg.main-svg').count() >= 1
+    assert heard == Heard()
+
+
+@pytest.mark.parametrize("name", ["evaluation", "searched"])
+def test_a_phone_has_no_sideways_scrolling(chromium: Any, name: str, request: pytest.FixtureRequest) -> None:
+    options = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    with opened(chromium, request.getfixturevalue(name), **options) as (tab, heard):
+        for summary in tab.locator("summary").all():
+            summary.tap()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        assert tab.evaluate("[...document.querySelectorAll('.plot')].every(plot => plot.scrollWidth <= 360)")
+    assert heard == Heard()
+
+
+def test_colours_follow_the_system_the_button_and_paper(chromium: Any, evaluation: Path) -> None:
+    def brightness(tab: Any, of: str) -> int:
+        colour = tab.evaluate(of)
+        return sum(int(part) for part in re.findall(r"\d+", colour)[:3])
+
+    page_colour = "getComputedStyle(document.body).backgroundColor"
+    ink = "getComputedStyle(document.querySelector('.plot .xtick text')).fill"
+    with opened(chromium, evaluation, color_scheme="dark") as (tab, heard):
+        assert (brightness(tab, page_colour) < 300, brightness(tab, ink) > 600) == (True, True)
+        assert tab.locator("#theme").inner_text() == "Light"
+        tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert (brightness(tab, page_colour) > 600, brightness(tab, ink) < 300) == (True, True)
+        tab.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert brightness(tab, page_colour) < 300
+        tab.locator("#theme").focus()
+        tab.keyboard.press("Enter")
+        assert (brightness(tab, page_colour) > 600, brightness(tab, ink) < 300) == (True, True)
+        assert tab.pdf(format="A4").startswith(b"%PDF")
+    assert heard == Heard()
+
+
+def test_tables_scroll_by_keyboard(chromium: Any, evaluation: Path) -> None:
+    with opened(chromium, evaluation, viewport={"width": 360, "height": 740}) as (tab, heard):
+        tab.locator(".scroll").first.focus()
+        tab.keyboard.press("ArrowRight")
+        tab.wait_for_function("document.activeElement.scrollLeft > 0", polling=50)
     assert heard == Heard()
 
 
@@ -83,7 +168,10 @@ def difference(**changes: Any) -> dict[str, Any]:
 def test_one_letter_is_told() -> None:
     groups = {"stem": {"items": 10, "answers": {"A": 9, "B": 1}}, "siqa": {"items": 10, "answers": {"A": 8, "B": 2}}}
     (note,) = letter_notes({"results": [{"arm": "plain", "label": "direct", "groups": groups}]})
-    assert note.startswith("stem, direct: plain answers A to 9 of 10 items")
+    assert note.startswith("plain, direct, answers A to nearly everything (9 of 10 in stem), so that")
+    both = {"stem": groups["stem"], "siqa": {"items": 10, "answers": {"A": 10}}}
+    (note,) = letter_notes({"results": [{"arm": "plain", "label": "direct", "groups": both}]})
+    assert "(9 of 10 in stem, 10 of 10 in siqa)" in note
 
 
 def test_sentences() -> None:

@@ -1,4 +1,4 @@
-"use strict";
+
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
@@ -341,42 +341,13 @@
     drawHeads();
   };
 
-  // ------------------------------------------------------------------------------------------------ theme, print
-
-  const system = window.matchMedia("(prefers-color-scheme: dark)");
-  let chosen = null;
-  const setTheme = (theme) => {
-    root.dataset.theme = theme;
-    const toggle = byId("theme");
-    toggle.textContent = theme === "dark" ? "Light" : "Dark";
-    toggle.setAttribute("aria-label", `Switch to ${theme === "dark" ? "light" : "dark"} colours`);
-  };
-  const themeNow = () => chosen ?? (system.matches ? "dark" : "light");
-  byId("theme").addEventListener("click", () => {
-    chosen = themeNow() === "dark" ? "light" : "dark";
-    setTheme(chosen);
-    drawAll();
-  });
-  system.addEventListener("change", () => {
-    setTheme(themeNow());
-    drawAll();
-  });
-  window.addEventListener("beforeprint", () => {
-    setTheme("light");
-    plotWidth.now = 320;
-    drawAll();
-  });
-  window.addEventListener("afterprint", () => {
-    setTheme(themeNow());
-    plotWidth.now = null;
-    drawAll();
-  });
-
-  setTheme(themeNow());
   if (data.texts.length) {
     showText();
     shade();
   }
-  drawAll();
+  theme.whenChanged((printing) => {
+    plotWidth.now = printing ? 320 : null;
+    drawAll();
+  });
   root.dataset.ready = "true";
 })();

@@ -1,16 +1,8 @@
-"""The report as one HTML page that needs nothing else: styles, scripts, data and the plotting library are in it.
-
-Text from tokens reaches the page in two ways only: escaped in its HTML, and in a block of JSON from which the script
-makes text nodes. A content security policy allows the two scripts by their hashes and no request at all.
-"""
+"""An attention report as one HTML page: see `attnrb.html_page`."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import html
-import importlib.resources
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +13,7 @@ from numpy.typing import NDArray
 from attnrb.analysis.outlier_tokens import Sink, robust_z_scores
 from attnrb.analysis.report import METRICS, AttentionReport, AttentionRun
 from attnrb.analysis.tokens import TOKEN_CLASSES
+from attnrb.html_page import THEME_BUTTON, document, escape, json_block, plotly_source
 from attnrb.printable import printable
 
 # Colours that people with any kind of colour vision tell apart (Okabe and Ito), and that show on light and dark.
@@ -39,7 +32,7 @@ _FACTS = {
 
 _MOST_BY_HEAD = 500_000  # values of single heads that a page carries; beyond, it would load too slowly on a phone
 _SINKS_SHOWN = 12
-_INSTALL = "pip install 'attnrb[analysis]'"
+_EXTRA = "analysis"
 
 _TERMS = {
     "Received attention": "The mean weight that a token receives from the queries that can see it, itself included. "
@@ -61,30 +54,9 @@ _TERMS = {
 
 def page(report: AttentionReport) -> str:
     """The whole page. Raises ImportError where the extra ``analysis`` is missing."""
-    plotly = _plotly()
-    here = importlib.resources.files(__package__)
-    style = here.joinpath("page.css").read_text("utf-8")
-    script = here.joinpath("page.js").read_text("utf-8")
-    policy = (
-        f"default-src 'none'; script-src {_hash(plotly)} {_hash(script)}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-    title = f"Attention of {printable(report.after.model)}"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="generator" content="attnrb {_text(report.version)}">
-<title>{_text(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-{_header(report)}
+    title = f"Attention of {report.after.model}"
+    body = f"""{_header(report)}
 <main>
-<noscript><section>This page draws its pictures with JavaScript, which is turned off here.</section></noscript>
 {_text_section(report)}
 {_depth_section(report)}
 {_class_section(report)}
@@ -92,43 +64,14 @@ def page(report: AttentionReport) -> str:
 {_sink_section(report)}
 {_terms_section(report)}
 </main>
-<footer class="small soft">Made by attnrb {_text(report.version)}. This page is complete: it loads nothing.</footer>
 <div id="tip" role="status" hidden></div>
-<script type="application/json" id="data">{_json(_data(report))}</script>
-<script>{plotly}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+{json_block("data", _data(report))}"""
+    return document(title, body, package=__package__, extra=_EXTRA, version=report.version)
 
 
 def check_installed() -> None:
     """Raise ImportError where what a page needs is missing."""
-    _plotly()
-
-
-def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError(f"the HTML report needs the package plotly: run `{_INSTALL}`") from error
-    source: str = get_plotlyjs()
-    # In a page, this would end the script.
-    return source.replace("</script", "<\\/script")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _json(value: Any) -> str:
-    """JSON that holds no character with a meaning in HTML."""
-    document = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return document.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    plotly_source(_EXTRA)
 
 
 # ---------------------------------------------------------------------------------------------------------- the data
@@ -210,7 +153,7 @@ def visible(text: str) -> str:
 
 def _header(report: AttentionReport) -> str:
     runs = report.runs
-    title = " against ".join(dict.fromkeys(_text(printable(run.model)) for run in reversed(runs)))
+    title = " against ".join(dict.fromkeys(escape(run.model) for run in reversed(runs)))
     settings = {
         "Text": f"{report.text_count:,} text{'s' if report.text_count > 1 else ''}, {report.token_count:,} tokens",
         "Model": f"{len(report.layers)} layers of {report.heads} heads, {report.dtype}",
@@ -222,14 +165,14 @@ def _header(report: AttentionReport) -> str:
             changed = {**strength, **_changed(run)}
             settings["Re-balanced"] = ", ".join(f"{name} {_value(value)}" for name, value in changed.items())
     lines = "".join(
-        f"<li><span class='soft'>{name}</span> <b>{_text(value)}</b></li>" for name, value in settings.items()
+        f"<li><span class='soft'>{name}</span> <b>{escape(value)}</b></li>" for name, value in settings.items()
     )
     facts = "".join(_fact(report, name, what) for name, what in _FACTS.items())
-    notes = "".join(f"<li>{_text(printable(note))}</li>" for note in report.notes)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     notes = f'<ul class="notes small">{notes}</ul>' if notes else ""
     return f"""<header>
 <div class="top"><div><p class="soft small">Where attention goes</p><h1>{title}</h1></div>
-<button type="button" id="theme" class="screen">Dark</button></div>
+{THEME_BUTTON}</div>
 <ul class="settings small">{lines}</ul>{notes}
 <div class="facts">{facts}</div>
 </header>"""
@@ -276,7 +219,7 @@ def _text_section(report: AttentionReport) -> str:
     pick = ""
     if len(report.texts) > 1:
         options = "".join(
-            f'<option value="{place}">{_text(printable(text.name))} ({len(text.tokens):,} tokens)</option>'
+            f'<option value="{place}">{escape(text.name)} ({len(text.tokens):,} tokens)</option>'
             for place, text in enumerate(report.texts)
         )
         pick = f'<label>Text <select id="which-text">{options}</select></label>'
@@ -285,7 +228,7 @@ def _text_section(report: AttentionReport) -> str:
         labels = [*((str(place), run.label) for place, run in enumerate(report.runs)), ("change", "change")]
         buttons = "".join(
             f'<label><input type="radio" name="which" value="{value}"{" checked" if value == "0" else ""}>'
-            f"<span>{_text(label)}</span></label>"
+            f"<span>{escape(label)}</span></label>"
             for value, label in labels
         )
         which = (
@@ -314,7 +257,7 @@ def _run_legend(report: AttentionReport) -> str:
     if len(report.runs) == 1:
         return ""
     items = "".join(
-        f'<span><span class="swatch" style="background:var(--run-{place})"></span>{_text(run.label)}</span>'
+        f'<span><span class="swatch" style="background:var(--run-{place})"></span>{escape(run.label)}</span>'
         for place, run in enumerate(report.runs)
     )
     return f'<div class="legend">{items}</div>'
@@ -323,7 +266,7 @@ def _run_legend(report: AttentionReport) -> str:
 def _depth_section(report: AttentionReport) -> str:
     plots = "".join(
         f'<div><h3>{what}</h3><div class="plot depth" data-metric="{name}" role="img" '
-        f'aria-label="{_text(METRICS[name])}, by layer"></div></div>'
+        f'aria-label="{escape(METRICS[name])}, by layer"></div></div>'
         for name, what in _FACTS.items()
     )
     return f"""<section><h2>Over the layers</h2><p class="soft small">Means over the heads of each layer.</p>
@@ -336,11 +279,11 @@ def _class_section(report: AttentionReport) -> str:
         for name in TOKEN_CLASSES
     )
     plots = "".join(
-        f'<div><h3>{_text(_capital(run.label))}</h3><div class="plot classes" data-run="{place}" role="img" '
+        f'<div><h3>{escape(_capital(run.label))}</h3><div class="plot classes" data-run="{place}" role="img" '
         'aria-label="Share of attention on each class of tokens, by layer"></div></div>'
         for place, run in enumerate(report.runs)
     )
-    head = "".join(f'<th class="number">attention, {_text(run.label)}</th>' for run in report.runs)
+    head = "".join(f'<th class="number">attention, {escape(run.label)}</th>' for run in report.runs)
     rows = "".join(
         f'<tr><td>{name.replace("_", " ")}</td><td class="number">{report.class_counts[name]:,}</td>'
         f'<td class="number">{100 * report.class_counts[name] / report.token_count:.1f} %</td>'
@@ -357,12 +300,12 @@ each layer, and over all layers beside the class's share of the tokens.</p>
 
 
 def _head_section(report: AttentionReport) -> str:
-    options = "".join(f'<option value="{name}">{_text(what)}</option>' for name, what in METRICS.items())
+    options = "".join(f'<option value="{name}">{escape(what)}</option>' for name, what in METRICS.items())
     labels = [(str(place), _capital(run.label)) for place, run in enumerate(report.runs)]
     if len(labels) > 1:
         labels.append(("change", f"Change, {report.before.label} to {report.after.label}"))
     plots = "".join(
-        f'<div><h3>{_text(label)}</h3><div class="plot tall head-map" data-run="{value}" role="img" '
+        f'<div><h3>{escape(label)}</h3><div class="plot tall head-map" data-run="{value}" role="img" '
         'aria-label="Heat map of layers and heads"></div></div>'
         for value, label in labels
     )
@@ -378,9 +321,9 @@ least 1 % of a layer's attention. The first token of a text is counted apart.</p
 
 
 def _sink_table(report: AttentionReport, place: int, run: AttentionRun) -> str:
-    caption = f"<caption>{_text(_capital(run.label))}</caption>" if len(report.runs) > 1 else ""
+    caption = f"<caption>{escape(_capital(run.label))}</caption>" if len(report.runs) > 1 else ""
     if not run.sinks:
-        return f"<p>{_text(_capital(run.label))}: none.</p>"
+        return f"<p>{escape(_capital(run.label))}: none.</p>"
     rows = "".join(_sink_row(sink, place, hidden=number >= _SINKS_SHOWN) for number, sink in enumerate(run.sinks))
     more = ""
     if len(run.sinks) > _SINKS_SHOWN:
@@ -395,7 +338,7 @@ def _sink_row(sink: Sink, place: int, *, hidden: bool) -> str:
     if not sink.is_first and len(sink.positions) > 4:
         where += ", …"
     attributes = f' class="more" data-run="{place}" hidden' if hidden else ""
-    return f"""<tr{attributes}><td class="token"><code>{_text(visible(sink.text))}</code></td>
+    return f"""<tr{attributes}><td class="token"><code>{escape(visible(sink.text))}</code></td>
 <td class="layers">{ranges(sink.layers)}</td><td class="number">{100 * sink.peak_share:.1f} %</td>
 <td class="number">{sink.peak_layer}</td><td>{sink.token_class.replace("_", " ")}</td>
 <td class="number">{sink.count:,}</td><td>{where}</td><td class="number">{sink.z_score:.1f}</td></tr>"""
@@ -414,6 +357,6 @@ def ranges(layers: Sequence[int]) -> str:
 
 def _terms_section(report: AttentionReport) -> str:
     numbers = {"z": report.z_threshold, "threshold": report.threshold, "source": report.source_layer}
-    terms = "".join(f"<dt>{name}</dt><dd>{_text(what.format(**numbers))}</dd>" for name, what in _TERMS.items())
+    terms = "".join(f"<dt>{name}</dt><dd>{escape(what.format(**numbers))}</dd>" for name, what in _TERMS.items())
     return f"""<section><details open><summary>What the words mean</summary>
 <dl class="terms small">{terms}</dl></details></section>"""

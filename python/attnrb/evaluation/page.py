@@ -1,27 +1,18 @@
-"""A report as one HTML page that needs nothing else: styles, scripts, data and the plotting library are in it.
-
-Everything that comes from a run is escaped, or stands in blocks of JSON that no character can end. A content security
-policy allows the two scripts by their hashes, and no request.
-"""
+"""An evaluation as one HTML page: see `attnrb.html_page`."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import importlib.resources
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnrb.evaluation.report import METHODS, one_letter
+from attnrb.html_page import THEME_BUTTON, document, escape, json_block, plotly_source
 from attnrb.printable import printable
 
 __all__ = [
     "check_installed",
-    "document",
-    "escape",
     "letter_notes",
     "page",
     "percent",
@@ -29,16 +20,17 @@ __all__ = [
     "sections",
     "sentence",
     "table",
+    "whole_page",
 ]
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_INSTALL = "pip install 'attnrb[eval]'"
+_EXTRA = "eval"
 
 
 def check_installed() -> None:
     """Raise ImportError where what a page needs is missing."""
-    _plotly()
+    plotly_source(_EXTRA)
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -48,7 +40,7 @@ def page(report: Mapping[str, Any]) -> str:
         f"{report['answers']:,} answers, {escape(report['dtype'])} on {escape(report['device'])}, "
         f"seed {report['seed']}. Plain is the model as it is."
     )
-    return document(title, lead, sections(report), report["environment"]["attnrb"])
+    return whole_page(title, lead, sections(report), report["environment"]["attnrb"])
 
 
 def sections(report: Mapping[str, Any]) -> list[str]:
@@ -64,48 +56,20 @@ def sections(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def document(title: str, lead: str, parts: Sequence[str], version: str) -> str:
-    """A whole page around its parts; `lead` and parts are HTML, the rest is text."""
-    here = importlib.resources.files(__package__)
-    plotly, script, style = (
-        _plotly(),
-        here.joinpath("page.js").read_text("utf-8"),
-        here.joinpath("page.css").read_text("utf-8"),
-    )
-    policy = (
-        f"default-src 'none'; script-src {_hash(plotly)} {_hash(script)}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{escape(title)}</h1><p class="soft">{lead}</p></header>
+def whole_page(title: str, lead: str, parts: Sequence[str], version: str) -> str:
+    """A page around its parts; `lead` and parts are HTML, the rest is text."""
+    body = f"""<header><div class="top"><div><h1>{escape(title)}</h1><p class="soft">{lead}</p></div>
+{THEME_BUTTON}</div></header>
 <main>
 {"".join(parts)}
-</main>
-<footer class="small soft">Made by attnrb {escape(version)}. This page is complete: it loads nothing.</footer>
-<script>{plotly}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+</main>"""
+    return document(title, body, package=__package__, extra=_EXTRA, version=version)
 
 
 def plot(name: str, label: str, data: Sequence[Mapping[str, Any]], layout: Mapping[str, Any], height: int) -> str:
     """A picture, named `name` on its page and `label` for who cannot see it."""
-    spec = json.dumps({"data": data, "layout": {**layout, "height": height}}, allow_nan=False)
-    spec = spec.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return (
-        f'<div class="plot" data-spec="{name}" role="img" aria-label="{escape(label)}"></div>'
-        f'<script type="application/json" id="{name}">{spec}</script>'
-    )
+    picture = f'<div class="plot" data-spec="{name}" role="img" aria-label="{escape(label)}"></div>'
+    return picture + json_block(name, {"data": data, "layout": {**layout, "height": height}})
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> str:
@@ -119,7 +83,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> s
         return f"<tr>{''.join(parts)}</tr>"
 
     body = "".join(cells("td", row) for row in rows)
-    return f'<div class="scroll"><table><thead>{cells("th", head)}</thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead>{cells("th", head)}</thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def sentence(name: str, each: Mapping[str, Any], arm: str, label: str) -> str:
@@ -143,14 +109,19 @@ def sentence(name: str, each: Mapping[str, Any], arm: str, label: str) -> str:
 
 
 def letter_notes(report: Mapping[str, Any]) -> list[str]:
-    """A warning for each accuracy that tells of one letter rather than of the questions."""
-    return [
-        f"{name}, {result['label']}: {result['arm']} answers {letter} to {each['answers'][letter]:,} of "
-        f"{each['items']:,} items, so its accuracy tells how often that is right, and little of the questions"
-        for result in report["results"]
-        for name, each in result["groups"].items()
-        if (letter := one_letter(each)) is not None
-    ]
+    """A warning for each model and way of asking whose accuracies tell of one letter rather than of the questions."""
+    notes = []
+    for result in report["results"]:
+        groups: dict[str, list[str]] = {}
+        for name, each in result["groups"].items():
+            if (letter := one_letter(each)) is not None:
+                groups.setdefault(letter, []).append(f"{each['answers'][letter]:,} of {each['items']:,} in {name}")
+        notes += [
+            f"{result['arm']}, {result['label']}, answers {letter} to nearly everything ({', '.join(counts)}), so "
+            f"that these accuracies tell how often {letter} is right, and little of the questions"
+            for letter, counts in groups.items()
+        ]
+    return notes
 
 
 def points(value: float) -> str:
@@ -161,24 +132,6 @@ def points(value: float) -> str:
 def percent(value: float) -> str:
     """A share."""
     return f"{100 * value:.1f} %"
-
-
-def escape(value: object) -> str:
-    """Text as HTML."""
-    return html.escape(printable(str(value)))
-
-
-def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError(f"the HTML report needs the package plotly: run `{_INSTALL}`") from error
-    source: str = get_plotlyjs()
-    return source.replace("</script", "<\\/script")  # which would end the script in a page
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _summary(report: Mapping[str, Any], notes: Sequence[str]) -> str:
@@ -193,60 +146,71 @@ def _summary(report: Mapping[str, Any], notes: Sequence[str]) -> str:
 
 
 def _differences(report: Mapping[str, Any]) -> str:
-    traces, rows = [], []
-    names: list[str] = []
-    for place, pair in enumerate(report["differences"]):
-        label = f"{pair['arm']}, {pair['label']}"
-        groups = pair["groups"]
-        names += [name for name in groups if name not in names]
-        differences = [100 * each["difference"] for each in groups.values()]
-        bounds = [[100 * bound for bound in each["bootstrap"]] for each in groups.values()]
+    pairs = report["differences"]
+    rows = [_difference_row(pair, name, each) for pair in pairs for name, each in pair["groups"].items()]
+    if not rows:
+        return ""
+    traces: list[dict[str, Any]] = []
+    for arm, colour in _colours(report).items():
+        found = [
+            (pair["label"], name, each) for pair in pairs if pair["arm"] == arm for name, each in pair["groups"].items()
+        ]
+        if not found:
+            continue
+        differences = [100 * each["difference"] for _, _, each in found]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": printable(label),
+                "orientation": "h",  # several models share a row, side by side
+                "name": printable(arm),
                 "x": differences,
-                "y": list(groups),
-                "error_x": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [high - at for at, (_, high) in zip(differences, bounds, strict=True)],
-                    "arrayminus": [at - low for at, (low, _) in zip(differences, bounds, strict=True)],
-                },
-                "marker": {"size": 9, "color": COLOURS[place % len(COLOURS)]},
+                "y": _categories([(name, label) for label, name, _ in found]),
+                "error_x": _error_bars(differences, [each["bootstrap"] for _, _, each in found]),
+                "marker": {"size": 9, "color": colour},
                 "hovertemplate": "%{y}: %{x:+.2f} points<extra>%{fullData.name}</extra>",
             }
         )
-        rows += [_difference_row(pair, name, each) for name, each in groups.items()]
-    if not rows:
-        return ""
-    height = 110 + 24 * len(names) * len(traces) // 2 + 26 * len(names)
+    lines = len(rows) // len(traces)
     layout = {
-        "xaxis": {"title": {"text": "percentage points, re-balanced less plain"}, "zeroline": True},
+        "xaxis": {"title": {"text": "percentage points"}, "zeroline": True},
         "yaxis": {"autorange": "reversed"},
         "scattermode": "group",
         "showlegend": True,
     }
     head = [
-        "group",
-        "model",
-        "asked",
-        "items",
-        "plain",
-        "re-balanced",
-        "points",
-        "95 %",
-        "lost",
-        "won",
-        "McNemar p",
-        "Holm p",
+        *("group", "model", "asked", "items", "plain", "re-balanced", "points", "95 %"),
+        *("lost", "won", "McNemar p", "Holm p"),
     ]
     return f"""<section><h2>Differences</h2>
-<p class="soft small">With the interval of the paired bootstrap. Lost and won are the items that one of the two alone
-got right. A difference is called one only where its interval excludes 0 and its corrected p is below 0.05.</p>
-{plot("differences", "Differences by group", traces, layout, height)}
+<p class="soft small">Re-balanced less plain, with the interval of the paired bootstrap. Lost and won are the items that
+one of the two alone got right. A difference is called one only where its interval excludes 0 and its corrected p is
+below 0.05.</p>
+{plot("differences", "Differences by group", traces, layout, 130 + lines * (20 + 14 * len(traces)))}
 {table(head, rows, 3)}</section>"""
+
+
+def _colours(report: Mapping[str, Any]) -> dict[str, str]:
+    """A colour for each model, the same in every picture; the plain one is the first."""
+    arms = dict.fromkeys(result["arm"] for result in report["results"])
+    return {arm: COLOURS[place % len(COLOURS)] for place, arm in enumerate(arms)}
+
+
+def _categories(names: Sequence[tuple[str, str]]) -> Any:
+    """An axis of groups, each parted into ways of asking where there are several."""
+    groups, labels = [group for group, _ in names], [label for _, label in names]
+    return groups if len(set(labels)) == 1 else [groups, labels]
+
+
+def _error_bars(percentages: Sequence[float], intervals: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """From each percentage to the ends of its interval, which is of shares."""
+    ends = list(zip(percentages, intervals, strict=True))
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [100 * high - at for at, (_, high) in ends],
+        "arrayminus": [at - 100 * low for at, (low, _) in ends],
+    }
 
 
 def _difference_row(pair: Mapping[str, Any], name: str, each: Mapping[str, Any]) -> list[str]:
@@ -276,10 +240,9 @@ def _budgets(report: Mapping[str, Any]) -> str:
     pictures = []
     for number, name in enumerate(dict.fromkeys(name for each in thought for name in each["groups"])):
         traces = []
-        for place, arm in enumerate(dict.fromkeys(each["arm"] for each in thought)):
+        for arm, colour in _colours(report).items():
             line = [each for each in thought if each["arm"] == arm and name in each["groups"]]
             shares = [100 * each["groups"][name]["accuracy"] for each in line]
-            bounds = [[100 * bound for bound in each["groups"][name]["wilson"]] for each in line]
             traces.append(
                 {
                     "type": "scatter",
@@ -287,18 +250,13 @@ def _budgets(report: Mapping[str, Any]) -> str:
                     "name": printable(arm),
                     "x": [each["computed_tokens"]["mean"] for each in line],
                     "y": shares,
-                    "error_y": {
-                        "type": "data",
-                        "symmetric": False,
-                        "array": [high - at for at, (_, high) in zip(shares, bounds, strict=True)],
-                        "arrayminus": [at - low for at, (low, _) in zip(shares, bounds, strict=True)],
-                    },
-                    "line": {"color": COLOURS[place % len(COLOURS)]},
+                    "error_y": _error_bars(shares, [each["groups"][name]["wilson"] for each in line]),
+                    "line": {"color": colour},
                     "hovertemplate": "%{x:.0f} tokens: %{y:.1f} %<extra>%{fullData.name}</extra>",
                 }
             )
         layout = {
-            "xaxis": {"title": {"text": "computed tokens, mean"}},
+            "xaxis": {"title": {"text": "computed tokens, mean"}, "zeroline": False},
             "yaxis": {"title": {"text": "accuracy, %"}},
             "showlegend": True,
         }
@@ -308,26 +266,22 @@ def _budgets(report: Mapping[str, Any]) -> str:
 
 def _accuracies(report: Mapping[str, Any]) -> str:
     traces, rows = [], []
-    for place, result in enumerate(report["results"]):
-        shares = [100 * each["accuracy"] for each in result["groups"].values()]
-        bounds = [[100 * bound for bound in each["wilson"]] for each in result["groups"].values()]
+    for arm, colour in _colours(report).items():
+        results = [result for result in report["results"] if result["arm"] == arm]
+        found = [(result["label"], name, each) for result in results for name, each in result["groups"].items()]
+        shares = [100 * each["accuracy"] for _, _, each in found]
         traces.append(
             {
                 "type": "bar",
-                "name": printable(f"{result['arm']}, {result['label']}"),
-                "x": list(result["groups"]),
+                "name": printable(arm),
+                "x": _categories([(name, label) for label, name, _ in found]),
                 "y": shares,
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [high - at for at, (_, high) in zip(shares, bounds, strict=True)],
-                    "arrayminus": [at - low for at, (low, _) in zip(shares, bounds, strict=True)],
-                },
-                "marker": {"color": COLOURS[place % len(COLOURS)]},
+                "error_y": _error_bars(shares, [each["wilson"] for _, _, each in found]),
+                "marker": {"color": colour},
                 "hovertemplate": "%{x}: %{y:.1f} %<extra>%{fullData.name}</extra>",
             }
         )
-        rows += [_accuracy_row(result, name, each) for name, each in result["groups"].items()]
+        rows += [_accuracy_row(result, name, each) for result in results for name, each in result["groups"].items()]
     layout = {
         "barmode": "group",
         "yaxis": {"title": {"text": "accuracy, %"}, "rangemode": "tozero"},
@@ -351,7 +305,7 @@ def _accuracy_row(result: Mapping[str, Any], name: str, each: Mapping[str, Any])
         percent(each["accuracy"]),
         f"{100 * low:.1f} to {100 * high:.1f}",
         f"{each['no_answer']:,}",
-        "" if tokens is None else f"{tokens:.0f}",
+        "" if tokens is None or result["budget"] is None else f"{tokens:.0f}",
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnrb.evaluation import page
+from attnrb.html_page import escape
 from attnrb.printable import printable
 
 __all__ = ["search_page"]
@@ -17,8 +18,8 @@ def search_page(result: Mapping[str, Any]) -> str:
     sections = page.sections(report)
     title = f"Search for {printable(report['model'])}"
     label = report["results"][-1]["arm"]
-    lead = f"Chosen: <b>{page.escape(label)}</b>. What follows is on held-out items, which the search never saw."
-    return page.document(
+    lead = f"Chosen: <b>{escape(label)}</b>. What follows is on held-out items, which the search never saw."
+    return page.whole_page(
         title, lead, [*sections[:-1], _trials(result, label), sections[-1]], report["environment"]["attnrb"]
     )
 

@@ -1,0 +1,37 @@
+"use strict";
+
+// Light or dark: as the system has it until the button says otherwise, and light on paper.
+const theme = (() => {
+  const root = document.documentElement;
+  const button = document.getElementById("theme");
+  const system = window.matchMedia("(prefers-color-scheme: dark)");
+  const drawings = [];
+  let chosen = null;
+  let printing = false;
+  const now = () => (printing ? "light" : chosen ?? (system.matches ? "dark" : "light"));
+  const set = () => {
+    root.dataset.theme = now();
+    const other = now() === "dark" ? "Light" : "Dark";
+    button.textContent = other;
+    button.setAttribute("aria-label", `Switch to ${other.toLowerCase()} colours`);
+    for (const draw of drawings) draw(printing);
+  };
+  button.addEventListener("click", () => {
+    chosen = now() === "dark" ? "light" : "dark";
+    set();
+  });
+  system.addEventListener("change", set);
+  for (const [event, value] of [["beforeprint", true], ["afterprint", false]]) {
+    window.addEventListener(event, () => {
+      printing = value;
+      set();
+    });
+  }
+  set();
+  // What draws pictures is called with whether they are for paper, now and whenever colours change.
+  const whenChanged = (draw) => {
+    drawings.push(draw);
+    draw(printing);
+  };
+  return { whenChanged };
+})();
