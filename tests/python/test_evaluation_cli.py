@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ for package in ("typer", "lm_eval", "optuna", "plotly"):
 
 from attnrb.cli.app import app  # noqa: E402
 from saved_tiny_model import tiny_model  # noqa: E402
-from tiny_evaluation import PAIRS, save_data, save_roomy_model  # noqa: E402
+from tiny_evaluation import PAIRS, save_data, save_roomy_model, save_task  # noqa: E402
 from typer.testing import CliRunner, Result  # noqa: E402
 
 Run = Callable[..., Result]
@@ -214,6 +215,9 @@ class TestErrors:
         class Manager:
             all_tasks = ("hellaswag", "piqa")
 
+            def __init__(self, include_path: str | None) -> None:
+                pass
+
         monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
         message = failed(run("eval", "-t", "sica", "--data", data, "-m", model))
         assert "there is no task 'sica'" in message
@@ -239,7 +243,7 @@ class TestErrors:
         monkeypatch.setattr("attnrb.files.write_whole", full)
         result = run("eval", "-t", "siqa", "--data", data, "-m", model, "--limit", "1", "--json", "o.json")
         assert result.exit_code == 1
-        assert "o.json: could not be written: No space left on device" in result.stderr
+        assert "'o.json' could not be written: No space left on device" in result.stderr
         assert (tmp_path / "o.items.jsonl").read_bytes().count(b'"task":') == 2
 
 
@@ -268,6 +272,70 @@ def test_search_reports_on_held_out_items(run: Run, data: Path, model: Path, tmp
 def test_search_needs_items_to_hold_out(run: Run, data: Path, model: Path) -> None:
     message = failed(run("search", "-t", "siqa", "--data", data, "-m", model, "--development", "6"))
     assert "development: siqa has 6 items, which leaves none held out" in message
+
+
+@pytest.fixture
+def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A harness without its ten thousand tasks, which take it seconds to list."""
+    import lm_eval.tasks
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+
+
+@pytest.mark.usefixtures("own_tasks_alone")
+class TestHarnessTasks:
+    def test_a_task_file_with_items_from_a_file(self, run: Run, model: Path, tmp_path: Path) -> None:
+        tasks = save_task(tmp_path / "tasks")
+        command = ("eval", "-t", "colours", "--include-path", tasks, "-m", model, "--json", "o.json")
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "o.json").read_text("utf-8"))
+        assert [each["groups"]["colours"]["items"] for each in found["results"]] == [PAIRS, PAIRS]
+        records = [json.loads(line) for line in (tmp_path / "o.items.jsonl").read_text("utf-8").splitlines()[1:]]
+        assert all(record["gold"] == "ABC"[record["item"] % 3] for record in records)
+        assert all(len(record["loglikelihoods"]) == 3 for record in records)
+
+    def test_shots_reach_its_prompts(self, model: Path, tmp_path: Path) -> None:
+        from attnrb.evaluation import AttnrbLM
+        from attnrb.evaluation.runner import prepare
+        from attnrb.evaluation.selection import Cell, select
+
+        tasks = save_task(tmp_path / "tasks")
+        lm = AttnrbLM(str(model), plain=True)
+        for shots in (0, 2):
+            selected = select(["colours"], None, include_path=tasks, shots=shots)
+            for question in prepare(lm, selected, [Cell("direct")]):
+                assert question.context.count("Answer:") == 1 + shots
+
+    def test_offline(self, run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import datasets
+        import huggingface_hub.constants
+
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        tasks = save_task(tmp_path / "tasks")
+        task = json.loads((tasks / "colours.yaml").read_text("utf-8"))
+        task |= {"dataset_path": "nobody/colours", "dataset_kwargs": None}
+        (tasks / "colours.yaml").write_text(json.dumps(task), "utf-8")
+        message = failed(run("eval", "-t", "colours", "--include-path", tasks, "-m", model))
+        assert "tasks: the items of 'colours' could not be had" in message
+        assert "nobody/colours" in message
+        assert "name a folder of files with --data" in message
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--include-path", "nowhere"), "include_path: there is no folder 'nowhere'"),
+            (("--prompting", "cot"), "prompting: colours has the harness' own prompt"),
+            (("--generated",), "generated: colours is asked as the harness does"),
+        ],
+    )
+    def test_what_it_cannot_do(
+        self, run: Run, model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    ) -> None:
+        tasks = save_task(tmp_path / "tasks")
+        result = run("eval", "-t", "colours", "--include-path", tasks, "-m", model, *arguments)
+        assert message in failed(result)
 
 
 def test_the_harness_knows_the_model() -> None:

@@ -14,8 +14,9 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from attnrb.config import RebalanceConfig
-from attnrb.evaluation.grid import Plan, evaluate
+from attnrb.evaluation.grid import evaluate
 from attnrb.evaluation.model import AttnrbLM
+from attnrb.evaluation.plan import Plan
 from attnrb.evaluation.runfile import RunFile, RunFileError
 from attnrb.evaluation.selection import Cell, select
 from saved_tiny_model import tiny_tokenizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json as json_module
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from attnrb.cli import options
-from attnrb.cli.console import errors, fail, output, steps, user_errors
+from attnrb.cli import files, options
+from attnrb.cli.console import errors, output, steps, user_errors
 from attnrb.cli.loading import load_model
 from attnrb.printable import printable
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from attnrb.analysis import Progress as AnalysisProgress
 
 _INPUT = "What to analyse"
-_FILES = "Files to write"
 
 _SHOWN_SINKS = 8
 _COLUMNS = {
@@ -95,16 +93,10 @@ def analyze(
         typer.Option(help="Layer whose outliers others are compared with.", show_default="that of --compare, or 0"),
     ] = None,
     z_threshold: Annotated[float, typer.Option(help="Robust z-score above which a token is an outlier.")] = 3.5,
-    html: Annotated[
-        Path | None,
-        typer.Option(help="One self-contained page.", show_default=False, rich_help_panel=_FILES),
-    ] = None,
-    json: Annotated[
-        str | None,
-        typer.Option(help="Every figure; - prints it instead.", show_default=False, rich_help_panel=_FILES),
-    ] = None,
+    html: files.HtmlFile = None,
+    json: files.JsonFile = None,
     png: Annotated[
-        Path | None, typer.Option(help="Folder for the plots.", show_default=False, rich_help_panel=_FILES)
+        Path | None, typer.Option(help="Folder for the plots.", show_default=False, rich_help_panel=files.PANEL)
     ] = None,
     model: options.Model = None,
     dtype: options.DType = "float32",
@@ -143,16 +135,12 @@ def analyze(
                 baseline_name=_model_name(baseline),
                 progress=progress,
             )
-    if json == "-":
+    if files.is_standard_output(json):
         output()  # makes stdout replace what it cannot encode
         sys.stdout.write(report.to_json())
     else:
         show(output(), report)
-    written = [
-        *_write(json if json != "-" else None, report.to_json),
-        *_write(html, report.to_html),
-        *_write(png, report.save_plots),
-    ]
+    written = files.write_outputs({json: report.to_json, html: report.to_html, png: report.save_plots})
     if written:
         errors().print(Text(f"Wrote {', '.join(written)}"), soft_wrap=True)
 
@@ -237,7 +225,7 @@ def _model_name(model: str | None) -> str:
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-def _check_outputs(html: Path | None, json: str | None, png: Path | None) -> None:
+def _check_outputs(html: Path | None, json: Path | None, png: Path | None) -> None:
     """Refuse what could not be written in the end, before the work begins."""
     if html is not None:
         from attnrb.analysis.page import check_installed
@@ -249,19 +237,7 @@ def _check_outputs(html: Path | None, json: str | None, png: Path | None) -> Non
         plots.check_installed()
         if png.exists() and not png.is_dir():
             raise ValueError(f"png: {str(png)!r} is no folder")
-    for name, path in (("html", html), ("json", None if json in (None, "-") else Path(str(json)))):
-        if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            raise ValueError(f"{name}: {str(path)!r} cannot be written: its folder is missing or closed, or it is one")
-
-
-def _write(path: Path | str | None, write: Callable[[Any], Any]) -> list[str]:
-    if path is None:
-        return []
-    try:
-        write(path)
-    except OSError as error:
-        fail(f"{str(path)!r} could not be written: {error.strerror or error}")
-    return [printable(str(path))]
+    files.check_outputs(html=html, json=json)
 
 
 # --------------------------------------------------------------------------------------------------------- the terminal

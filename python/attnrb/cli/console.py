@@ -64,10 +64,18 @@ def user_errors() -> Iterator[None]:
         fail(str(error) or type(error).__name__)
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for a run in several (``accelerate launch``); all may tell of their errors."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def steps() -> Iterator[Callable[[str], None]]:
     """Show the step in progress and its time on a terminal, a line a step elsewhere. Yields what names a step."""
     console = errors()
+    if not is_first_process():
+        yield lambda _: None
+        return
     if not console.is_terminal:
         dots = "..." if console.options.ascii_only else "…"
         yield lambda step: console.print(Text(f"{step} {dots}"), soft_wrap=True)

@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attnrb.cli import options, running
-from attnrb.cli.console import errors, output, print_json, steps, user_errors
+from attnrb.cli import files, options, running
+from attnrb.cli.console import errors, output, print_json, user_errors
 from attnrb.printable import printable
 
 
 def evaluate(
     tasks: running.Tasks,
     data: running.Data = None,
+    include_path: running.IncludePath = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -48,14 +49,7 @@ def evaluate(
     max_computed: Annotated[
         int, typer.Option(min=0, help="Computed tokens at most, without --budgets.", rich_help_panel=running.ASKING)
     ] = 256,
-    generated: Annotated[
-        bool,
-        typer.Option(
-            "--generated",
-            help="Generate the answers of direct prompting, rather than score the choices.",
-            rich_help_panel=running.ASKING,
-        ),
-    ] = False,
+    generated: running.Generated = False,
     shots: running.Shots = 0,
     chat: running.Chat = False,
     config: Annotated[
@@ -79,17 +73,15 @@ def evaluate(
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of --shuffle and of the bootstrap.", rich_help_panel="Model and run")
-    ] = 0,
+    seed: running.Seed = 0,
     batch_size: running.BatchSize = "auto",
     run: running.RunOption = None,
-    json: running.JsonFile = None,
+    json: files.JsonFile = None,
     csv: Annotated[
         Path | None,
-        typer.Option(help="Write its figures as CSV.", show_default=False, rich_help_panel=running.FILES),
+        typer.Option(help="Every figure, as rows of a table.", show_default=False, rich_help_panel=files.PANEL),
     ] = None,
-    html: running.HtmlFile = None,
+    html: files.HtmlFile = None,
 ) -> None:
     """Ask a model questions, plain and re-balanced, and report the difference.
 
@@ -99,11 +91,14 @@ def evaluate(
     place: list[Path] = []
     method = options.Method(alpha, threshold, source_layer, depth, layers, normalize, boost_all)
     with user_errors():
-        from attnrb.evaluation.grid import Plan, default_run_file, plan_names
-    with running.run_errors(lambda: place[0] if place else None):
+        from attnrb.evaluation.grid import evaluate as go
+        from attnrb.evaluation.page import check_installed, page
+        from attnrb.evaluation.plan import Plan, plan_names
+    with running.run_errors(place):
         plan = Plan(
             tasks=plan_names(tasks),
             data=data,
+            include_path=include_path,
             configs=tuple(options.parse_config(each) for each in config) if config else (method.config(),),
             prompting=prompting,
             budgets=None if budgets is None else parse_budgets(budgets),
@@ -117,43 +112,21 @@ def evaluate(
             chat=chat,
         )
         rows = running.batch_size(batch_size)
-        running.check_outputs(json, csv, html=html)
-        report = _evaluate(plan, model, dtype, threads, rows, _run_file(run, json) or default_run_file, place)
+        files.check_outputs(run=run, json=json, csv=csv, html=html)
+        if html is not None:
+            check_installed()
+        place.append(running.run_file(run, json, plan, model))
+        lm, selected = running.start(plan, model, dtype, threads, rows)
+        with running.progress() as progress:
+            report = go(lm, plan, place[0], model=running.model_name(model), selected=selected, progress=progress)
     if report is None:
         return
     document = report.to_dict()
-    if json is not None and str(json) == "-":
+    if files.is_standard_output(json):
         print_json(document)
     else:
         render(output(), document)
-    from attnrb.evaluation.page import page
-
-    running.write_outputs({json: report.to_json, csv: report.to_csv, html: lambda: page(document)})
-
-
-def _evaluate(
-    plan: Any, model: str | None, dtype: str, threads: int | None, rows: int | str, run: Any, place: list[Path]
-) -> Any:
-    from attnrb.evaluation.grid import evaluate as go
-    from attnrb.evaluation.selection import select
-    from attnrb.models import DEFAULT_MODEL_NAME
-
-    first = running.is_first_process()
-    with steps() as step:
-        step("Reading the items")
-        # Before the model is loaded: what is wrong with a file is known at once.
-        select(plan.tasks, plan.data, shots=plan.shots)
-        lm = running.load_plain(model, dtype, threads, rows, step)
-    name = model or DEFAULT_MODEL_NAME
-    place.append(run if isinstance(run, Path) else run(plan, name))
-    with running.progress(shown=first) as progress:
-        return go(lm, plan, place[0], model=name, progress=progress)
-
-
-def _run_file(run: Path | None, json: Path | None) -> Path | None:
-    if run is not None or json is None or str(json) == "-":
-        return run
-    return json.with_name(f"{json.stem}.items.jsonl")
+    running.write({json: report.to_json, csv: report.to_csv, html: lambda: page(document)})
 
 
 def parse_budgets(text: str) -> tuple[int, ...]:
@@ -211,7 +184,7 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness' own command with the model `attnrb`.
+    """Run lm-evaluation-harness' own command, which knows the model `attnrb`: the same as `lm_eval`.
 
     attnrb lm-eval --model attnrb --model_args pretrained=FOLDER,alpha=0.2 --tasks hellaswag
     """

@@ -1,12 +1,10 @@
-"""What ``attnrb eval`` and ``attnrb search`` share: options, progress with the time left, files of results, errors."""
+"""What ``attnrb eval`` and ``attnrb search`` share: options, how a run starts, progress with the time left, errors."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,15 +13,18 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from attnrb.cli.console import errors, fail, user_errors
+from attnrb.cli.console import errors, fail, is_first_process, quiet_transformers, steps, user_errors
+from attnrb.cli.files import PANEL, is_standard_output, write_outputs
 from attnrb.cli.loading import set_threads
+from attnrb.printable import printable
 
 if TYPE_CHECKING:
+    from attnrb.evaluation.plan import TaskPlan
     from attnrb.evaluation.runner import Progress
+    from attnrb.evaluation.selection import Selected
 
 ITEMS = "Items"
 ASKING = "How they are asked"
-FILES = "Files"
 _INTERRUPTED = 130  # as a shell has it for a program that an interrupt ended
 _LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 
@@ -46,6 +47,27 @@ Data = Annotated[
         rich_help_panel=ITEMS,
     ),
 ]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of task files (.yaml) of your own for the harness.", show_default=False, rich_help_panel=ITEMS
+    ),
+]
+Generated = Annotated[
+    bool,
+    typer.Option(
+        "--generated",
+        help="Generate the answers of direct prompting, rather than score the choices.",
+        rich_help_panel=ASKING,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        help="Seed of what is drawn: order and split of items, the sampler, the bootstrap.",
+        rich_help_panel="Model and run",
+    ),
+]
 Shots = Annotated[
     int, typer.Option(min=0, help="Examples before each question, for direct prompting.", rich_help_panel=ASKING)
 ]
@@ -57,16 +79,8 @@ RunOption = Annotated[
         "--run",
         help="File of finished items. One that exists is gone on with.",
         show_default="beside --json, else named by the settings",
-        rich_help_panel=FILES,
+        rich_help_panel=PANEL,
     ),
-]
-JsonFile = Annotated[
-    Path | None,
-    typer.Option("--json", help="Write the report as JSON; - prints it.", show_default=False, rich_help_panel=FILES),
-]
-HtmlFile = Annotated[
-    Path | None,
-    typer.Option("--html", help="Write it as one HTML page with plots.", show_default=False, rich_help_panel=FILES),
 ]
 
 
@@ -79,61 +93,63 @@ def batch_size(text: str) -> int | str:
     return int(text)
 
 
-def check_outputs(*paths: Path | None, html: Path | None = None) -> None:
-    """Raise ValueError for a file that cannot be written, before hours of work rather than after."""
-    for path in (*paths, html):
-        if path is None or str(path) == "-":
-            continue
-        folder = path.parent
-        if not folder.is_dir():
-            raise ValueError(f"{path}: there is no folder {str(folder)!r}")
-        if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-            raise ValueError(f"{path}: no file can be written there")
-    if html is not None:
-        from attnrb.evaluation.page import check_installed
-
-        check_installed()
+def run_file(run: Path | None, json: Path | None, plan: TaskPlan, model: str | None) -> Path:
+    """Where finished items go: where ``--run`` says, beside the report, or a place that the plan names."""
+    if run is not None:
+        return run
+    if json is None or is_standard_output(json):
+        return plan.run_file(model_name(model))
+    return json.with_name(f"{json.stem}.items.jsonl")
 
 
-def write_outputs(files: Mapping[Path | None, Callable[[], str]]) -> None:
-    """Write each file whole, or say which could not be."""
+def model_name(model: str | None) -> str:
+    """What reports call a model."""
+    from attnrb.models import DEFAULT_MODEL_NAME
+
+    return model or DEFAULT_MODEL_NAME
+
+
+def start(
+    plan: TaskPlan, model: str | None, dtype: str, threads: int | None, rows: int | str
+) -> tuple[Any, tuple[Selected, ...]]:
+    """The harness' model, plain, and the tasks, which are read first: what is wrong with a file is known at once."""
+    with steps() as step:
+        step("Reading the items")
+        from attnrb.evaluation.grid import quiet
+
+        quiet()
+        selected = plan.select()
+        step("Starting")
+        set_threads(threads)
+        quiet_transformers()
+        from attnrb.evaluation.model import AttnrbLM
+
+        step(f"Loading {model or 'the embedded model'}")
+        return AttnrbLM(model, plain=True, dtype=dtype, batch_size=rows), selected
+
+
+def write(reports: Mapping[Path | None, Callable[[], str]]) -> None:
+    """Write each report that is asked for, whole or not at all."""
     from attnrb.files import write_whole
 
-    for path, content in files.items():
-        if path is None or str(path) == "-":
-            continue
-        try:
-            write_whole(path, content())
-        except OSError as error:
-            fail(
-                f"{path}: could not be written: {error.strerror}; the finished items are kept, "
-                "and the same command writes it from them"
-            )
+    def writer(content: Callable[[], str]) -> Callable[[Path], object]:
+        return lambda path: write_whole(path, content())
+
+    kept = "; the finished items are kept, and the same command writes it from them"
+    write_outputs({path: writer(content) for path, content in reports.items()}, kept=kept)
 
 
-def load_plain(model: str | None, dtype: str, threads: int | None, rows: int | str, step: Callable[[str], None]) -> Any:
-    """The harness' model, plain."""
-    step("Starting")
-    set_threads(threads)
-    from attnrb.evaluation.grid import quiet
-    from attnrb.evaluation.model import AttnrbLM
-
-    quiet()
-    quiet_libraries()
-    step(f"Loading {model or 'the embedded model'}")
-    return AttnrbLM(model, plain=True, dtype=dtype, batch_size=rows)
-
-
-def quiet_libraries() -> None:
-    """Silence what would break the layout."""
-    from attnrb.cli.console import quiet_transformers
-
-    quiet_transformers()
+def tell_step(step: str) -> None:
+    """Say what comes next, on a line of its own."""
+    if is_first_process():
+        console = errors()
+        dots = "..." if console.options.ascii_only else "…"
+        console.print(Text(f"{printable(step)} {dots}"), soft_wrap=True)
 
 
 @contextlib.contextmanager
-def run_errors(run: Callable[[], Path | None]) -> Iterator[None]:
-    """`user_errors`, and a plain word for an interrupt and for a run's file that fails."""
+def run_errors(place: Sequence[Path]) -> Iterator[None]:
+    """`user_errors`, and a plain word for an interrupt and for a run's file that fails; `place` comes to hold it."""
     from attnrb.evaluation.runfile import RunFileError
 
     try:
@@ -142,16 +158,15 @@ def run_errors(run: Callable[[], Path | None]) -> Iterator[None]:
     except RunFileError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        path = run()
         kept = (
-            "" if path is None or not path.exists() else f": finished items are in {path}, and the same command goes on"
+            f": finished items are in {place[0]}, and the same command goes on" if place and place[0].exists() else ""
         )
         errors().print(Text(f"attnrb: stopped{kept}.", style="red"), soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
 
 
 @contextlib.contextmanager
-def progress(*, shown: bool = True) -> Iterator[Callable[[Progress], None]]:
+def progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with the time left on a terminal, a line now and then elsewhere."""
     console = errors()
     start = time.monotonic()
@@ -164,7 +179,7 @@ def progress(*, shown: bool = True) -> Iterator[Callable[[Progress], None]]:
             return "done"
         return f"{duration(elapsed * (state.work - state.work_done) / done)} left" if done > 0 else ""
 
-    if not shown:
+    if not is_first_process():
         yield lambda _: None
     elif console.is_terminal:
         columns = (
@@ -209,14 +224,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks for a run in several."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def silence_other_processes() -> None:
-    """Of a run in several processes, one alone speaks."""
-    if not is_first_process():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (as long as the process)

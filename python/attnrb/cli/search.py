@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from attnrb.cli import options, running
-from attnrb.cli.console import errors, output, print_json, steps, user_errors
+from attnrb.cli import files, options, running
+from attnrb.cli.console import output, print_json, user_errors
 from attnrb.cli.eval import render
 from attnrb.printable import printable
 
@@ -19,6 +19,7 @@ _SEARCH = "Search"
 def search(
     tasks: running.Tasks,
     data: running.Data = None,
+    include_path: running.IncludePath = None,
     evaluations: Annotated[
         int, typer.Option("--evaluations", "-n", min=1, help="Settings to try.", rich_help_panel=_SEARCH)
     ] = 20,
@@ -39,28 +40,31 @@ def search(
             min=0, help="Highest source layer.", show_default="a quarter of the layers", rich_help_panel=_SEARCH
         ),
     ] = None,
+    generated: running.Generated = False,
     shots: running.Shots = 0,
     chat: running.Chat = False,
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the splits, the sampler and the bootstrap.", rich_help_panel="Model and run")
-    ] = 0,
+    seed: running.Seed = 0,
     batch_size: running.BatchSize = "auto",
     run: running.RunOption = None,
-    json: running.JsonFile = None,
-    html: running.HtmlFile = None,
+    json: files.JsonFile = None,
+    html: files.HtmlFile = None,
 ) -> None:
     """Search alpha, threshold, source layer and layer range on a development split; report on held-out items."""
     place: list[Path] = []
     with user_errors():
-        from attnrb.evaluation.grid import plan_names
+        from attnrb.evaluation.page import check_installed
+        from attnrb.evaluation.plan import plan_names
         from attnrb.evaluation.search import SearchPlan
-    with running.run_errors(lambda: place[0] if place else None):
+        from attnrb.evaluation.search import search as go
+        from attnrb.evaluation.search_page import search_page
+    with running.run_errors(place):
         plan = SearchPlan(
             tasks=plan_names(tasks),
             data=data,
+            include_path=include_path,
             evaluations=evaluations,
             development=development,
             held_out=held_out,
@@ -69,48 +73,35 @@ def search(
             most_source_layer=most_source_layer,
             seed=seed,
             shots=shots,
+            generated=generated,
             chat=chat,
         )
         rows = running.batch_size(batch_size)
-        running.check_outputs(json, html=html)
-        file = (
-            json.with_name(f"{json.stem}.items.jsonl") if run is None and json is not None and str(json) != "-" else run
-        )
-        place.append(file or Path(f"attnrb-search-{seed}.jsonl"))
-        result = _search(plan, model, dtype, threads, rows, place[0])
+        files.check_outputs(run=run, json=json, html=html)
+        if html is not None:
+            check_installed()
+        place.append(running.run_file(run, json, plan, model))
+        lm, selected = running.start(plan, model, dtype, threads, rows)
+        with running.progress() as progress:
+            result = go(
+                lm,
+                plan,
+                place[0],
+                model=running.model_name(model),
+                selected=selected,
+                progress=progress,
+                step=running.tell_step,
+            )
     if result is None:
         return
     document = result.to_dict()
-    if json is not None and str(json) == "-":
+    if files.is_standard_output(json):
         print_json(document)
     else:
         label = document["held_out"]["results"][-1]["arm"]
         output().print(Text(printable(f"Chosen: {label}. On held-out items:")), soft_wrap=True)
         render(output(), document["held_out"])
-    from attnrb.evaluation.search_page import search_page
-
-    running.write_outputs({json: result.to_json, html: lambda: search_page(document)})
-
-
-def _search(plan: Any, model: str | None, dtype: str, threads: int | None, rows: int | str, file: Path) -> Any:
-    from attnrb.evaluation.search import search as go
-    from attnrb.evaluation.selection import select
-    from attnrb.models import DEFAULT_MODEL_NAME
-
-    first = running.is_first_process()
-    with steps() as step:
-        step("Reading the items")
-        select(plan.tasks, plan.data, shots=plan.shots)
-        lm = running.load_plain(model, dtype, threads, rows, step)
-
-    def tell(line: str) -> None:
-        if first:
-            console = errors()
-            dots = "..." if console.options.ascii_only else "…"
-            console.print(Text(f"{printable(line)} {dots}"), soft_wrap=True)
-
-    with running.progress(shown=first) as progress:
-        return go(lm, plan, file, model=model or DEFAULT_MODEL_NAME, progress=progress, step=tell)
+    running.write({json: result.to_json, html: lambda: search_page(document)})
 
 
 def _bounds(name: str, text: str) -> tuple[float, float]:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from attnrb.evaluation.budget import ComputedTokenBudget, Reading
     from attnrb.evaluation.data import DataError
     from attnrb.evaluation.extraction import Extraction, extract_choice, extract_number
-    from attnrb.evaluation.grid import Plan, evaluate
+    from attnrb.evaluation.grid import evaluate
     from attnrb.evaluation.model import AttnrbLM
+    from attnrb.evaluation.plan import Plan
     from attnrb.evaluation.report import Report
     from attnrb.evaluation.runfile import RunFileError
     from attnrb.evaluation.search import SearchPlan, search
@@ -28,7 +29,7 @@ _PLACES = {
     "ComputedTokenBudget": "budget",
     "DataError": "data",
     "Extraction": "extraction",
-    "Plan": "grid",
+    "Plan": "plan",
     "Reading": "budget",
     "Report": "report",
     "RunFileError": "runfile",

@@ -19,63 +19,50 @@ from typing import Any
 import numpy as np
 
 from attnrb.config import RebalanceConfig
-from attnrb.evaluation import mmlu, prompts
+from attnrb.evaluation import mmlu
 from attnrb.evaluation.data import DataError
-from attnrb.evaluation.environment import environment, peak_memory
-from attnrb.evaluation.grid import Plan, open_run, quiet
+from attnrb.evaluation.grid import about_run, begin, open_run
+from attnrb.evaluation.plan import TaskPlan
 from attnrb.evaluation.report import Report, make_report
 from attnrb.evaluation.runfile import RunFile
 from attnrb.evaluation.runner import PLAIN, Progress, Question, arm_label, prepare, run
-from attnrb.evaluation.selection import Cell, Selected, select
+from attnrb.evaluation.selection import Cell, Selected
 
 __all__ = ["SearchPlan", "SearchResult", "Trial", "search"]
 
 
 @dataclass(frozen=True)
-class SearchPlan:
+class SearchPlan(TaskPlan):
     """What to search, and where.
 
     Attributes:
-        tasks: as in `attnrb.evaluation.grid.Plan`.
-        data: as there.
         evaluations: settings to try, the default one first.
         development: development items of each task, each subject of MMLU.
         held_out: held-out items of each. Default: all others.
         alpha: bounds of the strength.
         threshold: bounds of the threshold, tried on a logarithmic scale.
         most_source_layer: highest source layer. Default: a quarter of the model's layers.
-        seed: of the splits, the sampler and the bootstrap.
-        shots: examples before each question.
-        chat: put prompts into the model's chat template.
     """
 
-    tasks: tuple[str, ...]
-    data: Path | None = None
+    command = "search"
+    growing = ("evaluations", "development", "held_out", "alpha", "threshold", "most_source_layer")
+
     evaluations: int = 20
     development: int = 20
     held_out: int | None = None
     alpha: tuple[float, float] = (0.0, 1.0)
     threshold: tuple[float, float] = (0.002, 0.1)
     most_source_layer: int | None = None
-    seed: int = 0
-    shots: int = 0
-    chat: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("evaluations", "development", "held_out"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected 1 or above, got {value}")
+        super().__post_init__()
+        self._at_least(evaluations=1, development=1, held_out=1)
         for name in ("alpha", "threshold"):
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"{name}: expected a lower and a higher bound, got {low:g} and {high:g}")
         RebalanceConfig(alpha=self.alpha[0], threshold=self.threshold[0])
         RebalanceConfig(alpha=self.alpha[1], threshold=self.threshold[1])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every option, JSON-ready."""
-        return {**vars(self), "tasks": list(self.tasks), "data": None if self.data is None else str(self.data)}
 
 
 @dataclass(frozen=True)
@@ -135,6 +122,7 @@ def search(
     run_file: Path,
     *,
     model: str,
+    selected: Sequence[Selected] | None = None,
     progress: Callable[[Progress], None] | None = None,
     step: Callable[[str], None] | None = None,
 ) -> SearchResult | None:
@@ -150,6 +138,7 @@ def search(
         plan: what to do.
         run_file: the file of finished items. One that exists is gone on with.
         model: the model's name, for the report.
+        selected: the plan's tasks, where they are read already.
         progress: called as items are finished.
         step: called with a short line before each step that may take seconds.
 
@@ -165,10 +154,8 @@ def search(
 
     say = step or (lambda _: None)
     start = time.perf_counter()
-    quiet()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    say("Reading the items")
-    selected = select(plan.tasks, plan.data, shots=plan.shots, chat=plan.chat)
+    selected = begin(lm, plan, selected, say)
     development, held_out = _splits(lm, selected, plan)
     layers = int(lm.model.config.get_text_config().num_hidden_layers)
     most_source = layers // 4 if plan.most_source_layer is None else plan.most_source_layer
@@ -182,8 +169,7 @@ def search(
         skip_if_exists=True,
     )
     measure = _measure(development, selected)
-    grid = Plan(tasks=plan.tasks, data=plan.data, seed=plan.seed, shots=plan.shots, chat=plan.chat)
-    with open_run(lm, run_file, grid) as file:
+    with open_run(lm, run_file, plan) as file:
         found: list[tuple[RebalanceConfig, float, float, tuple[float, float]]] = []
         for number in range(plan.evaluations):
             trial = study.ask()
@@ -200,23 +186,8 @@ def search(
         _run_all(lm, held_out, arms, file, progress)
         if lm.rank:
             return None
-        about = {
-            "model": model,
-            "model_digest": lm.digest(),
-            "dtype": str(lm.model.dtype).removeprefix("torch."),
-            "device": str(lm.device),
-            "batch_size": lm.batch_size,
-            "seed": plan.seed,
-            "settings": plan.to_dict(),
-            "prompts": prompts.VERSION,
-            "answers": len(held_out) * 2,
-            "seconds": round(time.perf_counter() - start, 1),
-            "seconds_of_all_answers": round(file.seconds, 1),
-            "peak_memory": peak_memory(),
-            "run": str(run_file),
-            "environment": environment(),
-        }
         configs = {label: None if each is None else each.to_dict() for label, each in arms.items()}
+        about = about_run(lm, plan, file, model=model, answers=len(held_out) * len(arms), start=start)
         report = make_report(file.records, held_out, selected, configs, about, seed=plan.seed)
     return SearchResult(chosen, _trials(found), _objectives(selected), plain, report)
 

@@ -92,29 +92,39 @@ def cells_of(prompting: str, budgets: Sequence[int] | None, minimum: int, maximu
 
 
 def select(
-    names: Sequence[str], data: Path | None, *, shots: int = 0, generated: bool = False, chat: bool = False
+    names: Sequence[str],
+    data: Path | None,
+    *,
+    include_path: Path | None = None,
+    shots: int = 0,
+    generated: bool = False,
+    chat: bool = False,
 ) -> tuple[Selected, ...]:
     """The tasks of these names, each once, in their order.
 
     With a data folder, names are those of its files, ``mmlu`` for all subjects, and ``mmlu_stem``, ``mmlu_non_stem``,
     ``mmlu_humanities``, ``mmlu_social_sciences`` and ``mmlu_other``; other names, and all without a folder, are those
-    of lm-evaluation-harness, which downloads their items.
+    of lm-evaluation-harness, which downloads their items, and of the task files in `include_path`.
 
     Raises:
-        DataError: there is no such task or file, or a file is malformed.
+        DataError: there is no such task, file or folder, or a file is malformed, or a download failed.
     """
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise DataError("tasks: expected at least one, got none")
+    if include_path is not None and not include_path.is_dir():
+        raise DataError(f"include_path: there is no folder {str(include_path)!r}")
     selected: dict[str, Selected] = {}
     known = [] if data is None else task_names(data)
+    manager: Any = None
     for name in names:
         members = [f"mmlu_{subject}" for subject in _MMLU_NAMES.get(name, ())] or [name]
         if data is not None and (name in known or members[0].removeprefix("mmlu_") in mmlu.SUBJECTS):
             for member in members:
                 selected.setdefault(member, _from_file(data, member, shots, generated, chat))
         else:
-            for found in _from_harness(name, known):
+            manager = manager or _task_manager(include_path)
+            for found in _from_harness(manager, name, known, shots, generated):
                 selected.setdefault(found.name, found)
     return tuple(selected.values())
 
@@ -130,10 +140,14 @@ def _from_file(data: Path, name: str, shots: int, generated: bool, chat: bool) -
     return Selected(name, items.groups, build, items)
 
 
-def _from_harness(name: str, known: Sequence[str]) -> list[Selected]:
+def _task_manager(include_path: Path | None) -> Any:
+    """The harness' index of tasks, which takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    return TaskManager(include_path=None if include_path is None else str(include_path))
+
+
+def _from_harness(manager: Any, name: str, known: Sequence[str], shots: int, generated: bool) -> list[Selected]:
     if name not in manager.all_tasks:
         offline = [*(["mmlu"] if any(each.startswith("mmlu_") for each in known) else []), *known]
         close = difflib.get_close_matches(name, [*offline, *manager.all_tasks], n=3)
@@ -141,26 +155,29 @@ def _from_harness(name: str, known: Sequence[str]) -> list[Selected]:
         files = [each for each in offline if not each.startswith("mmlu_")]
         here = f"the data folder has {', '.join(files)}, and " if files else ""
         raise DataError(f"tasks: there is no task {name!r}: {here}`lm-eval ls tasks` lists those of the harness{hint}")
+    if generated:
+        raise DataError(f"generated: {name} is asked as the harness does: generated answers need --data")
     try:
         tasks = manager.load([name])["tasks"]
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise DataError(
-            f"tasks: the items of {name!r} could not be downloaded ({reason or type(error).__name__}); "
-            "name a folder of files with --data"
+            f"tasks: the items of {name!r} could not be had ({reason or type(error).__name__}); the harness downloads "
+            "them: without a network, name a folder of files with --data"
         ) from error
+    return [Selected(each, _harness_groups(each), _builder(task, shots), None) for each, task in tasks.items()]
 
-    def builder(task: Any) -> Callable[[Cell], Any]:
-        def build(cell: Cell) -> Any:
-            if cell.budget is not None:
-                raise DataError(
-                    f"prompting: {task.task_name} has the harness' own prompt: a chain of thought needs --data"
-                )
-            return task
 
-        return build
+def _builder(task: Any, shots: int) -> Callable[[Cell], Any]:
+    if shots:  # without a number of their own, tasks keep the harness'
+        task.set_config(key="num_fewshot", value=shots)
 
-    return [Selected(each, _harness_groups(each), builder(task), None) for each, task in tasks.items()]
+    def build(cell: Cell) -> Any:
+        if cell.budget is not None:
+            raise DataError(f"prompting: {task.task_name} has the harness' own prompt: a chain of thought needs --data")
+        return task
+
+    return build
 
 
 def _harness_groups(name: str) -> tuple[str, ...]:

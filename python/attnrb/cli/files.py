@@ -1,0 +1,71 @@
+"""Files that commands write: the options that name them, refused early where they cannot be, written whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnrb.cli.console import fail
+from attnrb.printable import printable
+
+PANEL = "Files to write"
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", help="Every figure, as JSON; - prints it instead.", show_default=False, rich_help_panel=PANEL
+    ),
+]
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option("--html", help="One self-contained page with plots.", show_default=False, rich_help_panel=PANEL),
+]
+
+
+def is_standard_output(path: Path | None) -> bool:
+    """Whether an option says ``-``."""
+    return path is not None and str(path) == "-"
+
+
+def check_outputs(**paths: Path | None) -> None:
+    """Raise ValueError for a file that cannot be written, before the work rather than after it.
+
+    Args:
+        paths: what options name, by the option's name.
+    """
+    for name, path in paths.items():
+        if path is None or is_standard_output(path):
+            continue
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"{name}: {str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
+        if path.is_dir():
+            raise ValueError(f"{name}: {str(path)!r} cannot be written: it is a folder")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise ValueError(f"{name}: {str(path)!r} cannot be written: permission is denied")
+
+
+def write_outputs(files: Mapping[Path | None, Callable[[Path], object]], *, kept: str = "") -> list[str]:
+    """Write each file that is asked for, or end with one sentence that says which could not be.
+
+    Args:
+        files: what writes each; it raises OSError where it cannot.
+        kept: what the sentence adds, of what is not lost.
+
+    Returns:
+        The names of what was written.
+    """
+    written = []
+    for path, write in files.items():
+        if path is None or is_standard_output(path):
+            continue
+        try:
+            write(path)
+        except OSError as error:
+            fail(f"{str(path)!r} could not be written: {error.strerror or error}{kept}")
+        written.append(printable(str(path)))
+    return written
