@@ -137,6 +137,9 @@ def open_run(lm: Any, path: Path, plan: TaskPlan) -> RunFile:
 
 
 def quiet() -> None:
-    """Silence the libraries that log what is no concern of the user's."""
+    """Silence the libraries that log, or draw bars of, what is no concern of the user's; downloads keep their bars."""
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
