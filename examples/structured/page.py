@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attnrb import __version__
-from attnrb.evaluation.page import COLOURS, document, escape, plot, table
+from attnrb.evaluation.page import COLOURS, plot, table, whole_page
+from attnrb.html_page import escape
 
 _ARMS = {"plain": "plain", "rebalanced": "re-balanced", "gains": "learnt gains"}
 _COLOUR = {"plain": COLOURS[0], "rebalanced": COLOURS[1], "gains": COLOURS[2]}
@@ -22,7 +23,7 @@ def page(report: Mapping[str, Any]) -> str:
     title = f"{what} of {study['model'] or 'SmolLM2-135M-Instruct'} on {study['data']}"
     lead = "The same data in the same order for every arm; seeds differ in order and in the adapters' start."
     parts = [_findings(report), _losses(report), _gains(report), _attention(report), _limits(report), _settings(study)]
-    return document(title, escape(lead), parts, __version__)
+    return whole_page(title, escape(lead), parts, __version__)
 
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
