@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [*_program(), *sys.argv[1:]],
     }
 
 
@@ -56,6 +56,11 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _program() -> list[str]:
+    program = Path(sys.argv[0])
+    return ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
 
 
 def _git() -> str | None:

@@ -22,7 +22,7 @@ from attnrb.patch import patch
 
 __all__ = ["AttnrbLM", "Computed"]
 
-_AUTO_TOKENS = {"cpu": 2048, "cuda": 16384}  # padded tokens of an automatic batch
+_AUTO_TOKENS = {"cpu": 512, "cuda": 16384}  # padded tokens of an automatic batch: on a CPU, what its caches hold
 _AUTO_GENERATED = {"cpu": 32, "cuda": 128}  # rows of an automatic batch that generates
 _MOST_LOGITS = 1 << 26  # elements of a batch's logits: 256 MB in float32
 

@@ -26,7 +26,7 @@ __all__ = ["PLAIN", "Progress", "Question", "arm_label", "prepare", "run"]
 PLAIN = "plain"
 """Label of the model as it is."""
 
-_BLOCK_CHARACTERS = 24_000  # of a block's prompts: about three automatic batches on a CPU
+_BLOCK_CHARACTERS = 24_000  # of a block's prompts: about a dozen automatic batches on a CPU
 _BLOCK_ITEMS = {"direct": 64, "cot": 32}
 _GENERATED_WEIGHT = 6  # work of a generated token, in tokens of a prompt
 _CHARACTERS_PER_TOKEN = 4
