@@ -8,12 +8,12 @@ repeats. DIR is what ``attnrb eval --data`` takes. Loading and the building of p
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from figures import Figures, option_parser
 
 ROUNDING = 2e-3
 """Of a log-likelihood: sums of log-probabilities of logits of the order of 20, float32 over 30 layers."""
@@ -45,25 +45,19 @@ def best(run: Callable[[], Any], repeats: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the questions")
     parser.add_argument("--items", type=int, default=16, help="questions of each set (default: 16)")
     parser.add_argument("--repeats", type=int, default=2, help="the best of so many runs (default: 2)")
-    parser.add_argument("--threads", type=int, default=2, help="threads (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures here")
     options = parser.parse_args(arguments)
 
-    import torch
     from attnrb.config import RebalanceConfig
     from attnrb.evaluation.grid import quiet
     from attnrb.evaluation.model import AttnrbLM
     from lm_eval.models.huggingface import HFLM
-    from machine import describe, headline
 
-    torch.set_num_threads(options.threads)
+    figures = Figures(options)
     quiet()
-    description = describe()
-    print(headline(description))
     lm = AttnrbLM(plain=True)
     peers = {size: HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=size) for size in (8, 1)}
     cases: list[dict[str, Any]] = []
@@ -86,9 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"hf in batches of {size} {each:.2f} s (ratio {plain / each:.2f})" for size, each in harness.items()
         )
         print(f"{name}: plain {plain:.2f} s, re-balanced {rebalanced:.2f} s; {beside}", flush=True)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(description | {"cases": cases}, indent=1) + "\n")
+    figures.store(cases=cases)
     return 0
 
 
