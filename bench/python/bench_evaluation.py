@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
         worst = max(abs(one[0] - other[0]) for one, other in zip(ours, theirs, strict=True))
         if worst > ROUNDING:
             raise SystemExit(f"{name}: likelihoods differ by {worst:g}")
-        plain = best(lambda: score(lm), options.repeats)
+        plain = best(partial(score, lm), options.repeats)
         with lm.rebalanced(RebalanceConfig()):
-            rebalanced = best(lambda: score(lm), options.repeats)
-        harness = {size: best(lambda peer=peer: score(peer), options.repeats) for size, peer in peers.items()}
+            rebalanced = best(partial(score, lm), options.repeats)
+        harness = {size: best(partial(score, peer), options.repeats) for size, peer in peers.items()}
         cases.append({"set": name, "requests": len(requests), "plain": plain, "rebalanced": rebalanced, "hf": harness})
         beside = ", ".join(
             f"hf in batches of {size} {each:.2f} s (ratio {plain / each:.2f})" for size, each in harness.items()
