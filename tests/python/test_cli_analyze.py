@@ -17,7 +17,7 @@ from attnrb import RebalanceConfig  # noqa: E402
 from attnrb.analysis import AttentionReport  # noqa: E402
 from attnrb.cli.app import app  # noqa: E402
 from attnrb.cli.options import parse_config  # noqa: E402
-from saved_tiny_model import LAYERS, TEXT, save_tiny_model  # noqa: E402
+from saved_tiny_model import LAYERS, TEXT, save_tiny_model, tiny_model  # noqa: E402
 from typer.testing import CliRunner, Result  # noqa: E402
 
 
@@ -123,6 +123,11 @@ def test_errors_are_one_sentence(folder: Path, arguments: list[str], message: st
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = [] if "-m" in arguments else ["-m", str(folder)]
     assert message in error_of(analyze(*model, *arguments))
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    assert "no tokenizer" in error_of(analyze("-m", tmp_path, "-t", TEXT))
 
 
 def test_malformed_lines_are_named(folder: Path, tmp_path: Path) -> None:

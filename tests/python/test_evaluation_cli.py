@@ -269,9 +269,25 @@ def test_search_reports_on_held_out_items(run: Run, data: Path, model: Path, tmp
     assert json.loads((tmp_path / "s.json").read_text("utf-8"))["chosen"] == found["chosen"]
 
 
-def test_search_needs_items_to_hold_out(run: Run, data: Path, model: Path) -> None:
-    message = failed(run("search", "-t", "siqa", "--data", data, "-m", model, "--development", "6"))
-    assert "development: siqa has 6 items, which leaves none held out" in message
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--development", "6"), "development: siqa has 6 items, which leaves none held out"),
+        (("--data", "./nowhere"), "data: there is no folder 'nowhere'"),
+        (("--tasks", "mmlu_virology"), "there is no file .*virology_test.csv"),
+        (("--model", "./nowhere"), "./nowhere"),
+        (("--alpha", "1,0"), "alpha: expected a lower and a higher bound"),
+        (("--alpha", "1"), "alpha: expected two numbers like 0,1, got '1'"),
+        (("--threshold", "0,1"), "threshold: expected a number between 0 and 1"),
+        (("--most-source-layer", "9"), "most_source_layer: this model has layers 0 to 2, got 9"),
+        (("--html", "nowhere/s.html"), "html: .* cannot be written: there is no folder 'nowhere'"),
+    ],
+)
+def test_errors_of_a_search(run: Run, data: Path, model: Path, arguments: tuple[str, ...], message: str) -> None:
+    usual = {"--tasks": "siqa", "--data": str(data), "--model": str(model), "--development": "2", "-n": "1"}
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    merged = [part for pair in {**usual, **given}.items() for part in pair]
+    assert re.search(message, failed(run("search", *merged)))
 
 
 @pytest.fixture
