@@ -47,13 +47,23 @@ inline void attend_to_nothing(const AttentionProblem& problem) {
   if (problem.emit.counts) std::fill_n(problem.emit.counts, rows, 0);
 }
 
+// Waking a thread takes as long as so many multiply-adds: few queries and keys are done sooner by fewer threads.
+constexpr int64_t kProductsPerThread = int64_t(1) << 18;
+
+inline ThreadPool threads_for(const Shape& shape) {
+  ThreadPool pool = torch_threads();
+  const int64_t products = shape.batch * shape.heads * shape.queries * shape.keys * (shape.width + shape.value_width);
+  pool.workers = std::min(pool.workers, products / kProductsPerThread + 1);
+  return pool;
+}
+
 // Runs the chosen kernels. Sizes that leave nothing to compute never reach them.
 inline void attend(const AttentionProblem& problem) {
   const Shape& shape = problem.shape;
   if (shape.batch == 0 || shape.heads == 0 || shape.queries == 0) return;
   if (shape.keys == 0) return attend_to_nothing(problem);
   ScratchLease scratch;
-  check_status(kernels().attention(problem, torch_threads(), *scratch), problem.boost.capacity);
+  check_status(kernels().attention(problem, threads_for(shape), *scratch), problem.boost.capacity);
 }
 
 }  // namespace attnrb::ops
