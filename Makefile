@@ -29,13 +29,14 @@ SANITIZED_CASES := 300
 # Stages follow each other, whatever -j says; each uses JOBS cores by itself.
 .NOTPARALLEL:
 .PHONY: help demo test bench install lint test-cpp cpp-verdict test-cuda cuda test-cuda-mutations test-gpu bench-gpu \
-  test-python test-oldest test-aarch64 clean
+  test-python test-long test-oldest test-aarch64 clean
 
 help:
 	@echo 'make demo          set up everything and compare a real model with and without re-balancing'
 	@echo 'make test          C++ tests, also under sanitizers, linters, type checks and Python tests'
 	@echo 'make bench         C++ and Python benches; JSON in build/bench'
 	@echo 'make install       only the environment in .venv, with the package in it'
+	@echo 'make test-long     what takes too long for make test: real models on 4,000 tokens, inductor on many'
 	@echo 'make test-oldest   the tests of patched models, with the oldest transformers that is served'
 	@echo 'make test-aarch64  the C++ tests for ARM, cross-compiled and run under qemu'
 	@echo 'make cuda          the CUDA ops for every architecture, in build/cuda-all (needs nvcc 12 or newer)'
@@ -60,6 +61,10 @@ cpp-verdict:
 # Two threads a process, where several processes share the cores; some tests set their own number.
 test-python: $(DONE)/test $(DONE)/model $(DONE)/gemma $(DONE)/browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-long: $(DONE)/test $(DONE)/model $(DONE)/gemma
+	ATTNRB_LONG=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --durations=10 \
+	  tests/python/test_patch_real.py tests/python/test_patch_compile.py
 
 # The environment as it is, with another transformers in front of its own.
 OLDEST := build/oldest/site

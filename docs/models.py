@@ -50,7 +50,14 @@ handful of layers, and must give
 - with `alpha=0` the logits of the unpatched model within {unpatched:g} of the largest.
 
 {works} are served, {refused} are refused with the reason given, {untried} could not be tried. A model that is refused
-is left as it was: nothing runs without re-balancing in silence.
+is left as it was: nothing runs without re-balancing in silence. Attention that does not go through transformers'
+interface, and attention modules that do not know their layer, raise when the model is patched or at its first
+forward. A mask of a pattern that nobody recognises is used as it is, as a boolean matrix.
+
+A patch tells the layers which forward they belong to by a keyword argument of the model's call. Where layers drop the
+arguments that they do not know, as those of `stablelm` do, they are served by the forward that runs in their thread.
+Where there is none, because such a layer runs in a thread of its own or once more under gradient checkpointing, it
+raises.
 
 Of a model with several parts, such as one for images and text, the text decoder is patched (`gemma3`, `llava`,
 `qwen2_5_vl` and their like). In a hybrid, layers without softmax attention stay as they are, and the source layer is by

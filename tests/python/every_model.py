@@ -136,7 +136,6 @@ _ENCODERS = (
     "electra",
     "ernie",
     "megatron-bert",
-    "reformer",
     "rembert",
     "roberta",
     "roberta-prelayernorm",
@@ -146,7 +145,8 @@ _ENCODERS = (
     "xlm-roberta-xl",
     "xmod",
 )
-_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_ROTATION = {"rope_type": "default", "rope_theta": 1e4}
+_SECTIONS = {"rope_parameters": {**_ROTATION, "mrope_section": [1, 1, 2]}}
 _LATENT = {"num_key_value_heads": 4}  # keys and values of latent attention are made for every head
 _MIXED = {"layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"]}
 _DECODER = {"is_decoder": True}  # encoders that also come as decoders
@@ -177,7 +177,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "longcat_flash": {**_LATENT, "num_layers": 3, "num_hidden_layers": 6, "initializer_range": 0.2},
     "laguna": {"num_attention_heads_per_layer": [4, 8, 4, 8, 4]},
-    "dots1": {"num_local_experts": 4, "n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"num_local_experts": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROTATION)},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "reformer": {**_DECODER, "axial_pos_embds_dim": [8, 24], "axial_pos_shape": [16, 16]},
+    "xlnet": {"n_layer": LAYERS, "n_head": 4, "d_head": 8, "d_inner": 48},
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _SECTIONS),
     "gemma3": {"mm_tokens_per_image": 4, "image_token_id": 90, "boi_token_id": 91, "eoi_token_id": 92},
     "siglip_vision_model": {"image_size": 32, "patch_size": 8},

@@ -94,16 +94,17 @@ def test_what_is_set_meanwhile_stays() -> None:
     assert config._attn_implementation == "sdpa"
 
 
-def test_a_saved_model_is_clean(tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_oss", "qwen3_next"])
+def test_a_saved_model_is_clean(name: str, tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    model, ids = tiny("llama"), tokens(1, 8)
+    model, ids = tiny(name), tokens(1, 8)
     with torch.no_grad():
         logits = model(ids).logits
         with attnrb.patch(model):
             model.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-        assert loaded.config._attn_implementation == "sdpa"
+        assert loaded.config._attn_implementation == model.config._attn_implementation != "attnrb"
         assert torch.equal(loaded(ids).logits, logits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,17 @@ from test_patch_models import CONFIG, assert_close, run
 from tiny_models import tiny, tokens
 from torch._dynamo.utils import counters
 
-# Tracing is what depends on the model; inductor, which takes many seconds, does the same with all of them.
-architectures = pytest.mark.parametrize("name", ["llama", "gemma3_text", "stablelm"])
+# Tracing is what depends on the model; inductor, which takes many seconds, does the same with all of them. So the
+# default run has one architecture of each, and `make test-long` all.
+long = pytest.mark.skipif("ATTNRB_LONG" not in os.environ, reason="minutes long: `make test-long` runs it")
+
+
+def architectures(*names: str, longer: tuple[str, ...]) -> Any:
+    return pytest.mark.parametrize("name", [*names, *(pytest.param(name, marks=long) for name in longer)])
+
+
+some = architectures("llama", "gemma3_text", "stablelm", longer=("qwen3", "gpt_neox", "gpt_oss", "qwen3_next"))
+compiled_by_inductor = architectures("llama", longer=("gemma3_text", "qwen3", "gpt_neox", "gpt_oss", "qwen3_next"))
 TRACED = {"fullgraph": True, "backend": "aot_eager"}
 
 
@@ -72,32 +82,43 @@ def before_5_4() -> bool:
     return "cache_position" in masking_utils.sdpa_mask.__code__.co_varnames
 
 
-@architectures
+@some
 def test_the_whole_forward_is_one_graph(name: str) -> None:
     forward(name, **TRACED)
 
 
-@architectures
+@some
 def test_decoding_with_a_static_cache_does_not_recompile(name: str) -> None:
     static_decode(name, **TRACED)
 
 
-def test_inductor() -> None:
-    forward("llama", fullgraph=True)
+@compiled_by_inductor
+def test_inductor(name: str) -> None:
+    forward(name, fullgraph=True)
     torch._dynamo.reset()
     counters.clear()
-    static_decode("llama", fullgraph=True)
+    static_decode(name, fullgraph=True)
 
 
-def test_one_graph_for_every_length() -> None:
-    model = tiny("gemma3_text")
+def one_graph_for_every_length(name: str, **options: Any) -> None:
+    model = tiny(name)
     lengths = [20, 13, 31]
     expected = [run(model, tokens(2, length), use_cache=False) for length in lengths]
     with torch.no_grad(), attnrb.patch(model, CONFIG):
-        compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="eager")
+        compiled = torch.compile(model, dynamic=True, fullgraph=True, **options)
         with torch._dynamo.config.patch(error_on_recompile=True):
             for length, logits in zip(lengths, expected, strict=True):
                 assert_close(compiled(tokens(2, length), use_cache=False).logits, logits)
+
+
+@architectures("gemma3_text", longer=("llama", "qwen3", "gpt_neox", "gpt_oss", "qwen3_next"))
+def test_one_graph_for_every_length(name: str) -> None:
+    one_graph_for_every_length(name, backend="eager")
+
+
+@architectures(longer=("llama", "gemma3_text", "qwen3", "gpt_neox", "gpt_oss", "qwen3_next"))
+def test_one_graph_of_inductor_for_every_length(name: str) -> None:
+    one_graph_for_every_length(name)
 
 
 def test_a_graph_builds_no_matrix_of_queries_and_keys() -> None:

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from saved_tiny_model import save_tiny_model
+from saved_tiny_model import VOCABULARY, tiny_tokenizer
 from test_patch_models import CONFIG, assert_close, oracle, run
 from tiny_models import tiny, tokens
 
@@ -49,20 +49,37 @@ def test_low_rank_adapters(name: str, first: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_weights(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3"])
+def test_quantised_weights(name: str, bits: int, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"load_in_8bit": True}
     if bits == 4:
         options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
-    tiny("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    tiny(name, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
     ).eval()
     assert "bnb" in f"{type(model.model.layers[0].self_attn.q_proj).__module__} bnb" and model.is_quantized
     ids = tokens(2, 16)
     assert_close(run(model, ids), expected_of(model, model, ids))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3"])
+def test_weights_quantised_by_torchao(name: str, bits: int) -> None:
+    """Where torchao is installed, which the tests do not see to: it warns at every import."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model, ids = tiny(name), tokens(2, 16)
+    plain = run(model, ids)
+    way = quantization.Int8WeightOnlyConfig()
+    if bits == 4:
+        way = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4)
+    quantization.quantize_(model, way)
+    logits = run(model, ids)
+    assert_close(logits, expected_of(model, model, ids))
+    assert not torch.equal(logits, plain)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
@@ -77,10 +94,11 @@ def test_weights_offloaded_to_disk(name: str, tmp_path: Path) -> None:
     assert_close(run(model, ids), expected)
 
 
-def test_layers_on_several_devices(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3"])
+def test_layers_on_several_devices(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model, ids = tiny("llama"), tokens(2, 16)
+    model, ids = tiny(name), tokens(2, 16)
     model.save_pretrained(tmp_path / "model")
     places: dict[str, Any] = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(5)}
@@ -122,11 +140,11 @@ def test_masks_that_are_copied_on_the_way_say_the_same(name: str) -> None:
         assert torch.equal(got, logits)
 
 
-def test_a_pipeline(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "gpt_neox"])
+def test_a_pipeline(name: str) -> None:
     from transformers import pipeline
 
-    save_tiny_model(tmp_path)
-    generator = pipeline("text-generation", model=str(tmp_path))
+    generator = pipeline("text-generation", model=tiny(name, vocab_size=VOCABULARY), tokenizer=tiny_tokenizer())
     prompts = ["one two three", "four"]
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     with oracle().attached(generator.model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import Any
 
 import attnrb
@@ -98,9 +100,10 @@ def test_holes_take_the_general_mask(seen: list[Visibility]) -> None:
     assert_close(logits[mask.bool()], truth[mask.bool()])
 
 
-def test_several_texts_in_one_row_keep_apart(seen: list[Visibility]) -> None:
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "qwen3", "gpt_neox", "olmo2"])
+def test_several_texts_in_one_row_keep_apart(name: str, seen: list[Visibility]) -> None:
     """Packed sequences, told by their positions: the general mask, and each text as if it were alone."""
-    model, ids = tiny("llama"), tokens(1, 16)
+    model, ids = tiny(name), tokens(1, 16)
     positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
     packed = run(model, ids, position_ids=positions, use_cache=False)
     assert all(visibility.mask is not None for visibility in seen)
@@ -108,14 +111,34 @@ def test_several_texts_in_one_row_keep_apart(seen: list[Visibility]) -> None:
         assert_close(packed[0, text], run(model, ids[:, text])[0])
 
 
-def test_a_pattern_of_the_users_own_takes_the_general_mask() -> None:
-    """Built by transformers from a function that nobody knows: here, every second key is hidden."""
+def odd_keys(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    """A pattern that nobody knows: every second key is hidden."""
+    return key % 2 == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_a_model_whose_mask_nobody_recognises(
+    name: str, seen: list[Visibility], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The general mask, in prefill and in decoding."""
+    model, ids = tiny(name), tokens(2, 14)
+    module = sys.modules[type(model).__module__]
+    monkeypatch.setattr(module, "create_causal_mask", partial(module.create_causal_mask, and_mask_function=odd_keys))
+    with torch.no_grad(), oracle().attached(model):
+        expected = model(ids).logits
+    logits = run(model, ids)
+    assert all(visibility.mask is not None for visibility in seen)
+    assert_close(logits, expected)
+    with torch.no_grad(), attnrb.patch(model, CONFIG):
+        cache = model(ids[:, :10], use_cache=True).past_key_values
+        last = model(ids[:, 10:], past_key_values=cache).logits
+    assert_close(last, expected[:, 10:])
+
+
+def test_what_a_mask_that_nobody_recognises_says() -> None:
     from attnrb.attention import GEOMETRY
     from attnrb.masks import attention_mask
     from transformers import masking_utils
-
-    def odd_keys(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        return key % 2 == 1
 
     function = masking_utils.and_masks(masking_utils.causal_mask_function, odd_keys)
     position = {"q_length": 3, "q_offset": 4}

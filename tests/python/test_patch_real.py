@@ -22,15 +22,14 @@ CONFIG = attnrb.RebalanceConfig(alpha=ALPHA)
 TOLERANCE = 2e-3
 KEPT = 128  # last positions whose logits are compared: a large vocabulary would fill the memory otherwise
 
-# (tokens, what the oracle computes in). The longest take minutes and gigabytes, mostly the oracle's.
+# The longest take minutes and gigabytes, mostly the oracle's.
+LONG = pytest.mark.skipif("ATTNRB_LONG" not in os.environ, reason="minutes long: `make test-long` runs it")
+# (tokens, what the oracle computes in)
 PROMPTS = [
     (5, torch.float64),
     (64, torch.float64),
     (500, torch.float64),
-    pytest.param(
-        (4000, torch.float32),
-        marks=pytest.mark.skipif("ATTNRB_LONG" not in os.environ, reason="minutes long: set ATTNRB_LONG to run it"),
-    ),
+    pytest.param((4000, torch.float32), marks=LONG),
 ]
 
 
@@ -81,10 +80,11 @@ def test_logits_and_text_are_the_oracles(real: Any, case: tuple[int, torch.dtype
 
 
 @pytest.mark.model
-def test_bfloat16_is_no_worse_than_the_oracle_in_it(real: Any) -> None:
+@pytest.mark.parametrize("length", [5, 200, pytest.param(4000, marks=LONG)])
+def test_bfloat16_is_no_worse_than_the_oracle_in_it(real: Any, length: int) -> None:
     """Both against the float32 oracle: attnrb errs at most twice as much as exact attention in a bfloat16 model."""
     model, tokenizer = real
-    ids = prompt(tokenizer, 200)
+    ids = prompt(tokenizer, length)
     with torch.inference_mode():
         with oracle(model).attached(model):
             exact = model(ids, logits_to_keep=KEPT).logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import attnrb
@@ -103,6 +104,21 @@ def test_keyword_arguments_that_get_lost_do_no_harm() -> None:
             position = model.model.rotary_emb(hidden, torch.arange(4)[None])
             with pytest.raises(RuntimeError, match="no forward of a patched model runs in this thread"):
                 model.model.layers[1](hidden, position_embeddings=position)
+
+
+class ElsewhereLayer(ForgetfulLayer):
+    """Runs in a thread of its own, besides."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as threads:
+            return threads.submit(super().forward, *args, **kwargs).result()
+
+
+def test_keyword_arguments_that_get_lost_between_threads() -> None:
+    """Neither the argument nor the thread tells the forward, so the layer cannot be served."""
+    model = become(tiny("llama"), 1, decoder_layer=ElsewhereLayer)
+    message = "LlamaAttention called its attention without the argument 'attnrb_forward'"
+    refused(model, RuntimeError, message, use_cache=False)
 
 
 def test_a_forward_that_failed_is_not_found_again() -> None:
