@@ -21,7 +21,8 @@ EMULATED_CASES := 400
 EMULATED_SAMPLE := 24
 EMULATED_OPS := $(CURDIR)/build/cuda-host/tests/cuda_host/libattnrb_cuda_host_ops.so
 EMULATED_TESTS := $(addprefix tests/python/test_,accuracy_attention.py accuracy_weights.py accuracy_not_finite.py \
-  ops_errors.py)
+  ops_errors.py training_accuracy.py training_ops.py)
+EMULATED_GRADIENTS := ATTNRB_TEST_GRADIENT_SAMPLE=11 ATTNRB_TEST_REPEATS=2
 # Generated cases for the sanitized run, which is many times slower: enough to reach every feature.
 SANITIZED_CASES := 300
 
@@ -165,6 +166,7 @@ $(DONE)/test-cuda-host: $(CUDA_FILES) $(DONE)/test $(DONE)/google
 	@if test -f $(EMULATED_OPS); then \
 	  echo 'The op tests on the emulated device:'; \
 	  ATTNRB_TEST_EMULATED_CUDA=$(EMULATED_OPS) ATTNRB_CUDA_CHECKS=1 ATTNRB_TEST_SAMPLE=$(EMULATED_SAMPLE) OMP_NUM_THREADS=1 \
+	  $(EMULATED_GRADIENTS) \
 	  $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(EMULATED_TESTS) && touch $@; \
 	else echo 'The emulated device was not tested: GoogleTest is neither installed nor to be had.'; fi
 

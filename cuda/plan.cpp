@@ -3,59 +3,16 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <sstream>
-#include <stdexcept>
 
 #include "kernels/elementwise_parameters.h"
 #include "launch.h"
+#include "layout.h"
 
 namespace attnrb::cuda {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896340736f;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
-}
-
 const Launches& launches(DType dtype) {
   return dtype == DType::float32 ? float32_launches : dtype == DType::bfloat16 ? bfloat16_launches : float16_launches;
-}
-
-// See tile.h: 16-byte copies need adjacent columns and rows that begin and end on 16 bytes.
-Operand operand_of(const View& view, int64_t width, DType dtype) {
-  const int64_t size = element_size(dtype);
-  Operand operand{
-      view.data, {view.strides[0], view.strides[1], view.strides[2], view.strides[3]}, int32_t(width), true};
-  const auto whole = [&](int64_t elements) { return elements * size % 16 == 0; };
-  operand.aligned = width > 0 && (view.strides[3] == 1 || width == 1) && whole(width) && whole(view.strides[0]) &&
-                    whole(view.strides[1]) && whole(view.strides[2]) &&
-                    reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-  return operand;
-}
-
-void check_capability(const Device& device) {
-  if (device.capability < 80)
-    refuse("query: expected on a device of compute capability 8.0 or newer, got one of ", device.capability / 10, ".",
-           device.capability % 10);
-}
-
-void check_shared(const char* what, int64_t needed, const Device& device) {
-  if (needed > device.shared_bytes)
-    refuse(what, ": expected rows that fit shared memory, of which this device has ", device.shared_bytes,
-           " bytes a block, got widths that need ", needed);
-}
-
-int64_t check_blocks(int64_t blocks) {
-  if (blocks > std::numeric_limits<int32_t>::max())
-    refuse("query: expected a problem of at most 2147483647 blocks, got ", blocks, ": split the batch");
-  return blocks;
 }
 
 int width_class(int64_t width) { return width <= 64 ? 64 : width <= 128 ? 128 : 256; }
@@ -64,15 +21,6 @@ int width_class(int64_t width) { return width <= 64 ? 64 : width <= 128 ? 128 : 
 int64_t tile_keys(DType dtype, int width) {
   if (dtype == DType::float32) return width <= 128 ? Tile<float, 128>::keys : Tile<float, 256>::keys;
   return width <= 128 ? Tile<bfloat16, 128>::keys : Tile<bfloat16, 256>::keys;
-}
-
-void set_scoring(AttentionParameters& p) {
-  const Scoring& scoring = p.problem.scoring;
-  p.factor = scoring.scale * kLog2E;
-  if (scoring.softcap > 0.0f) {
-    p.inner = scoring.scale / scoring.softcap;
-    p.cap = scoring.softcap * kLog2E;
-  }
 }
 
 // Four blocks for each multiprocessor keep a device busy; a split shorter than two tiles costs more than it brings.
@@ -85,23 +33,6 @@ int split_keys(const AttentionProblem& problem, int64_t blocks, int64_t keys_in_
              ? 1
              : int(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(useful, 64)));
 }
-
-// Cuts one allocation into aligned pieces; counts them when the base is null.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + taken_);
-    taken_ += round_up(count * int64_t(sizeof(T)), 256);
-    return piece;
-  }
-  int64_t taken() const { return taken_; }
-
- private:
-  char* base_;
-  int64_t taken_ = 0;
-};
 
 int64_t carve_partials(AttentionParameters& p, void* workspace) {
   if (p.splits == 1) return 0;
@@ -116,19 +47,6 @@ int64_t carve_partials(AttentionParameters& p, void* workspace) {
     p.partials.candidate_counts = carver.take<int32_t>(count);
   }
   return carver.taken();
-}
-
-template <class Problem>
-bool whole_rows(const View& view, const Problem& problem) {
-  const int64_t size = element_size(problem.dtype);
-  bool whole =
-      view.strides[3] == 1 && problem.shape.keys * size % 16 == 0 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-  for (int axis = 0; axis < 3; ++axis) whole = whole && view.strides[axis] * size % 16 == 0;
-  return whole;
-}
-
-int64_t row_blocks(const Shape& shape) {
-  return check_blocks(divide_up(shape.batch * shape.heads * shape.queries, kWarps));
 }
 
 }  // namespace

@@ -1,11 +1,14 @@
 # What the CUDA ops are made of, for the real device (cmake/Cuda.cmake) and the emulated one (tests/cuda_host).
-set(ATTNRB_CUDA_KERNELS ${CMAKE_CURRENT_LIST_DIR}/float32.cu ${CMAKE_CURRENT_LIST_DIR}/bfloat16.cu
-                        ${CMAKE_CURRENT_LIST_DIR}/float16.cu)
-set(ATTNRB_CUDA_HOST ${CMAKE_CURRENT_LIST_DIR}/plan.cpp)
+set(cuda ${CMAKE_CURRENT_LIST_DIR})
+set(ATTNRB_CUDA_KERNELS
+  ${cuda}/float32.cu ${cuda}/bfloat16.cu ${cuda}/float16.cu
+  ${cuda}/gradient_float32.cu ${cuda}/gradient_bfloat16.cu ${cuda}/gradient_float16.cu ${cuda}/gradient_sums.cu)
+set(ATTNRB_CUDA_HOST ${cuda}/plan.cpp ${cuda}/gradient_plan.cpp)
 set(ATTNRB_CUDA_OPS
-  ${CMAKE_CURRENT_LIST_DIR}/ops/device.cpp
-  ${CMAKE_CURRENT_LIST_DIR}/ops/outlier_mask.cpp
-  ${CMAKE_CURRENT_LIST_DIR}/ops/rebalance.cpp
-  ${CMAKE_CURRENT_LIST_DIR}/ops/rebalanced_attention.cpp
-  ${CMAKE_CURRENT_LIST_DIR}/ops/received_attention.cpp
-  ${CMAKE_CURRENT_LIST_DIR}/ops/source_attention.cpp)
+  ${cuda}/ops/attention_backward.cpp
+  ${cuda}/ops/device.cpp
+  ${cuda}/ops/outlier_mask.cpp
+  ${cuda}/ops/rebalance.cpp
+  ${cuda}/ops/rebalanced_attention.cpp
+  ${cuda}/ops/received_attention.cpp
+  ${cuda}/ops/source_attention.cpp)

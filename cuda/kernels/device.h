@@ -55,6 +55,9 @@ ATTNRB_DEVICE T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(kAllLanes, x, mask);
 }
 
+// Loads stay on their side of this, so that a long unrolled loop does not hold all of them in registers at once.
+ATTNRB_DEVICE void keep_loads_apart() { asm volatile("" ::: "memory"); }
+
 ATTNRB_DEVICE int count_bits(uint64_t x) { return __popcll(x); }
 
 ATTNRB_DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }

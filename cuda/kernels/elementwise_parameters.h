@@ -18,4 +18,10 @@ struct RebalanceParameters {
   bool aligned = false;
 };
 
+struct RebalanceGradientParameters {
+  RebalanceGradientProblem problem;
+  int32_t gain_stride = 1;
+  bool aligned = false;
+};
+
 }  // namespace attnrb::cuda

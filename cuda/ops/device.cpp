@@ -94,20 +94,25 @@ bool checks_wanted() {
 
 }  // namespace
 
+DeviceStatus::DeviceStatus(const AttentionProblem::Boost& boost, const Operand& like) : capacity_(boost.capacity) {
+  if (boost.indices == nullptr || !checks_wanted()) return;
+  tensor_ = empty<1>({1}, dtype_codes().int32, like);
+  torch::stable::zero_(*tensor_);
+}
+
+int32_t* DeviceStatus::data() const { return tensor_ ? static_cast<int32_t*>(tensor_->mutable_data_ptr()) : nullptr; }
+
+void DeviceStatus::check(void* stream) const {
+  if (tensor_) check_status(Status(read_back(data(), stream)), capacity_);
+}
+
 void attend_on_device(const AttentionProblem& problem, const Operand& query, int gain_stride) {
   const DeviceScope scope(query);
   cuda::AttentionPlan plan = cuda::plan_attention(problem, scope.device(), true, gain_stride);
   const Tensor workspace = scope.bytes(plan.workspace_bytes);
-  const bool checked = problem.boost.indices != nullptr && checks_wanted();
-  OptionalTensor status_tensor;
-  int32_t* status = nullptr;
-  if (checked) {
-    status_tensor = empty<1>({1}, dtype_codes().int32, query);
-    torch::stable::zero_(*status_tensor);
-    status = static_cast<int32_t*>(status_tensor->mutable_data_ptr());
-  }
-  cuda::start_attention(plan, workspace.mutable_data_ptr(), status, scope.stream());
-  if (checked) check_status(Status(read_back(status, scope.stream())), problem.boost.capacity);
+  const DeviceStatus status(problem.boost, query);
+  cuda::start_attention(plan, workspace.mutable_data_ptr(), status.data(), scope.stream());
+  status.check(scope.stream());
 }
 
 }  // namespace attnrb::ops

@@ -65,10 +65,20 @@ struct DeviceGain {
   OptionalTensor copy;
 };
 
-// Runs an attention problem of at least one query and one key.
-//
-// Outlier rows that break the rules make their rows of the output NaN. Only a caller that waits for the device can be
+// Outlier rows that break the rules make their rows of a result NaN. Only a caller that waits for the device can be
 // told; the environment variable ATTNRB_CUDA_CHECKS asks for that, and the refusal is then the CPU's.
+class DeviceStatus {
+ public:
+  DeviceStatus(const AttentionProblem::Boost& boost, const Operand& like);
+  int32_t* data() const;           // null where nobody asked
+  void check(void* stream) const;  // after the kernels; waits where somebody asked
+
+ private:
+  int64_t capacity_;
+  OptionalTensor tensor_;
+};
+
+// Runs an attention problem of at least one query and one key.
 void attend_on_device(const AttentionProblem& problem, const Operand& query, int gain_stride);
 
 }  // namespace attnrb::ops

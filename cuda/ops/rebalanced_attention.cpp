@@ -1,14 +1,18 @@
 // Attention in a layer below the source: the entries that the outlier rows name weigh (1 + gain) as much.
+#include <limits>
+#include <tuple>
+
 #include "device.h"
 
 namespace attnrb::ops {
 namespace {
 
-Tensor rebalanced_attention(const Tensor& query_tensor, const Tensor& key_tensor, const Tensor& value_tensor,
-                            const Tensor& indices, const Tensor& counts, const Tensor& gain, bool normalize,
-                            bool causal, int64_t query_offset, int64_t key_offset, int64_t window,
-                            const OptionalTensor& key_start, const OptionalTensor& key_end, const OptionalTensor& mask,
-                            double scale, double softcap, const OptionalTensor& sinks) {
+// Returns the output; fills `lse` where there is one.
+Tensor attend_rebalanced(const Tensor& query_tensor, const Tensor& key_tensor, const Tensor& value_tensor,
+                         const Tensor& indices, const Tensor& counts, const Tensor& gain, bool normalize, bool causal,
+                         int64_t query_offset, int64_t key_offset, int64_t window, const OptionalTensor& key_start,
+                         const OptionalTensor& key_end, const OptionalTensor& mask, double scale, double softcap,
+                         const OptionalTensor& sinks, OptionalTensor* lse) {
   const Operand query("query", query_tensor), key("key", key_tensor), value("value", value_tensor);
   const DType dtype = check_element_type(query);
   const Shape shape = check_attention(query, key, value);
@@ -20,7 +24,11 @@ Tensor rebalanced_attention(const Tensor& query_tensor, const Tensor& key_tensor
   const OutputLayout layout(shape);
   Tensor output = empty_strided(layout.sizes, layout.strides, query.dtype, query);
 
-  if (shape.keys == 0) torch::stable::zero_(output);
+  if (lse != nullptr) *lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
+  if (shape.keys == 0) {
+    torch::stable::zero_(output);
+    if (lse != nullptr) torch::stable::fill_(**lse, -std::numeric_limits<double>::infinity());
+  }
   if (shape.batch * shape.heads * shape.queries * shape.keys == 0) return output;
 
   AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared, layout, output);
@@ -31,14 +39,38 @@ Tensor rebalanced_attention(const Tensor& query_tensor, const Tensor& key_tensor
     problem.boost.gain = gains.data;
     problem.boost.normalize = normalize;
   }
+  if (lse != nullptr) problem.lse = static_cast<float*>((*lse)->mutable_data_ptr());
   attend_on_device(problem, query, gains.stride);
   return output;
+}
+
+Tensor rebalanced_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& indices,
+                            const Tensor& counts, const Tensor& gain, bool normalize, bool causal, int64_t query_offset,
+                            int64_t key_offset, int64_t window, const OptionalTensor& key_start,
+                            const OptionalTensor& key_end, const OptionalTensor& mask, double scale, double softcap,
+                            const OptionalTensor& sinks) {
+  return attend_rebalanced(query, key, value, indices, counts, gain, normalize, causal, query_offset, key_offset,
+                           window, key_start, key_end, mask, scale, softcap, sinks, nullptr);
+}
+
+std::tuple<Tensor, Tensor> rebalanced_attention_training(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                         const Tensor& indices, const Tensor& counts,
+                                                         const Tensor& gain, bool normalize, bool causal,
+                                                         int64_t query_offset, int64_t key_offset, int64_t window,
+                                                         const OptionalTensor& key_start, const OptionalTensor& key_end,
+                                                         const OptionalTensor& mask, double scale, double softcap,
+                                                         const OptionalTensor& sinks) {
+  OptionalTensor lse;
+  Tensor output = attend_rebalanced(query, key, value, indices, counts, gain, normalize, causal, query_offset,
+                                    key_offset, window, key_start, key_end, mask, scale, softcap, sinks, &lse);
+  return {std::move(output), std::move(*lse)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
   library.impl("rebalanced_attention", TORCH_BOX(&rebalanced_attention));
+  library.impl("rebalanced_attention_training", TORCH_BOX(&rebalanced_attention_training));
 }
 
 }  // namespace attnrb::ops

@@ -1,13 +1,17 @@
 // How much attention each key receives: the mean weight that the queries which can see it give it.
+#include <limits>
+#include <tuple>
+
 #include "device.h"
 
 namespace attnrb::ops {
 namespace {
 
-Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, bool causal, int64_t query_offset,
-                          int64_t key_offset, int64_t window, const OptionalTensor& key_start,
-                          const OptionalTensor& key_end, const OptionalTensor& mask, double scale, double softcap,
-                          const OptionalTensor& sinks) {
+// Returns what each key receives; fills `lse` where there is one.
+Tensor receive(const Tensor& query_tensor, const Tensor& key_tensor, bool causal, int64_t query_offset,
+               int64_t key_offset, int64_t window, const OptionalTensor& key_start, const OptionalTensor& key_end,
+               const OptionalTensor& mask, double scale, double softcap, const OptionalTensor& sinks,
+               OptionalTensor* lse) {
   const Operand query("query", query_tensor), key("key", key_tensor);
   ReceivedProblem problem;
   problem.dtype = check_element_type(query);
@@ -17,6 +21,11 @@ Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, 
                                {scale, softcap, sinks}, shape, query);
 
   Tensor received = empty<3>({shape.batch, shape.heads, shape.keys}, dtype_codes().float32, query);
+  if (lse != nullptr) {
+    *lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
+    problem.lse = static_cast<float*>((*lse)->mutable_data_ptr());
+    if (shape.keys == 0) torch::stable::fill_(**lse, -std::numeric_limits<double>::infinity());
+  }
   if (shape.batch * shape.heads * shape.keys == 0) return received;
   if (shape.queries == 0) {
     torch::stable::zero_(received);
@@ -34,10 +43,29 @@ Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, 
   return received;
 }
 
+Tensor received_attention(const Tensor& query, const Tensor& key, bool causal, int64_t query_offset, int64_t key_offset,
+                          int64_t window, const OptionalTensor& key_start, const OptionalTensor& key_end,
+                          const OptionalTensor& mask, double scale, double softcap, const OptionalTensor& sinks) {
+  return receive(query, key, causal, query_offset, key_offset, window, key_start, key_end, mask, scale, softcap, sinks,
+                 nullptr);
+}
+
+std::tuple<Tensor, Tensor> received_attention_training(const Tensor& query, const Tensor& key, bool causal,
+                                                       int64_t query_offset, int64_t key_offset, int64_t window,
+                                                       const OptionalTensor& key_start, const OptionalTensor& key_end,
+                                                       const OptionalTensor& mask, double scale, double softcap,
+                                                       const OptionalTensor& sinks) {
+  OptionalTensor lse;
+  Tensor received = receive(query, key, causal, query_offset, key_offset, window, key_start, key_end, mask, scale,
+                            softcap, sinks, &lse);
+  return {std::move(received), std::move(*lse)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
   library.impl("received_attention", TORCH_BOX(&received_attention));
+  library.impl("received_attention_training", TORCH_BOX(&received_attention_training));
 }
 
 }  // namespace attnrb::ops

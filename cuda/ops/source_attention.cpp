@@ -50,6 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(const Tensor& query_
 
 STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
   library.impl("source_attention", TORCH_BOX(&source_attention));
+  library.impl("source_attention_training", TORCH_BOX(&source_attention));
 }
 
 }  // namespace attnrb::ops

@@ -141,29 +141,11 @@ def _rebalance_backward_fake(
     return weights.new_empty(weights.shape), weights.new_empty((weights.shape[1],), dtype=torch.float32)
 
 
-def _rebalance_backward_cuda(
-    grad_output: Tensor, weights: Tensor, mask: Tensor, gain: Tensor, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """What the CPU's kernel computes (csrc/core/kernels/elementwise.h), in torch's operations."""
-    factor = 1 + gain.view(-1, 1, 1) * mask
-    error, wide = grad_output.float(), weights.float()
-    if normalize:
-        boosted = factor * wide
-        total = boosted.sum(-1, keepdim=True)
-        divided = (error - (error * boosted).sum(-1, keepdim=True) / total) / total
-        error = torch.where(total == 0, error, divided)
-    # A row without a gradient is left out, whatever its weights hold.
-    error = torch.where((grad_output == 0).all(-1, keepdim=True), 0.0, error)
-    shares = torch.where(mask & (error != 0), wide * error, 0.0)
-    return (factor * error).to(weights.dtype), shares.sum((0, 2, 3))
-
-
 for _name in ("attnrb::rebalance", "attnrb::rebalance.per_head"):
     torch.library.register_fake(_name, _rebalance_fake)
     torch.library.register_autograd(_name, _rebalance_gradient, setup_context=_rebalance_setup)
 torch.library.register_fake("attnrb::rebalance_backward", _rebalance_backward_fake)
 torch.library.register_autograd("attnrb::rebalance_backward", training.second_derivative)
-torch.library.impl("attnrb::rebalance_backward", "cuda", _rebalance_backward_cuda)
 
 
 # ------------------------------------------------------------------------------------------------ source_attention

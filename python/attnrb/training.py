@@ -30,18 +30,8 @@ _VISIBILITY, _SCORING = 7, 3
 
 
 def records_gradient(*inputs: Tensor | None) -> bool:
-    """Whether autograd records this call: gradients are enabled and some input requires one.
-
-    Raises:
-        NotImplementedError: it does, and on a CUDA device, where there is no backward yet.
-    """
-    recorded = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
-    if recorded and any(each is not None and each.is_cuda for each in inputs):
-        raise NotImplementedError(
-            "the attention functions have no backward on CUDA yet: train on the CPU, or call them under "
-            "torch.no_grad() or torch.inference_mode()"
-        )
-    return recorded
+    """Whether autograd records this call: gradients are enabled and some input requires one."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
 
 
 def _save(ctx: Any, options: tuple[Any, ...], *tensors: Tensor) -> None:

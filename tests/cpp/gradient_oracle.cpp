@@ -10,21 +10,28 @@ namespace attnrb::testing {
 
 namespace {
 
-// A sum with what its rounding errors scale with, for both kinds of kernels.
-struct Sum {
-  double value = 0.0, size = 0.0, error = 0.0, tile_error = 0.0;
+// An error for each kind of kernels.
+struct Errors {
+  double plain = 0.0, tile = 0.0, cuda = 0.0;
+};
 
-  void add(double term, double term_error, double term_tile_error) {
+// A sum with what its rounding errors scale with.
+struct Sum {
+  double value = 0.0, size = 0.0;
+  Errors error;
+
+  void add(double term, const Errors& of_term, double by = 1.0) {
     value += term;
     size += std::fabs(term);
-    error += term_error;
-    tile_error += term_tile_error;
+    error.plain += of_term.plain * by;
+    error.tile += of_term.tile * by;
+    error.cuda += of_term.cuda * by;
   }
   Bounded bounded(DType dtype, double factor, int64_t terms) const {
     // Weights below float32's smallest normal number are flushed to zero.
     const double by = std::fabs(factor), rounding = (sum_error(terms) + 4.0 * kRounding) * size + 1e-35;
-    return {factor * value, stored(dtype, factor * value, by * (error + rounding)),
-            stored(dtype, factor * value, by * (tile_error + rounding))};
+    const auto within = [&](double of_kind) { return stored(dtype, factor * value, by * (of_kind + rounding)); };
+    return {factor * value, within(error.plain), within(error.tile), within(error.cuda + cut_off_error(terms) * size)};
   }
 };
 
@@ -36,7 +43,8 @@ std::vector<Bounded> bounded(const std::vector<Sum>& sums, DType dtype, double f
 
 // A number known within an error.
 struct Known {
-  double value = 0.0, error = 0.0;
+  double value = 0.0;
+  Errors error;
 };
 
 }  // namespace
@@ -50,6 +58,7 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
   const bool received = problem.grad_received != nullptr, normalize = problem.boost.normalize;
   const double cap = problem.scoring.softcap;
   const double rounding = dtype == DType::bfloat16 ? tile_probability_rounding(dtype) : 0.0;
+  const double cuda_rounding = cuda_probability_rounding(dtype), least = dtype == DType::float16 ? 0x1p-25 : 0.0;
   std::vector<Sum> query(size_t(shape.batch * shape.heads * shape.queries * width));
   std::vector<Sum> key(size_t(shape.batch * shape.key_heads * keys * width));
   std::vector<Sum> value(size_t(shape.batch * shape.key_heads * keys * value_width));
@@ -81,12 +90,12 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
           if (normalize) divisor += gain * row.weights[size_t(j)];
         }
         const double lse = row.lse + std::log(divisor), of_lse = 4.0 * kRounding * std::fabs(lse);
-        const double weight_error = row.error + of_lse, tile_weight_error = row.tile_error + of_lse;
+        const Errors weight_error{row.error + of_lse, row.tile_error + of_lse, row.cuda_error + of_lse};
         for (double& weight : row.weights) weight /= divisor;
 
         // Gradients of the weights, and delta.
         std::vector<Known> upstream;
-        Known delta, tile_delta;
+        Known delta;
         for (int64_t j = 0; j < keys; ++j) {
           double sum = 0.0, size = 0.0;
           if (received && row.visible[size_t(j)]) {
@@ -100,16 +109,19 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
               size += std::fabs(term);
             }
           }
-          upstream.push_back({sum, sum_error(value_width + 1) * size});
+          const double error = sum_error(value_width + 1) * size;
+          upstream.push_back({sum, {error, error, error + cut_off_error(value_width) * size}});
         }
         if (received) {
           for (int64_t j = 0; j < keys; ++j) {
             const double term = row.weights[size_t(j)] * upstream[size_t(j)].value;
             delta.value += term;
-            delta.error += std::fabs(term) * (weight_error + sum_error(keys));
-            tile_delta.error += std::fabs(term) * (tile_weight_error + sum_error(keys));
+            delta.error.plain += std::fabs(term) * (weight_error.plain + sum_error(keys));
+            delta.error.tile += std::fabs(term) * (weight_error.tile + sum_error(keys));
+            delta.error.cuda += std::fabs(term) * (weight_error.cuda + sum_error(keys));
           }
         } else {
+          double error = 0.0;
           for (int64_t d = 0; d < value_width; ++d) {
             double output = 0.0;
             for (int64_t j = 0; j < keys; ++j)
@@ -117,12 +129,11 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
                 output += factor[size_t(j)] * row.weights[size_t(j)] * element(problem.value, dtype, b, key_head, j, d);
             const double upstream_d = element(problem.grad_output, dtype, b, h, i, d);
             delta.value += upstream_d * output;
-            delta.error +=
-                std::fabs(upstream_d) * (stored(dtype, output, 0.0) + sum_error(value_width) * std::fabs(output));
+            error += std::fabs(upstream_d) * (stored(dtype, output, 0.0) + sum_error(value_width) * std::fabs(output));
           }
           if (problem.grad_lse != nullptr) delta.value -= double(problem.grad_lse[index]);
-          delta.error += 4.0 * kRounding * std::fabs(delta.value);
-          tile_delta.error = delta.error;
+          error += 4.0 * kRounding * std::fabs(delta.value);
+          delta.error = {error, error, error};
         }
 
         for (int64_t j = 0; j < keys; ++j) {
@@ -136,38 +147,47 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
           const double delta_factor = normalize ? std::fabs(w) : 1.0;
           const double size = std::fabs(w * up.value) + delta_factor * std::fabs(delta.value);
           const double gradient = p * inner * slope;
-          const auto gradient_error = [&](double of_weight, double of_delta) {
+          const auto gradient_error = [&](double of_weight, double of_upstream, double of_delta) {
             return p * slope *
-                       (size * (of_weight + 8.0 * kRounding) + std::fabs(w) * up.error + delta_factor * of_delta) +
+                       (size * (of_weight + 8.0 * kRounding) + std::fabs(w) * of_upstream + delta_factor * of_delta) +
                    p * size * slope_error;
           };
-          const double error = gradient_error(weight_error, delta.error);
-          const double tile_error =
-              gradient_error(tile_weight_error, tile_delta.error) + rounding * std::fabs(gradient);
+          const Errors error{
+              gradient_error(weight_error.plain, up.error.plain, delta.error.plain),
+              gradient_error(weight_error.tile, up.error.tile, delta.error.tile) + rounding * std::fabs(gradient),
+              gradient_error(weight_error.cuda, up.error.cuda, delta.error.cuda) + cuda_rounding * std::fabs(gradient) +
+                  least};
           for (int64_t d = 0; d < width; ++d) {
             const double k = element(problem.key, dtype, b, key_head, j, d),
                          q = element(problem.query, dtype, b, h, i, d);
-            query[size_t(index * width + d)].add(gradient * k, error * std::fabs(k), tile_error * std::fabs(k));
-            key[size_t(((b * shape.key_heads + key_head) * keys + j) * width + d)].add(
-                gradient * q, error * std::fabs(q), tile_error * std::fabs(q));
+            query[size_t(index * width + d)].add(gradient * k, error, std::fabs(k));
+            key[size_t(((b * shape.key_heads + key_head) * keys + j) * width + d)].add(gradient * q, error,
+                                                                                       std::fabs(q));
           }
           for (int64_t d = 0; d < value_width; ++d) {
-            const double term = w * p * element(problem.grad_output, dtype, b, h, i, d), size = std::fabs(term);
-            value[size_t(((b * shape.key_heads + key_head) * keys + j) * value_width + d)].add(
-                term, size * weight_error, size * (tile_weight_error + rounding));
+            const double dy = element(problem.grad_output, dtype, b, h, i, d), term = w * p * dy;
+            const Errors of_term{weight_error.plain, weight_error.tile + rounding, weight_error.cuda + cuda_rounding};
+            Sum& sum = value[size_t(((b * shape.key_heads + key_head) * keys + j) * value_width + d)];
+            sum.add(term, of_term, std::fabs(term));
+            sum.error.cuda += least * std::fabs(dy);
           }
           if (outliers.count(problem.visibility.key_offset + j) != 0) {
             const double by = normalize ? up.value - delta.value : up.value;
             const double by_size = std::fabs(up.value) + (normalize ? std::fabs(delta.value) : 0.0);
-            const double by_error = up.error + (normalize ? delta.error : 0.0) + 4.0 * kRounding * by_size;
-            gains[size_t(h)].add(p * by, p * (by_error + by_size * weight_error),
-                                 p * (by_error + by_size * tile_weight_error));
+            const auto by_error = [&](double of_weight, double of_upstream, double of_delta) {
+              return p * (of_upstream + (normalize ? of_delta : 0.0) + 4.0 * kRounding * by_size + by_size * of_weight);
+            };
+            gains[size_t(h)].add(p * by, {by_error(weight_error.plain, up.error.plain, delta.error.plain),
+                                          by_error(weight_error.tile, up.error.tile, delta.error.tile),
+                                          by_error(weight_error.cuda, up.error.cuda, delta.error.cuda)});
           }
         }
         if (problem.scoring.sinks != nullptr) {
           const double share = std::exp(double(problem.scoring.sinks[h]) - lse);
-          sinks[size_t(h)].add(-share * delta.value, share * (delta.error + std::fabs(delta.value) * of_lse),
-                               share * (tile_delta.error + std::fabs(delta.value) * of_lse));
+          const double of_share = std::fabs(delta.value) * of_lse;
+          sinks[size_t(h)].add(-share * delta.value,
+                               {delta.error.plain + of_share, delta.error.tile + of_share, delta.error.cuda + of_share},
+                               share);
         }
       }
     }

@@ -16,13 +16,6 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kExp2Error = 4.0 * kRounding;
 
-double cuda_probability_rounding(DType dtype) {
-  return dtype == DType::bfloat16 ? 0x1p-8 : dtype == DType::float16 ? 0x1p-11 : 0.0;
-}
-
-// What tensor cores cut off along a sum of so many products, relative to the sum of their absolute values.
-double cut_off_error(int64_t products) { return (double(products) / 8.0 + 4.0) * kRounding; }
-
 // Half a unit in the last place of `value`, and what the dtype cannot resolve near zero.
 double storage_rounding(DType dtype, double value) {
   switch (dtype) {
@@ -36,6 +29,13 @@ double storage_rounding(DType dtype, double value) {
 }
 
 }  // namespace
+
+double cuda_probability_rounding(DType dtype) {
+  return dtype == DType::bfloat16 ? 0x1p-8 : dtype == DType::float16 ? 0x1p-11 : 0.0;
+}
+
+// What tensor cores cut off along a sum of so many products, relative to the sum of their absolute values.
+double cut_off_error(int64_t products) { return (double(products) / 8.0 + 4.0) * kRounding; }
 
 // See Note: [Error bounds].
 double sum_error(int64_t terms) { return (6.0 * std::sqrt(double(terms)) + 3.0) * kRounding; }

@@ -14,6 +14,8 @@ constexpr double kRounding = 0x1p-24;
 // See Note: [Error bounds] in oracle.h.
 double sum_error(int64_t terms);
 double tile_probability_rounding(DType dtype);
+double cuda_probability_rounding(DType dtype);
+double cut_off_error(int64_t terms);  // of tensor cores, in a sum
 
 // The tolerance of a value computed within `error` and then stored.
 double stored(DType dtype, double value, double error);

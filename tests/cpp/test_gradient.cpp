@@ -20,6 +20,14 @@ int64_t case_count() {
   return (text == nullptr ? 2000 : std::atoll(text)) / 4;
 }
 
+// Tables that differ in their forward alone have one backward.
+std::vector<const Kernels*> gradient_kernels() {
+  std::vector<const Kernels*> tables;
+  for (const Kernels* table : tested_kernels())
+    if (table->gradient != nullptr) tables.push_back(table);
+  return tables;
+}
+
 // The backward of an attention case: what comes in besides the case's own operands, and where gradients go.
 struct GradientCase {
   AttentionCase& attention;
@@ -160,7 +168,7 @@ TEST_P(GeneratedGradient, MatchesTheOracleOnAnyNumberOfThreads) {
     Random random(uint64_t(seed) + 1000000);
     GradientCase gradient(attention, random, random.chance(0.2));
     const GradientTruth truth = gradient_truth(gradient.problem());
-    for (const Kernels* kernels : tested_kernels()) {
+    for (const Kernels* kernels : gradient_kernels()) {
       SCOPED_TRACE(std::string(kernels->name) + ", seed " + std::to_string(seed) + ": " + attention.describe() +
                    (gradient.received ? " received" : ""));
       const std::vector<unsigned char> alone = run_gradient(*kernels, gradient, 1);
@@ -189,7 +197,9 @@ TEST_P(GradientEdges, BlocksTakeTurns) {
     const GradientTruth truth = gradient_truth(gradient.problem());
     const std::vector<unsigned char> alone = run_gradient(kernels(), gradient, 1);
     check(kernels(), gradient, truth);
-    for (int repeat = 0; repeat < 10; ++repeat) EXPECT_TRUE(run_gradient(kernels(), gradient, 8) == alone);
+    // The emulated device runs its threads in another order each time, and slowly.
+    const int repeats = std::strcmp(kernels().name, "cuda") == 0 ? 1 : 10;
+    for (int repeat = 0; repeat < repeats; ++repeat) EXPECT_TRUE(run_gradient(kernels(), gradient, 8) == alone);
   }
 }
 
@@ -254,7 +264,7 @@ TEST_P(GradientEdges, OutlierRowsThatBreakTheRulesAreReported) {
   EXPECT_EQ(kernels().gradient(gradient.problem(), test_pool(1), *scratch), Status::outlier_count);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kernels, GradientEdges, ::testing::ValuesIn(tested_kernels()), kernel_name);
+INSTANTIATE_TEST_SUITE_P(Kernels, GradientEdges, ::testing::ValuesIn(gradient_kernels()), kernel_name);
 
 }  // namespace
 }  // namespace attnrb::testing

@@ -88,6 +88,7 @@ T shuffle_xor(T x, int mask, int line = __builtin_LINE()) {
   return shuffle(x, (thread_index() ^ mask) & 31, line);
 }
 
+inline void keep_loads_apart() {}
 inline int count_bits(uint64_t x) { return __builtin_popcountll(x); }
 
 inline void copy_async(void* shared, const void* global, bool valid) { emulation::start_copy(shared, global, valid); }

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "gradient.h"
 #include "launch.h"
 
 namespace attnrb {
@@ -39,14 +40,28 @@ void received_attention(const ReceivedProblem& problem, const ThreadPool&, Scrat
   cuda::start_received(plan, workspace.memory.data(), nullptr);
 }
 
+Status gradient(const GradientProblem& problem, const ThreadPool&, Scratch&) {
+  GradientProblem allowed = problem;
+  if (allowed.boost.capacity == 0) allowed.boost = {};
+  cuda::GradientPlan plan = cuda::plan_gradient(allowed, device(0));
+  Workspace workspace(plan.workspace_bytes);
+  int32_t status = int32_t(Status::ok);
+  cuda::start_gradient(plan, workspace.memory.data(), &status, nullptr);
+  return Status(status);
+}
+
 void outlier_mask(const OutlierMaskProblem& problem, const ThreadPool&) { cuda::start_outlier_mask(problem, nullptr); }
 
 void rebalance(const RebalanceProblem& problem, const ThreadPool&) { cuda::start_rebalance(problem, 1, 0.0f, nullptr); }
 
+void rebalance_gradient(const RebalanceGradientProblem& problem, const ThreadPool&) {
+  cuda::start_rebalance_gradient(problem, 1, nullptr);
+}
+
 }  // namespace
 
-const Kernels emulated_cuda_kernels = {"cuda",    attention<0>, received_attention<0>, nullptr, outlier_mask,
-                                       rebalance, nullptr};
+const Kernels emulated_cuda_kernels = {"cuda",       attention<0>, received_attention<0>, gradient,
+                                       outlier_mask, rebalance,    rebalance_gradient};
 const Kernels emulated_cuda_split_kernels = {
     "cuda", attention<1000>, received_attention<1000>, nullptr, outlier_mask, rebalance, nullptr};
 

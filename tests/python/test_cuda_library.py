@@ -25,6 +25,12 @@ pytestmark = pytest.mark.skipif(
     not LIBRARY.is_file(), reason="the CUDA ops were not compiled: make test-cuda, with nvcc"
 )
 
+# The enumerations in cuda/kernels/*parameters.h, by number.
+TASKS = {
+    "GradientTask": ("queries", "keys", "received_deltas", "received_queries", "received_keys"),
+    "Task": ("source", "rebalance", "softmax"),
+}
+
 LOADED_ELSEWHERE = """
 import sys, torch, attnrb
 torch.ops.load_library(sys.argv[1])
@@ -33,8 +39,6 @@ has = torch._C._dispatch_has_kernel_for_dispatch_key
 cpu = {name for name in names if has(name, "CPU")}
 print(len(cpu) >= 6, sorted(name for name in cpu if not has(name, "CUDA")))
 """
-# Inference only so far (docs/cuda.md): no training twin and no backward.
-WITHOUT_TWIN = re.compile(r"attnrb::\w+_(training|backward)")
 
 
 def test_it_loads_beside_any_torch_and_every_op_has_its_twin() -> None:
@@ -44,7 +48,7 @@ def test_it_loads_beside_any_torch_and_every_op_has_its_twin() -> None:
     )
     all_there, without = ran.stdout.split(maxsplit=1)
     assert all_there == "True"
-    assert [name for name in ast.literal_eval(without) if not WITHOUT_TWIN.fullmatch(name)] == []
+    assert ast.literal_eval(without) == []
 
 
 def test_it_is_linked_with_no_cuda_library() -> None:
@@ -76,8 +80,9 @@ def demangled(name: str) -> str:
     kernel = re.match(r"void attnrb::cuda::(\w+)<(.*)>\(", text)
     assert kernel is not None, text
     arguments = kernel[2].replace("attnrb::cuda::", "").replace("attnrb::", "")
-    for number, task in enumerate(("source", "rebalance", "softmax")):
-        arguments = arguments.replace(f"(Task){number}", task)
+    for kind, names in TASKS.items():
+        for number, task in enumerate(names):
+            arguments = arguments.replace(f"({kind}){number}", task)
     return f"{kernel[1]}<{arguments}>"
 
 
@@ -102,7 +107,7 @@ def test_registers_and_shared_memory_are_those_of_the_table() -> None:
     version = re.search(r"V([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)
     assert version is not None
     rows = (
-        f"{kernel:44} {architecture:8} {used['REG']:4} {used['SHARED']:6}\n"
+        f"{kernel:50} {architecture:8} {used['REG']:4} {used['SHARED']:6}\n"
         for (kernel, architecture), used in resources().items()
     )
     lines = [header.format(version[1]), *sorted(rows)]
@@ -141,9 +146,9 @@ def test_instructions_are_those_that_were_meant() -> None:
     assert instructions()
     for kernel, used in instructions().items():
         names = " ".join(used)
-        if kernel.startswith(("attention_kernel", "received_kernel")):
+        if kernel.startswith(("attention_kernel", "received_kernel", "gradient_kernel")):
             assert "HMMA.1688.F32.TF32" in names if "<float," in kernel else "HMMA.16816.F32" in names, kernel
             assert "LDSM" in names, kernel
             assert "LDGSTS" in names and "128" in "".join(name for name in used if name.startswith("LDGSTS")), kernel
-        elif kernel.startswith(("outlier_mask_kernel", "rebalance_kernel")):
+        elif kernel.startswith(("outlier_mask_kernel", "rebalance_kernel", "gradient_rows_kernel")):
             assert any(name.startswith("LDG") and name.endswith("128") for name in used), kernel

@@ -317,18 +317,3 @@ def test_no_outliers_at_all_leave_plain_attention() -> None:
     assert torch.equal(functional.rebalanced_attention(**inputs, outliers=nothing, gain=0.5), plain)
     nothing = Outliers(found.indices, torch.zeros_like(found.counts))
     assert torch.equal(functional.rebalanced_attention(**inputs, outliers=nothing, gain=0.5), plain)
-
-
-@pytest.mark.parametrize("function", ATTENTION)
-def test_gradients_on_cuda_are_refused(function: Callable[..., Any]) -> None:
-    """On tensors that only claim to be there: no device is needed to be told."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        good = {name: torch.empty(tensor.shape, device="cuda") for name, tensor in operands().items()}
-        good["query"].requires_grad_()
-        extra = {}
-        if function is rebalanced:
-            shape = (BATCH, HEADS, QUERIES)
-            rows = (torch.empty(size, dtype=torch.int32, device="cuda") for size in ((*shape, 3), shape))
-            extra = {"outliers": Outliers(*rows), "gain": torch.empty(1, device="cuda")}
-        with pytest.raises(NotImplementedError, match="no backward on CUDA yet"):
-            function(**good, **extra)

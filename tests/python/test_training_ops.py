@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 ops = torch.ops.attnrb
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN = float("nan")
+REPEATS = int(os.environ.get("ATTNRB_TEST_REPEATS", "50"))
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def test_gradients_repeat_bit_by_bit_on_one_thread_and_two(dtype: torch.dtype) -
     leaves = tensors(dtype, queries=300, keys=400)
     outliers = outliers_of(*leaves)
     first: list[Tensor] | None = None
-    for repeat in range(50):
+    for repeat in range(REPEATS):
         torch.set_num_threads(1 + repeat % 2)
         found = torch.autograd.grad(everything(*leaves, outliers), leaves)
         first = first or list(found)
