@@ -21,7 +21,7 @@ EMULATED_CASES := 400
 EMULATED_SAMPLE := 24
 EMULATED_OPS := $(CURDIR)/build/cuda-host/tests/cuda_host/libattnrb_cuda_host_ops.so
 EMULATED_TESTS := $(addprefix tests/python/test_,accuracy_attention.py accuracy_weights.py accuracy_not_finite.py \
-  ops_errors.py training_accuracy.py training_ops.py)
+  ops_errors.py ops_gradient.py training_accuracy.py training_ops.py)
 EMULATED_GRADIENTS := ATTNRB_TEST_GRADIENT_SAMPLE=11 ATTNRB_TEST_REPEATS=2
 # Generated cases for the sanitized run, which is many times slower: enough to reach every feature.
 SANITIZED_CASES := 300

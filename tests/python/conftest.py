@@ -74,7 +74,9 @@ def _run_ops_on_the_gpu() -> None:
         return call
 
     library = torch.library.Library("attnrb", "IMPL")
-    for name in ("source_attention", "rebalanced_attention", "received_attention", "outlier_mask", "rebalance"):
+    attention = ("source_attention", "rebalanced_attention", "received_attention")
+    twins = [f"{name}_{kind}" for name in attention for kind in ("training", "backward")]
+    for name in (*attention, *twins, "outlier_mask", "rebalance", "rebalance_backward"):
         packet = getattr(torch.ops.attnrb, name)
         for overload in packet.overloads():
             qualified = name if overload == "default" else f"{name}.{overload}"

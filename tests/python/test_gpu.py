@@ -65,6 +65,22 @@ def test_streams_do_not_wait_for_each_other_nor_share_memory() -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_repeat_bit_by_bit(dtype: torch.dtype) -> None:
+    """Blocks run in any order and at any time: what they add up must not depend on it."""
+    leaves = [each.requires_grad_() for each in operands(700, 900, dtype)]
+    gain = torch.full((8,), 0.3, device="cuda", requires_grad=True)
+    first: tuple[Tensor, ...] | None = None
+    for _ in range(20):
+        output, lse, outliers = functional.source_attention(*leaves)
+        below = functional.rebalanced_attention(*leaves, outliers, gain)
+        received = functional.received_attention(*leaves[:2])
+        loss = (output.float() ** 2).sum() + lse.sum() + (below.float() ** 2).sum() + (received**2).sum()
+        found = torch.autograd.grad(loss, [*leaves, gain])
+        first = first or found
+        assert all(torch.equal(came, expected) for came, expected in zip(found, first, strict=True))
+
+
 def test_mixed_devices_are_refused() -> None:
     query, key, value = operands(3, 5)
     with pytest.raises(ValueError, match=r"key: expected on cuda:0, where query is, got cpu"):

@@ -150,16 +150,6 @@ def test_half_precision_rounds_the_gradient_once(dtype: torch.dtype) -> None:
     assert torch.equal(came, torch.where(mask, upstream.double() * 1.5, upstream.double()).to(dtype))
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_what_serves_cuda_agrees_with_the_kernel(seed: int) -> None:
-    problem = random_problem(seed)
-    arguments = (problem.upstream, problem.weights, problem.mask, problem.gain, problem.normalize)
-    found, expected = functional._rebalance_backward_cuda(*arguments), ops.rebalance_backward(*arguments)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if problem.weights.dtype == torch.float32 else {}
-    torch.testing.assert_close(found[0], expected[0], **tolerance)  # by default one rounding or two of 16 bits
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------- torch's rules
 
 
