@@ -9,7 +9,6 @@ import pytest
 import torch
 from attnrb import Outliers, Visibility, functional
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 4, 2, 5, 7, 16, 6
 

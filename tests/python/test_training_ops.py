@@ -113,7 +113,7 @@ def test_a_nan_stays_with_those_who_see_it() -> None:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_repeat_bit_by_bit_on_one_thread_and_two(dtype: torch.dtype) -> None:
-    leaves = tensors(dtype, queries=300, keys=400)
+    leaves = tensors(dtype, queries=300, keys=400) if REPEATS > 2 else tensors(dtype, queries=70, keys=90)
     outliers = outliers_of(*leaves)
     first: list[Tensor] | None = None
     for repeat in range(REPEATS):

@@ -21,7 +21,7 @@ struct Upcoming {
 
   // Adjacent rows become `shares` times as many, for as many walks over a block to fetch them between them.
   void divide(int64_t shares) {
-    if (stride != row_bytes) return;
+    if (shares == 0 || stride != row_bytes) return;  // no walk: values of width 0
     rows *= shares;
     stride = row_bytes = (row_bytes + shares - 1) / shares;
   }
