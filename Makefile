@@ -10,15 +10,14 @@ CMAKE := $(BIN)/cmake
 CORE_BUILD := -G Ninja -D CMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -D ATTNRB_BUILD_PACKAGE=OFF -D ATTNRB_WERROR=ON
 NATIVE_SOURCES := $(shell find csrc cmake build_backend cuda -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml \
   $(wildcard python/_attnrb_lm_eval.*)
-CPP_FILES := $(shell find csrc cuda tests/cpp tests/cuda_host bench/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP_FILES := $(shell find csrc cuda tests/cpp tests/cuda_host tests/cuda_gpu bench/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_FILES := CMakeLists.txt tests/cpp/CMakeLists.txt $(wildcard cmake/*.cmake)
-CUDA_FILES := $(filter-out bench/% csrc/core/kernels/%,$(CPP_FILES)) $(CMAKE_FILES) cuda/sources.cmake \
+CUDA_FILES := $(filter-out bench/% csrc/core/kernels/% tests/cuda_gpu/%,$(CPP_FILES)) $(CMAKE_FILES) cuda/sources.cmake \
   tests/cuda_host/CMakeLists.txt
 # One architecture of each kind is enough to see that the kernels compile; make cuda compiles all of them.
 CUDA_TEST_TARGETS := 80-real;90-real;100-virtual
-# The emulated device takes milliseconds for a tile: a part of the cases, enough to reach every feature.
+# The emulated device takes a millisecond for a tile: a part of the generated cases, and all of the table.
 EMULATED_CASES := 400
-EMULATED_SAMPLE := 24
 EMULATED_OPS := $(CURDIR)/build/cuda-host/tests/cuda_host/libattnrb_cuda_host_ops.so
 EMULATED_TESTS := $(addprefix tests/python/test_,accuracy_attention.py accuracy_weights.py accuracy_not_finite.py \
   ops_errors.py ops_gradient.py training_accuracy.py training_ops.py)
@@ -44,7 +43,7 @@ help:
 	@echo 'make test-aarch64  the C++ tests for ARM, cross-compiled and run under qemu'
 	@echo 'make cuda          the CUDA ops for every architecture, in build/cuda-all (needs nvcc 12 or newer)'
 	@echo 'make test-cuda     the tests of the CUDA kernels that need no GPU: emulated device, nvcc, resources'
-	@echo 'make test-gpu      the op tests on the GPU at hand; make bench-gpu: its times beside PyTorch'
+	@echo 'make test-gpu      C++ and op tests on the GPU at hand; make bench-gpu: its times beside PyTorch'
 	@echo 'make clean         remove .venv and build'
 
 demo: $(DONE)/cli $(DONE)/model
@@ -140,7 +139,7 @@ test-cpp:
 	@rm -f $(DONE)/test-cpp
 	@$(MAKE) --no-print-directory $(DONE)/test-cpp
 
-$(DONE)/test-cpp: $(filter-out bench/% cuda/% tests/cuda_host/%,$(CPP_FILES)) $(CMAKE_FILES) $(DONE)/tools $(DONE)/google
+$(DONE)/test-cpp: $(filter-out bench/% cuda/% tests/cuda_host/% tests/cuda_gpu/%,$(CPP_FILES)) $(CMAKE_FILES) $(DONE)/tools $(DONE)/google
 	$(CMAKE) -S . -B build/cpp $(CORE_BUILD) -D ATTNRB_BUILD_TESTS=ON
 	$(CMAKE) --build build/cpp --parallel $(JOBS)
 	$(BIN)/ctest --test-dir build/cpp --parallel $(JOBS) --output-on-failure
@@ -167,7 +166,7 @@ $(DONE)/test-cuda-host: $(CUDA_FILES) $(DONE)/test $(DONE)/google
 	ATTNRB_TEST_CASES=$(EMULATED_CASES) $(BIN)/ctest --test-dir build/cuda-host --parallel $(JOBS) --output-on-failure
 	@if test -f $(EMULATED_OPS); then \
 	  echo 'The op tests on the emulated device:'; \
-	  ATTNRB_TEST_EMULATED_CUDA=$(EMULATED_OPS) ATTNRB_CUDA_CHECKS=1 ATTNRB_TEST_SAMPLE=$(EMULATED_SAMPLE) OMP_NUM_THREADS=1 \
+	  ATTNRB_TEST_EMULATED_CUDA=$(EMULATED_OPS) ATTNRB_CUDA_CHECKS=1 OMP_NUM_THREADS=1 \
 	  $(EMULATED_GRADIENTS) \
 	  $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(EMULATED_LEFT_OUT) \
 	  $(EMULATED_TESTS) && touch $@; \
@@ -188,9 +187,11 @@ cuda: $(DONE)/tools
 test-cuda-mutations: $(DONE)/test-cuda-host
 	$(BIN)/python tests/cuda_host/mutate.py --jobs $(JOBS)
 
-# The op tests with every op run on the GPU, then what only a device can show.
-test-gpu: $(DONE)/test
-	ATTNRB_TEST_DEVICE=cuda $(BIN)/python -m pytest $(EMULATED_TESTS) tests/python/test_gpu.py
+# The C++ tests on the GPU, also under compute-sanitizer; the op tests with every op run there; then what only a device can
+# show.
+test-gpu: $(DONE)/test $(DONE)/google
+	tools/test-gpu $(CMAKE) $(JOBS) $(CORE_BUILD)
+	ATTNRB_TEST_DEVICE=cuda $(BIN)/python -m pytest $(EMULATED_TESTS) tests/python/test_gpu.py tests/python/test_gpu_offsets.py
 
 bench-gpu: $(DONE)/test
 	$(BIN)/python bench/python/bench_gpu.py --json build/bench/gpu.json

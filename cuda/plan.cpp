@@ -119,7 +119,11 @@ ReceivedPlan plan_received(const ReceivedProblem& problem, const Device& device)
   const int64_t size = element_size(problem.dtype), row_bytes = (p.columns + 16 / size) * size;
   const int64_t keys = tile_keys(problem.dtype, plan.softmax.width);
   plan.blocks = check_blocks(shape.batch * shape.heads * divide_up(shape.keys, keys));
-  plan.shared_bytes = std::max<int64_t>((keys + 2 * kTileRows) * row_bytes, kWarps * keys * 8);
+  const auto shared_bytes = [&](int64_t stages) {
+    return std::max<int64_t>((keys + stages * kTileRows) * row_bytes, kWarps * keys * 8);
+  };
+  plan.parameters.stages = shared_bytes(2) <= device.shared_bytes ? 2 : 1;
+  plan.shared_bytes = shared_bytes(plan.parameters.stages);
   check_shared("query", plan.shared_bytes, device);
   plan.workspace_bytes = round_up(shape.batch * shape.heads * shape.queries * 2 * int64_t(sizeof(float)), 256) +
                          plan.softmax.workspace_bytes;

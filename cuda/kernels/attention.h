@@ -288,8 +288,10 @@ class AttentionBlock {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           if (!((row_bits[i] >> (8 * n + e)) & 1)) continue;
-          if (boost.normalize) rows.boosted[i] += gain * s[n][2 * i + e];
+          const float before = s[n][2 * i + e];
           s[n][2 * i + e] *= 1.0f + gain;
+          // What the output really gains: rounded probabilities must not be divided by exact ones.
+          if (boost.normalize) rows.boosted[i] += to_float(from_float<T>(s[n][2 * i + e])) - before;
         }
     }
   }

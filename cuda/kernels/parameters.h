@@ -57,6 +57,7 @@ struct AttentionParameters {
 struct ReceivedParameters {
   AttentionParameters rows;  // the same queries and keys; problem.softmax holds every row's m and l
   float* received = nullptr;
+  int32_t stages = 2;  // of queries: one where two do not fit shared memory
 };
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kTileRows = 16 * kWarps;

@@ -13,7 +13,7 @@ class ReceivedBlock {
 
  public:
   ATTNRB_DEVICE ReceivedBlock(const ReceivedParameters& parameters, int64_t block)
-      : p(parameters.rows), received(parameters.received) {
+      : p(parameters.rows), received(parameters.received), stages(parameters.stages) {
     const Shape& shape = p.problem.shape;
     lane = thread_index() % 32;
     warp = thread_index() / 32;
@@ -46,11 +46,16 @@ class ReceivedBlock {
       const int64_t next = next_tile(tile + 1);
       wait_for_copies();
       block_sync();
-      if (next < p.row_tiles) load_queries(next, 1 - which);
+      if (stages == 2 && next < p.row_tiles) load_queries(next, 1 - which);
       commit_copies();
       visit(tile, which);
+      if (stages == 1) {
+        block_sync();
+        if (next < p.row_tiles) load_queries(next, 0);
+        commit_copies();
+      }
       tile = next;
-      which = 1 - which;
+      which = stages - 1 - which;
     }
     wait_for_copies();
     finish();
@@ -158,6 +163,7 @@ class ReceivedBlock {
 
   const AttentionParameters& p;
   float* received;
+  int stages;  // of queries in shared memory
   int lane, warp, first_key, stride;
   int64_t batch, head;
   T *keys, *queries;

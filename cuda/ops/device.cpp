@@ -12,14 +12,19 @@ namespace attnrb::ops {
 
 #if defined(ATTNRB_CUDA_EMULATED)
 
-// ATTNRB_EMULATED_MULTIPROCESSORS: many make the kernels split their keys, 0 never.
+// Of a device of capability 8.6 with 8 multiprocessors, unless ATTNRB_EMULATED_CAPABILITY (10 major + minor),
+// ATTNRB_EMULATED_SHARED_BYTES or ATTNRB_EMULATED_MULTIPROCESSORS say otherwise. Many multiprocessors make the kernels
+// split their keys, 0 never.
 const cuda::Device& cuda_device(int32_t /*index*/) {
   static const cuda::Device device = [] {
+    const auto number = [](const char* name, int otherwise) {
+      const char* text = std::getenv(name);
+      return text == nullptr ? otherwise : std::atoi(text);
+    };
     cuda::Device found;
-    const char* text = std::getenv("ATTNRB_EMULATED_MULTIPROCESSORS");
-    found.multiprocessors = text == nullptr ? 8 : std::atoi(text);
-    found.shared_bytes = 99 * 1024;
-    found.capability = 86;
+    found.multiprocessors = number("ATTNRB_EMULATED_MULTIPROCESSORS", 8);
+    found.shared_bytes = number("ATTNRB_EMULATED_SHARED_BYTES", 99 * 1024);
+    found.capability = number("ATTNRB_EMULATED_CAPABILITY", 86);
     return found;
   }();
   return device;

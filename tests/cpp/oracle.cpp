@@ -138,8 +138,10 @@ AttentionTruth attention_truth(const AttentionProblem& problem) {
         // Tiles round probabilities; a normalized row divides by rounded ones.
         const double rounding = tile_probability_rounding(problem.dtype);
         const double divisor_rounding = problem.boost.normalize ? rounding : 0.0;
+        const double cuda_rounding = cuda_probability_rounding(problem.dtype);
+        const double cuda_divisor_rounding = problem.boost.normalize ? cuda_rounding : 0.0;
         truth.lse.push_back({lse, row.error + lse_rounding, row.tile_error + divisor_rounding + lse_rounding,
-                             row.cuda_error + lse_rounding});
+                             row.cuda_error + cuda_divisor_rounding + lse_rounding});
         for (int64_t j = 0; j < shape.keys; ++j) {
           truth.weights.push_back({row.weights[size_t(j)], row.error + lse_rounding, row.tile_error + lse_rounding,
                                    row.cuda_error + lse_rounding});
@@ -159,7 +161,7 @@ AttentionTruth attention_truth(const AttentionProblem& problem) {
           // Strengthening multiplies a probability that is rounded already, and rounds it again.
           const double tile_error = (row.tile_error + rounding + divisor_rounding) * size + rounding * strengthened;
           double cuda_error =
-              (row.cuda_error + cuda_probability_rounding(problem.dtype) + cut_off_error(shape.keys)) * size;
+              (row.cuda_error + cuda_rounding + cuda_divisor_rounding + cut_off_error(shape.keys)) * size;
           if (problem.dtype == DType::float16) cuda_error += 0x1p-25 * unweighted / divisor;
           truth.output.push_back({value, stored(problem.dtype, value, row.error * size),
                                   stored(problem.dtype, value, tile_error), stored(problem.dtype, value, cuda_error)});

@@ -249,6 +249,39 @@ TEST_P(Edges, WideRowsAreExact) {
       }
 }
 
+TEST_P(Edges, ReceivedAttentionOfWideRowsIsExact) {
+  for (const DType dtype : {DType::float32, DType::float16}) {
+    const AttentionCase attention = simple_case(make_shape(1, 2, 1, 150, 150, 250), dtype);
+    std::vector<float> received;
+    const ReceivedProblem problem = attention.received_problem(received);
+    const std::vector<Bounded> truth = received_truth(problem);
+    ScratchLease scratch;
+    kernels().received_attention(problem, test_pool(2), *scratch);
+    for (size_t i = 0; i < truth.size(); ++i)
+      EXPECT_TRUE(close(kernels(), received[i], truth[i]))
+          << "element " << i << ": expected " << truth[i].value << ", got " << received[i];
+  }
+}
+
+// A normalised row of one key is the key's value, whatever its gain.
+TEST_P(Edges, AStrengthenedRowOfOneKeyIsExact) {
+  for (const DType dtype : {DType::bfloat16, DType::float16}) {
+    AttentionCase attention = simple_case(make_shape(1, 2, 1, 40, 40, 16), dtype);
+    attention.role = Role::rebalanced;
+    attention.visibility.window = 1;
+    attention.normalize = true;
+    attention.capacity = 1;
+    for (int64_t row = 0; row < attention.rows(); ++row) attention.indices.push_back(int32_t(row % 40));
+    attention.counts.assign(size_t(attention.rows()), 1);
+    attention.gain = {0.1f, -0.3f};
+    run_attention(kernels(), attention, 1);
+    for (int64_t h = 0; h < 2; ++h)
+      for (int64_t i = 0; i < 40; ++i)
+        for (int64_t d = 0; d < 16; ++d)
+          EXPECT_EQ(attention.output.at(0, h, i, d), attention.value.at(0, 0, i, d)) << h << ", " << i << ", " << d;
+  }
+}
+
 // Outliers anywhere in tens of thousands of keys.
 TEST_P(Edges, RowsOfManyKeysAreExact) {
   AttentionCase attention = simple_case(make_shape(1, 2, 1, 3, 40000, 8));

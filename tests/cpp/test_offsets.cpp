@@ -2,6 +2,7 @@
 // touched exist.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <utility>
@@ -162,6 +163,80 @@ TEST_P(Offsets, ReceivedAttentionReadsBeyond32Bits) {
       ASSERT_TRUE(close(*GetParam(), received[i], truth[i]))
           << "axis " << axis << ", element " << i << ": expected " << truth[i].value << ", got " << received[i];
   }
+}
+
+// Element by element, the bits that the same operands give where they lie close together.
+TEST_P(Offsets, GradientsAreReadAndWrittenBeyond32Bits) {
+  if (GetParam()->gradient == nullptr) GTEST_SKIP() << "these kernels have no backward of their own";
+  for (const DType dtype : {DType::bfloat16, DType::float32})
+    for (size_t axis = 0; axis < 4; ++axis) {
+      AttentionCase attention = simple_case({2, 4, 2, 70, 130, 16, 24}, dtype);
+      const Shape& shape = attention.shape;
+      Random random(axis);
+      add_outliers(attention, random, 5);
+      const int64_t bytes = element_size(dtype);
+      const Sizes of_query = {shape.batch, shape.heads, shape.queries, shape.width};
+      const Sizes of_key = {shape.batch, shape.key_heads, shape.keys, shape.width};
+      const Sizes of_value = {shape.batch, shape.key_heads, shape.keys, shape.value_width};
+      const Sizes of_output = {shape.batch, shape.heads, shape.queries, shape.value_width};
+      Array grad_output(dtype, of_output), grads[3] = {{dtype, of_query}, {dtype, of_key}, {dtype, of_value}};
+      grad_output.fill_uniform(random, -1.0, 1.0);
+
+      const AttentionProblem forward = attention.problem();
+      ScratchLease scratch;
+      ASSERT_EQ(GetParam()->attention(forward, test_pool(1), *scratch), Status::ok);
+      GradientProblem problem;
+      problem.shape = shape;
+      problem.dtype = dtype;
+      problem.query = forward.query;
+      problem.key = forward.key;
+      problem.value = forward.value;
+      problem.visibility = forward.visibility;
+      problem.scoring = forward.scoring;
+      problem.lse = forward.lse;
+      problem.output = attention.output.view();
+      problem.grad_output = grad_output.view();
+      problem.boost = forward.boost;
+      GradientProblem::Target* const targets[3] = {&problem.grad_query, &problem.grad_key, &problem.grad_value};
+      for (size_t i = 0; i < 3; ++i) {
+        targets[i]->data = grads[i].data();
+        std::copy_n(grads[i].strides().begin(), 3, targets[i]->strides);
+      }
+      ASSERT_EQ(GetParam()->gradient(problem, test_pool(1), *scratch), Status::ok);
+
+      const FarMemory query(of_query, axis, bytes), key(of_key, axis, bytes), value(of_value, axis, bytes),
+          output(of_output, axis, bytes), far_grad_output(of_output, axis, bytes);
+      const size_t written = axis == 3 ? 2 : axis;
+      const FarMemory grad_query(of_query, written, bytes), grad_key(of_key, written, bytes),
+          grad_value(of_value, written, bytes);
+      const std::pair<const FarMemory*, const Array*> operands[] = {{&query, &attention.query},
+                                                                    {&key, &attention.key},
+                                                                    {&value, &attention.value},
+                                                                    {&output, &attention.output},
+                                                                    {&far_grad_output, &grad_output}};
+      for (const auto& [memory, array] : operands) {
+        ASSERT_TRUE(memory->data()) << "the address space has no room for the operands";
+        copy_in(*memory, *array);
+      }
+      problem.query = query.view();
+      problem.key = key.view();
+      problem.value = value.view();
+      problem.output = output.view();
+      problem.grad_output = far_grad_output.view();
+      const FarMemory* const far_grads[3] = {&grad_query, &grad_key, &grad_value};
+      for (size_t i = 0; i < 3; ++i) {
+        ASSERT_TRUE(far_grads[i]->data()) << "the address space has no room for the gradients";
+        targets[i]->data = far_grads[i]->data();
+        std::copy_n(far_grads[i]->strides().begin(), 3, targets[i]->strides);
+      }
+      ASSERT_EQ(GetParam()->gradient(problem, test_pool(1), *scratch), Status::ok);
+      int64_t different = 0;
+      for (size_t i = 0; i < 3; ++i)
+        far_grads[i]->each([&](int64_t a, int64_t b, int64_t c, int64_t d, const unsigned char* at) {
+          different += load_element(at, dtype, 0) != grads[i].at(a, b, c, d);
+        });
+      EXPECT_EQ(different, 0) << "axis " << axis << ", " << attention.describe();
+    }
 }
 
 TEST_P(Offsets, WeightsAreReadBeyond32Bits) {

@@ -1,0 +1,212 @@
+// The GPU at hand in the place of the emulated device: operands go there and results come back around each call. Memory
+// is managed, so both sides use the same pointers.
+#include "table.h"
+
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/outliers.h"
+#include "launch.h"
+
+namespace attnrb {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
+}
+
+// Without a device every test is skipped, or fails where ATTNRB_REQUIRE_CUDA=1.
+class NeedsDevice : public ::testing::Environment {
+ public:
+  void SetUp() override {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0) return;
+    const char* required = std::getenv("ATTNRB_REQUIRE_CUDA");
+    if (required != nullptr && std::strcmp(required, "1") == 0) FAIL() << "there is no CUDA device";
+    GTEST_SKIP() << "there is no CUDA device (ATTNRB_REQUIRE_CUDA=1 makes this a failure)";
+  }
+};
+const ::testing::Environment* const needs_device = ::testing::AddGlobalTestEnvironment(new NeedsDevice);
+
+int attribute(cudaDeviceAttr name) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, 0), "asking for the limits of the device");
+  return value;
+}
+
+// The device's own limits, but for the number of multiprocessors that keys are split over.
+cuda::Device device(int multiprocessors) {
+  cuda::Device device;
+  device.multiprocessors = multiprocessors;
+  device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  device.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  return device;
+}
+
+// Memory that both sides see; NaN at first.
+class Managed {
+ public:
+  explicit Managed(int64_t bytes) {
+    check(cudaMallocManaged(&data_, size_t(bytes) + 1), "asking for memory");
+    std::memset(data_, 0xff, size_t(bytes) + 1);
+  }
+  ~Managed() { cudaFree(data_); }
+  Managed(Managed&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Managed(const Managed&) = delete;
+  Managed& operator=(const Managed&) = delete;
+  unsigned char* data() const { return static_cast<unsigned char*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// Host memory lent to the device for one call; what may be written comes back.
+class Loan {
+ public:
+  template <class T>
+  void read(const T*& pointer, int64_t count) {
+    pointer = static_cast<const T*>(take(pointer, count * int64_t(sizeof(T)), false));
+  }
+  template <class T>
+  void write(T*& pointer, int64_t count) {
+    pointer = static_cast<T*>(take(pointer, count * int64_t(sizeof(T)), true));
+  }
+  void read(View& view, const int64_t (&sizes)[4], int64_t element_bytes) {
+    view.data = take(view.data, extent(view.strides, sizes) * element_bytes, false);
+  }
+  void write(void*& data, const int64_t (&strides)[4], const int64_t (&sizes)[4], int64_t element_bytes) {
+    data = take(data, extent(strides, sizes) * element_bytes, true);
+  }
+  void read(Visibility& visibility, const Shape& shape) {
+    read(visibility.key_start, shape.batch);
+    read(visibility.key_end, shape.batch);
+    read(visibility.mask, extent(visibility.mask_strides, {shape.batch, shape.heads, shape.queries, shape.keys}));
+  }
+
+  // Waits for the device and takes back what it wrote.
+  void settle() {
+    check(cudaGetLastError(), "starting a kernel");
+    check(cudaDeviceSynchronize(), "a kernel");
+    for (const Entry& entry : entries_)
+      if (entry.written) std::memcpy(const_cast<void*>(entry.host), entry.memory.data() + entry.offset, entry.bytes);
+  }
+
+ private:
+  struct Entry {
+    const void* host;
+    size_t bytes, offset;
+    bool written;
+    Managed memory;
+  };
+
+  static int64_t extent(const int64_t* strides, const int64_t (&sizes)[4]) {
+    int64_t last = 0;
+    for (int axis = 0; axis < 4; ++axis) {
+      if (sizes[axis] == 0) return 0;
+      last += (sizes[axis] - 1) * strides[axis];
+    }
+    return last + 1;
+  }
+
+  // As far from an aligned address as on the host: that decides which way a kernel reads.
+  void* take(const void* host, int64_t bytes, bool written) {
+    if (host == nullptr) return nullptr;
+    const size_t offset = reinterpret_cast<uintptr_t>(host) % 256;
+    Managed memory(int64_t(offset) + bytes);
+    std::memcpy(memory.data() + offset, host, size_t(bytes));
+    void* there = memory.data() + offset;
+    entries_.push_back({host, size_t(bytes), offset, written, std::move(memory)});
+    return there;
+  }
+
+  std::vector<Entry> entries_;
+};
+
+template <int multiprocessors>
+Status attention(const AttentionProblem& given, const ThreadPool&, Scratch&) {
+  AttentionProblem problem = given;
+  if (problem.boost.capacity == 0) problem.boost = {};
+  const Shape& shape = problem.shape;
+  const int64_t bytes = element_size(problem.dtype), rows = shape.batch * shape.heads * shape.queries;
+  Loan loan;
+  loan.read(problem.query, {shape.batch, shape.heads, shape.queries, shape.width}, bytes);
+  loan.read(problem.key, {shape.batch, shape.key_heads, shape.keys, shape.width}, bytes);
+  loan.read(problem.value, {shape.batch, shape.key_heads, shape.keys, shape.value_width}, bytes);
+  loan.read(problem.visibility, shape);
+  loan.read(problem.scoring.sinks, shape.heads);
+  const int64_t* strides = problem.output_strides;
+  loan.write(problem.output, {strides[0], strides[1], strides[2], 1},
+             {shape.batch, shape.heads, shape.queries, shape.value_width}, bytes);
+  loan.write(problem.lse, rows);
+  loan.write(problem.softmax, 2 * rows);
+  loan.write(problem.emit.indices, rows * problem.emit.capacity);
+  loan.write(problem.emit.counts, rows);
+  loan.read(problem.boost.indices, rows * problem.boost.capacity);
+  loan.read(problem.boost.counts, rows);
+  loan.read(problem.boost.gain, shape.heads);
+
+  cuda::AttentionPlan plan = cuda::plan_attention(problem, device(multiprocessors));
+  const Managed workspace(plan.workspace_bytes), status_memory(sizeof(int32_t));
+  int32_t* status = reinterpret_cast<int32_t*>(status_memory.data());
+  *status = int32_t(Status::ok);
+  cuda::start_attention(plan, workspace.data(), status, nullptr);
+  loan.settle();
+  return Status(*status);
+}
+
+template <int multiprocessors>
+void received_attention(const ReceivedProblem& given, const ThreadPool&, Scratch&) {
+  ReceivedProblem problem = given;
+  const Shape& shape = problem.shape;
+  const int64_t bytes = element_size(problem.dtype);
+  Loan loan;
+  loan.read(problem.query, {shape.batch, shape.heads, shape.queries, shape.width}, bytes);
+  loan.read(problem.key, {shape.batch, shape.key_heads, shape.keys, shape.width}, bytes);
+  loan.read(problem.visibility, shape);
+  loan.read(problem.scoring.sinks, shape.heads);
+  loan.write(problem.received, shape.batch * shape.heads * shape.keys);
+  loan.write(problem.lse, shape.batch * shape.heads * shape.queries);
+  cuda::ReceivedPlan plan = cuda::plan_received(problem, device(multiprocessors));
+  const Managed workspace(plan.workspace_bytes);
+  cuda::start_received(plan, workspace.data(), nullptr);
+  loan.settle();
+}
+
+void outlier_mask(const OutlierMaskProblem& given, const ThreadPool&) {
+  OutlierMaskProblem problem = given;
+  const Shape& shape = problem.shape;
+  Loan loan;
+  loan.read(problem.weights, {shape.batch, shape.heads, shape.queries, shape.keys}, element_size(problem.dtype));
+  loan.write(problem.mask, shape.batch * shape.heads * shape.queries * shape.keys);
+  cuda::start_outlier_mask(problem, nullptr);
+  loan.settle();
+}
+
+void rebalance(const RebalanceProblem& given, const ThreadPool&) {
+  RebalanceProblem problem = given;
+  const Shape& shape = problem.shape;
+  const int64_t sizes[4] = {shape.batch, shape.heads, shape.queries, shape.keys};
+  const int64_t contiguous[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
+  Loan loan;
+  loan.read(problem.weights, sizes, element_size(problem.dtype));
+  loan.read(problem.mask, sizes, 1);
+  loan.read(problem.gain, shape.heads);
+  loan.write(problem.output, contiguous, sizes, element_size(problem.dtype));
+  cuda::start_rebalance(problem, 1, 0.0f, nullptr);
+  loan.settle();
+}
+
+}  // namespace
+
+const Kernels emulated_cuda_kernels = {"cuda",    attention<0>, received_attention<0>, nullptr, outlier_mask,
+                                       rebalance, nullptr};
+const Kernels emulated_cuda_split_kernels = {
+    "cuda", attention<1000>, received_attention<1000>, nullptr, outlier_mask, rebalance, nullptr};
+
+}  // namespace attnrb
