@@ -279,4 +279,17 @@ MUTATIONS: list[Fault] = [
         "p.cap * tanhf(s[n][e] * p.inner)",
         "p.cap * tanhf(s[n][e] * p.inner * 0.99f)",
     ),
+    Fault(
+        "no barrier before the only stage of queries is filled again",
+        "kernels/received.h",
+        "      if (stages == 1) {\n        block_sync();\n",
+        "      if (stages == 1) {\n",
+    ),
+    Fault(
+        "normalised rows are divided by exact probabilities",
+        "kernels/attention.h",
+        "rows.boosted[i] += to_float(from_float<T>(s[n][2 * i + e])) - before;",
+        "rows.boosted[i] += s[n][2 * i + e] - before;",
+        "bfloat16.cu",
+    ),
 ]
