@@ -18,8 +18,8 @@
 //
 // CUDA's tensor cores cut additions off where float32 rounds: 2u for each step of 8 or 16 products, which adds to e_ij
 // (D/8 + 4) u scale sum_d |q_d k_d| and to an output (N/8 + 4) u of its sum of absolute values. Probabilities are
-// rounded to 2^-8 in bfloat16 and 2^-11 in float16, and there to 2^-25 of a largest weight at least. Both kinds divide a
-// normalised row by rounded ones, which its output and its LSE bear once more.
+// rounded to 2^-8 in bfloat16 and 2^-11 in float16, and there to 2^-25 of a largest weight at least. Both kinds divide
+// a normalised row by rounded ones, which its output and its LSE bear once more.
 #pragma once
 
 #include <cstdint>
