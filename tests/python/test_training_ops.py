@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -79,7 +80,7 @@ def test_nan_in_padding_reaches_no_gradient(dtype: torch.dtype) -> None:
         assert not gradient[1, :, :40].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_what_is_masked_has_a_gradient_of_exactly_zero(dtype: torch.dtype) -> None:
     leaves = tensors(dtype, queries=20, keys=30)
     mask = torch.rand(2, 1, 20, 30) > 0.3
@@ -285,17 +286,25 @@ def test_autocast_computes_in_its_dtype() -> None:
         assert torch.equal(came, clean.to(came.dtype))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_training_step_is_one_graph(dynamic: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False), ("inductor", True)]
+)
+def test_a_compiled_training_step_is_one_graph(backend: str, dynamic: bool) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs g++, which is not here")
     torch._dynamo.reset()
 
     def step(query: Tensor, key: Tensor, value: Tensor, gain: Tensor) -> Tensor:
         output, lse, outliers = functional.source_attention(query, key, value, threshold=0.05)
         below = functional.rebalanced_attention(output + query, key, value, outliers, gain, normalize=True)
-        return (below**2).sum() + lse.sum() + (functional.received_attention(query, key) ** 2).sum()
+        weights = functional.rebalance((query @ query.transpose(2, 3)).softmax(-1), mask, gain, normalize=True)
+        received = functional.received_attention(query, key)
+        return (below**2).sum() + lse.sum() + (received**2).sum() + (weights**2).sum()
+
+    mask = torch.rand(20, 20) > 0.5
 
     leaves = [*tensors(queries=20, keys=30), torch.rand(4, requires_grad=True)]
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
     expected = torch.autograd.grad(step(*leaves), leaves)
     for came, eager in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
         torch.testing.assert_close(came, eager)

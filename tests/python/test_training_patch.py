@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,17 +160,26 @@ def test_dropout_in_attention_raises() -> None:
         model(tokens(1, 8))
 
 
-def test_a_compiled_training_step() -> None:
-    torch._dynamo.reset()
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_training_step(backend: str) -> None:
+    """Compiled and eager gradients differ by no more than twice what compiling the model changes unpatched."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs g++, which is not here")
     model, batch = trainable(), tokens(2, 30)
-    with attnrb.patch(model, CONFIG):
+
+    def change() -> float:
+        torch._dynamo.reset()
         expected = gradients(model, batch)
-        compiled = torch.compile(model, backend="aot_eager")
         model.zero_grad()
-        compiled(batch, labels=batch, use_cache=False).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+        torch.compile(model, backend=backend)(batch, labels=batch, use_cache=False).loss.backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert found.keys() == expected.keys()
+        largest = max(float(gradient.abs().max()) for gradient in expected.values())
+        return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
+
+    plain = change()
+    with attnrb.patch(model, CONFIG):
+        assert change() <= 2 * plain + torch.finfo(torch.float32).eps
 
 
 # ------------------------------------------------------------------------------------------------------- trainers
