@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 from attnrb.cli import options
 from attnrb.cli.console import errors, quiet_transformers, user_errors
+from attnrb.cli.console import output as output_console
 from attnrb.cli.loading import set_threads
 from rich.text import Text
 
@@ -93,8 +94,9 @@ def main(
     """Fine-tune a model on structured records, with and without re-balancing, and report what became of attention."""
     with user_errors():
         from structured.data import read_records
+        from structured.page import sentences
         from structured.progress import training_progress
-        from structured.report import write_report
+        from structured.report import collect, write_report
         from structured.settings import Run, Settings, arms_of, claim
         from structured.study import locked, study
 
@@ -131,6 +133,8 @@ def main(
         except KeyboardInterrupt:
             errors().print(Text(f"stopped; the same command goes on from {folder}.", style="red"), soft_wrap=True)
             raise typer.Exit(130) from None
+    for sentence in sentences(collect(folder)):
+        output_console().print(Text(f"{sentence}."))
     errors().print(Text(f"The report is in {page}."), soft_wrap=True)
 
 

@@ -61,25 +61,25 @@ def _losses(report: Mapping[str, Any]) -> str:
         training.append({"x": steps, "y": smooth, "name": _name(run), "mode": "lines", "line": style})
         start = before["plain" if run["arm"] == "plain" else "rebalanced"][precision]
         curve = [(0, start), *run["held_out_curve"]]
+        if curve[-1][0] < steps[-1]:
+            curve.append((steps[-1], run["held_out"][precision]))
         x, y = ([point[axis] for point in curve] for axis in (0, 1))
         held_out.append({"x": x, "y": y, "name": _name(run), "mode": "lines+markers", "line": style})
     layout = {"xaxis": {"title": "step"}, "yaxis": {"title": "loss, nats a token"}}
-    rows = [
-        ["before, plain", *_two(before["plain"], precision)],
-        ["before, re-balanced with fixed gains", *_two(before["rebalanced"], precision)],
-        *([f"after, {_name(run)}", *_two(run["held_out"], precision)] for run in report["runs"]),
-    ]
+    measured = {
+        "before, plain": before["plain"],
+        "before, re-balanced with fixed gains": before["rebalanced"],
+        **{f"after, {_name(run)}": run["held_out"] for run in report["runs"]},
+    }
+    rows = [[name, *(f"{loss:.4f}" for loss in losses.values())] for name, losses in measured.items()]
+    computed = [f"in {name}" for name in before["plain"]]
     return f"""<section><h2>Loss</h2>
 <h3>Training</h3><p class="soft small">Mean of the last {_SMOOTHED} steps; products in {escape(precision)}.</p>
 {plot("training", "Training loss by step", training, layout, _HEIGHT)}
 <h3>Held out</h3><p class="soft small">Records that no run was trained on, measured as training computes.</p>
 {plot("held-out", "Held-out loss by step", held_out, layout, _HEIGHT)}
 <p class="soft small">After training, adapters merged into the weights, as the model will be used:</p>
-{table(["held-out loss", f"in {precision}", "in float32"], rows, 1)}</section>"""
-
-
-def _two(losses: Mapping[str, float], precision: str) -> list[str]:
-    return [f"{losses[precision]:.4f}", f"{losses['float32']:.4f}"]
+{table(["held-out loss", *computed], rows, 1)}</section>"""
 
 
 def _gains(report: Mapping[str, Any]) -> str:

@@ -11,9 +11,11 @@ import torch
 
 from attnrb.config import RebalanceConfig
 
-__all__ = ["LearnedGains"]
+__all__ = ["GAINS_FILE", "LearnedGains"]
 
-_FILE = "learned_gains.safetensors"
+GAINS_FILE = "learned_gains.safetensors"
+"""Name of the file that `LearnedGains.save` writes to a folder."""
+
 _FORMAT = "attnrb.LearnedGains"
 
 
@@ -138,7 +140,7 @@ class LearnedGains(torch.nn.Module):
 
         file = Path(path)
         if file.suffix != ".safetensors":
-            file = file / _FILE
+            file = file / GAINS_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         about = {
             "format": _FORMAT,
@@ -171,7 +173,7 @@ class LearnedGains(torch.nn.Module):
 
         file = Path(path)
         if file.is_dir() or (not file.exists() and file.suffix != ".safetensors"):
-            file = file / _FILE
+            file = file / GAINS_FILE
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file; LearnedGains.save(path) writes one")
         try:

@@ -171,6 +171,26 @@ def test_configurations(text: str, expected: RebalanceConfig) -> None:
     assert parse_config(text) == expected
 
 
+@pytest.mark.parametrize("place", ["gains", "gains/learned_gains.safetensors"])
+def test_learnt_gains(place: str, folder: Path, tmp_path: Path) -> None:
+    import torch
+    from attnrb import LearnedGains
+    from saved_tiny_model import tiny_model
+
+    learned = LearnedGains(tiny_model(), RebalanceConfig(threshold=0.02))
+    with torch.no_grad():
+        learned.gains += 0.5
+    learned.save(tmp_path / "gains")
+    result = analyze("-m", folder, "-t", TEXT, "--compare", tmp_path / place, "--json", "-")
+    assert result.exit_code == 0, result.output
+    report = AttentionReport.from_json(result.stdout)
+    assert report.threshold == 0.02
+    assert report.after.gains is not None
+    assert report.after.gains.tolist() == learned.matrix().tolist()
+    missing = analyze("-m", folder, "-t", TEXT, "--compare", tmp_path / "none.safetensors")
+    assert "compare: " in error_of(missing) and "no such file" in error_of(missing)
+
+
 def test_configuration_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     config = RebalanceConfig(alpha=0.7, heads={3: [0]})

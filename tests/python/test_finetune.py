@@ -22,7 +22,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import make_cards  # noqa: E402
 from attnrb import LearnedGains, RebalanceConfig  # noqa: E402
-from saved_tiny_model import LAYERS, save_tiny_model  # noqa: E402
+from saved_tiny_model import LAYERS, save_tiny_model, tiny_model, tiny_tokenizer  # noqa: E402
 from structured.data import read_records  # noqa: E402
 
 SIZES = ("--held-out", "4", "--length", "32", "--evaluations", "2", "--analysis-texts", "1", "--alpha", "0.5")
@@ -140,6 +140,45 @@ def test_full_fine_tuning_saves_the_model(model: Path, data: Path, tmp_path: Pat
     saved = folder / "rebalanced-seed0" / "model"
     assert RebalanceConfig.from_pretrained(saved).alpha == 0.5
     assert (saved / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "gains"])
+def test_killed_after_the_last_step_it_trains_no_more(kind: str, data: Path, tmp_path: Path) -> None:
+    from structured.data import Blocks
+    from structured.settings import Run, Settings
+    from structured.training import train
+
+    settings = Settings(
+        train=kind,
+        model=None,
+        data=data,
+        config=RebalanceConfig(alpha=0.5),
+        steps=3,
+        epochs=None,
+        limit=None,
+        held_out=2,
+        length=32,
+        batch_size=2,
+        accumulate=1,
+        learning_rate=0.01,
+        rank=2,
+        precision="float32",
+        evaluations=1,
+        analysis_texts=0,
+    )
+    records = read_records(data, held_out=2, limit=None, seed=0)
+    blocks = [Blocks(tiny_tokenizer(), texts, 32) for texts in (records.training, records.held_out)]
+    run = Run("gains" if kind == "gains" else "rebalanced", 0)
+    once, again = (train(tiny_model(), run, settings, *blocks, tmp_path, lambda *_: None) for _ in range(2))
+    assert again.losses == once.losses
+    assert [step for step, _ in once.losses.held_out] == [3]
+    for name, weight in once.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], weight), name
+    if kind == "gains":
+        assert torch.equal(once.gains.gains, again.gains.gains)
+    else:
+        moved = (once.model.state_dict()[name] != weight for name, weight in tiny_model().state_dict().items())
+        assert any(bool(each.any()) for each in moved)
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

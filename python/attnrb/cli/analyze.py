@@ -24,6 +24,8 @@ from attnrb.printable import printable
 if TYPE_CHECKING:
     from attnrb.analysis import AttentionReport, AttentionRun
     from attnrb.analysis import Progress as AnalysisProgress
+    from attnrb.config import RebalanceConfig
+    from attnrb.learned_gains import LearnedGains
 
 _INPUT = "What to analyse"
 
@@ -53,7 +55,8 @@ def analyze(
     compare: Annotated[
         str | None,
         typer.Option(
-            help="Measure again, re-balanced: default, alpha=0.3,normalize=true, a JSON object or a .json file.",
+            help="Measure again, re-balanced: default, alpha=0.3,normalize=true, a JSON object, a .json file, "
+            "a model's folder, or learnt gains.",
             show_default=False,
             rich_help_panel=_INPUT,
         ),
@@ -104,7 +107,7 @@ def analyze(
 ) -> None:
     """Measure where attention goes, in every layer and head."""
     with user_errors():
-        config = None if compare is None else options.parse_config(compare)
+        config = None if compare is None else _compared(compare)
         texts = read_texts(text or [])
         _check_outputs(html, json, png)
         words = None if function_words is None else _read(function_words).split()
@@ -143,6 +146,19 @@ def analyze(
     written = files.write_outputs({json: report.to_json, html: report.to_html, png: report.save_plots})
     if written:
         errors().print(Text(f"Wrote {', '.join(written)}"), soft_wrap=True)
+
+
+def _compared(text: str) -> RebalanceConfig | LearnedGains:
+    """What ``--compare`` names: options as `options.parse_config` has them, or a file or folder of learnt gains."""
+    from attnrb.learned_gains import GAINS_FILE, LearnedGains
+
+    written_out = text.lstrip().startswith("{")
+    if not written_out and (text.endswith(".safetensors") or (Path(text) / GAINS_FILE).is_file()):
+        try:
+            return LearnedGains.load(text)
+        except FileNotFoundError as error:
+            raise ValueError(f"compare: {error}") from error
+    return options.parse_config(text)
 
 
 # --------------------------------------------------------------------------------------------------------- the texts
