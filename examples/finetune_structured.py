@@ -11,7 +11,6 @@ any moment, and the same command goes on. It ends with ``report.html`` and ``rep
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +27,14 @@ _REPORT = "Report"
 _CARDS = Path(__file__).with_name("cards.jsonl")
 
 
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+@app.command()
 def main(
     train: Annotated[str, typer.Option(help="What learns: lora, full or gains.", rich_help_panel=_TRAINING)] = "lora",
     arm: Annotated[
@@ -40,12 +47,16 @@ def main(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder of the study.", show_default="finetune-TRAIN"),
+        typer.Option(
+            "--output", "-o", help="Folder of the study.", show_default="finetune-TRAIN", rich_help_panel=_REPORT
+        ),
     ] = None,
     data: Annotated[
         Path,
         typer.Option(
-            help="JSON lines: objects with a field text, or of fields, each a line of a card.", rich_help_panel=_DATA
+            help="JSON lines: objects with a field text, or of fields, each a line of a card.",
+            show_default="the cards beside this script",
+            rich_help_panel=_DATA,
         ),
     ] = _CARDS,
     limit: Annotated[
@@ -74,7 +85,9 @@ def main(
         typer.Option(help="bfloat16 (weights stay float32, products do not) or float32.", rich_help_panel=_TRAINING),
     ] = "bfloat16",
     seed: Annotated[int, typer.Option(min=0, help="The first seed.", rich_help_panel=_TRAINING)] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to train each arm with.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="How many seeds to train each arm with.", rich_help_panel=_TRAINING)
+    ] = 1,
     evaluations: Annotated[
         int, typer.Option(min=1, help="Times the held-out loss is measured in a run.", rich_help_panel=_REPORT)
     ] = 8,
@@ -139,5 +152,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    typer.run(main)
+    app()

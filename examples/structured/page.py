@@ -65,7 +65,7 @@ def _losses(report: Mapping[str, Any]) -> str:
             curve.append((steps[-1], run["held_out"][precision]))
         x, y = ([point[axis] for point in curve] for axis in (0, 1))
         held_out.append({"x": x, "y": y, "name": _name(run), "mode": "lines+markers", "line": style})
-    layout = {"xaxis": {"title": "step"}, "yaxis": {"title": "loss, nats a token"}}
+    layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "loss, nats a token"}}}
     measured = {
         "before, plain": before["plain"],
         "before, re-balanced with fixed gains": before["rebalanced"],
@@ -103,7 +103,10 @@ def _gains(report: Mapping[str, Any]) -> str:
             "reversescale": True,
             "hovertemplate": "layer %{y}, head %{x}: %{z:+.4f}<extra></extra>",
         }
-        layout = {"xaxis": {"title": "head", "dtick": 1}, "yaxis": {"title": "layer", "autorange": "reversed"}}
+        layout = {
+            "xaxis": {"title": {"text": "head"}, "dtick": 1},
+            "yaxis": {"title": {"text": "layer"}, "autorange": "reversed"},
+        }
         parts.append(
             f"<h3>{escape(_name(run))}: learnt less fixed gain, layer by head</h3>"
             + plot(f"moved-{place}", "How far each gain moved", [heat], layout, 18 * len(moved) + 80)
@@ -114,7 +117,7 @@ def _gains(report: Mapping[str, Any]) -> str:
         for run, style in _styled(report)
         if run["gains"] is not None
     ]
-    layout = {"xaxis": {"title": "layer"}, "yaxis": {"title": "gain, mean of heads"}}
+    layout = {"xaxis": {"title": {"text": "layer"}}, "yaxis": {"title": {"text": "gain, mean of heads"}}}
     return f"""<section><h2>How the gains moved</h2>{"".join(parts)}<h3>Mean of each layer</h3>
 {plot("gains", "Mean gain by layer", lines, layout, _HEIGHT)}</section>"""
 
@@ -140,7 +143,7 @@ def _attention(report: Mapping[str, Any]) -> str:
             for run, style in _styled(report)
             if run["attention"] is not None
         ]
-        layout = {"xaxis": {"title": "layer"}}
+        layout = {"xaxis": {"title": {"text": "layer"}}}
         head = ["layer", *(f"{_name(run)}, {when}" for run in runs for when in ("before", "after"))]
         rows = [
             [str(layer)]

@@ -235,12 +235,9 @@ def test_records_become_text(tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_one_sentence(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    import finetune_structured
-    import typer
+    from finetune_structured import app
     from typer.testing import CliRunner
 
-    app = typer.Typer()
-    app.command()(finetune_structured.main)
     result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "study")])
     assert result.exit_code == 1
     assert result.stderr.startswith(f"attnrb: {message}")
