@@ -104,7 +104,7 @@ def _options(settings: Settings, seed: int, steps: int, folder: Path) -> Trainin
         seed=seed,
         data_seed=seed,
         bf16=settings.precision == "bfloat16",
-        use_cpu=True,  # gradients through attnrb have no kernels for other devices
+        use_cpu=True,  # the gradients for CUDA have not run on a GPU yet (docs/cuda.md)
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
