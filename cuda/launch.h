@@ -27,9 +27,9 @@ struct AttentionPlan {
 };
 
 // Throws std::invalid_argument where the device cannot run the kernels on such a problem. `gain_stride` 0: one gain for
-// all heads. `values` false: only the rows' softmax is wanted.
+// all heads. `values` false: only the rows' softmax is wanted. `split` false: no two blocks share a row.
 AttentionPlan plan_attention(const AttentionProblem& problem, const Device& device, bool values = true,
-                             int gain_stride = 1);
+                             int gain_stride = 1, bool split = true);
 // `status`, if any, is set to what is wrong with outlier rows; it has to be Status::ok before.
 void start_attention(AttentionPlan& plan, void* workspace, int32_t* status, void* stream);
 

@@ -51,7 +51,8 @@ int64_t carve_partials(AttentionParameters& p, void* workspace) {
 
 }  // namespace
 
-AttentionPlan plan_attention(const AttentionProblem& problem, const Device& device, bool values, int gain_stride) {
+AttentionPlan plan_attention(const AttentionProblem& problem, const Device& device, bool values, int gain_stride,
+                             bool split) {
   check_capability(device);
   const Shape& shape = problem.shape;
   if (shape.keys > std::numeric_limits<int32_t>::max() - 256)
@@ -82,7 +83,7 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   check_shared("query", plan.shared_bytes, device);
 
   const int64_t blocks = shape.batch * shape.key_heads * p.row_tiles * p.slices;
-  p.splits = split_keys(problem, blocks, keys, device);
+  p.splits = split ? split_keys(problem, blocks, keys, device) : 1;
   plan.blocks = check_blocks(blocks * p.splits);
   plan.workspace_bytes = carve_partials(p, nullptr);
   return plan;

@@ -132,10 +132,10 @@ struct OutputLayout {
   }
 };
 
-// What both kinds of attention ask of the core; the caller adds what it wants found or strengthened.
+// What both kinds of attention ask of the core; the caller adds where the output goes, and what it wants found or
+// strengthened.
 inline AttentionProblem attention_problem(const Operand& query, const Operand& key, const Operand& value, DType dtype,
-                                          const Shape& shape, const SharedArguments& shared, const OutputLayout& layout,
-                                          const Tensor& output) {
+                                          const Shape& shape, const SharedArguments& shared) {
   AttentionProblem problem;
   problem.shape = shape;
   problem.dtype = dtype;
@@ -144,9 +144,16 @@ inline AttentionProblem attention_problem(const Operand& query, const Operand& k
   problem.value = view_of(value);
   problem.visibility = shared.visibility;
   problem.scoring = shared.scoring;
+  return problem;
+}
+
+inline Tensor empty_output(const OutputLayout& layout, const Operand& query) {
+  return empty_strided(layout.sizes, layout.strides, query.dtype, query);
+}
+
+inline void set_output(AttentionProblem& problem, const OutputLayout& layout, const Tensor& output) {
   problem.output = output.mutable_data_ptr();
   std::copy_n(layout.strides.begin(), 3, problem.output_strides);
-  return problem;
 }
 
 }  // namespace attnrb::ops

@@ -21,9 +21,10 @@ Tensor attend_rebalanced(const Tensor& query_tensor, const Tensor& key_tensor, c
                                {scale, softcap, sinks}, shape, query);
 
   const OutputLayout layout(shape);
-  Tensor output = empty_strided(layout.sizes, layout.strides, query.dtype, query);
+  Tensor output = empty_output(layout, query);
 
-  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared, layout, output);
+  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared);
+  set_output(problem, layout, output);
   if (outliers.capacity > 0) {  // an empty set leaves plain attention
     problem.boost.indices = outliers.indices;
     problem.boost.counts = outliers.counts;

@@ -22,12 +22,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(const Tensor& query_
 
   const int64_t capacity = outlier_capacity(threshold, shape.keys);
   const OutputLayout layout(shape);
-  Tensor output = empty_strided(layout.sizes, layout.strides, query.dtype, query);
+  Tensor output = empty_output(layout, query);
   Tensor lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
   Tensor indices = empty<4>({shape.batch, shape.heads, shape.queries, capacity}, dtype_codes().int32, query);
   Tensor counts = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().int32, query);
 
-  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared, layout, output);
+  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared);
+  set_output(problem, layout, output);
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
   problem.emit.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   problem.emit.counts = static_cast<int32_t*>(counts.mutable_data_ptr());

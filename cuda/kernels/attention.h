@@ -77,6 +77,11 @@ class AttentionBlock {
     buffer_size = kKeys * (query_stride > value_stride ? query_stride : value_stride);
   }
 
+  ATTNRB_DEVICE bool wanted() const {
+    return p.wanted == nullptr ||
+           p.wanted[(batch * p.problem.shape.key_heads + key_head) * p.row_tiles + tile_row / kTileRows] != 0;
+  }
+
   ATTNRB_DEVICE void run() {
     rows.start(p, batch, key_head, warp_row + lane / 4);
     if (task == Task::source) marks.start(int((p.problem.shape.keys + kKeys - 1) / kKeys));
@@ -485,7 +490,7 @@ template <class T, int Width, Task task>
 ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, task == Task::softmax ? 3 : 1)
     attention_kernel(ATTNRB_PARAMETERS AttentionParameters parameters) {
   AttentionBlock<T, Width, task> block(parameters, block_index());
-  block.run();
+  if (block.wanted()) block.run();
 }
 
 }  // namespace attnrb::cuda

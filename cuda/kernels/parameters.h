@@ -52,6 +52,7 @@ struct AttentionParameters {
   float inner = 0.0f, cap = 0.0f;
   float threshold_log2 = 0.0f;
   int32_t* status = nullptr;
+  const int32_t* wanted = nullptr;  // [B, Hk, row tiles]: 0 where a tile is to be left as it is; null: none is
 };
 
 struct ReceivedParameters {

@@ -111,13 +111,4 @@ void DeviceStatus::check(void* stream) const {
   if (tensor_) check_status(Status(read_back(data(), stream)), capacity_);
 }
 
-void attend_on_device(const AttentionProblem& problem, const Operand& query, int gain_stride) {
-  const DeviceScope scope(query);
-  cuda::AttentionPlan plan = cuda::plan_attention(problem, scope.device(), true, gain_stride);
-  const Tensor workspace = scope.bytes(plan.workspace_bytes);
-  const DeviceStatus status(problem.boost, query);
-  cuda::start_attention(plan, workspace.mutable_data_ptr(), status.data(), scope.stream());
-  status.check(scope.stream());
-}
-
 }  // namespace attnrb::ops

@@ -78,7 +78,4 @@ class DeviceStatus {
   OptionalTensor tensor_;
 };
 
-// Runs an attention problem of at least one query and one key.
-void attend_on_device(const AttentionProblem& problem, const Operand& query, int gain_stride);
-
 }  // namespace attnrb::ops

@@ -2,7 +2,7 @@
 #include <limits>
 #include <tuple>
 
-#include "device.h"
+#include "library.h"
 
 namespace attnrb::ops {
 namespace {
@@ -21,17 +21,15 @@ Tensor attend_rebalanced(const Tensor& query_tensor, const Tensor& key_tensor, c
   const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
                                {scale, softcap, sinks}, shape, query);
 
-  const OutputLayout layout(shape);
-  Tensor output = empty_strided(layout.sizes, layout.strides, query.dtype, query);
-
   if (lse != nullptr) *lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
-  if (shape.keys == 0) {
+  if (shape.batch * shape.heads * shape.queries * shape.keys == 0) {
+    Tensor output = empty_output(OutputLayout(shape), query);
     torch::stable::zero_(output);
     if (lse != nullptr) torch::stable::fill_(**lse, -std::numeric_limits<double>::infinity());
+    return output;
   }
-  if (shape.batch * shape.heads * shape.queries * shape.keys == 0) return output;
 
-  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared, layout, output);
+  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared);
   if (outliers.capacity > 0) {  // an empty set leaves plain attention
     problem.boost.indices = outliers.indices;
     problem.boost.counts = outliers.counts;
@@ -40,8 +38,7 @@ Tensor attend_rebalanced(const Tensor& query_tensor, const Tensor& key_tensor, c
     problem.boost.normalize = normalize;
   }
   if (lse != nullptr) problem.lse = static_cast<float*>((*lse)->mutable_data_ptr());
-  attend_on_device(problem, query, gains.stride);
-  return output;
+  return attend_on_device(problem, query_tensor, key_tensor, value_tensor, gains.stride);
 }
 
 Tensor rebalanced_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& indices,

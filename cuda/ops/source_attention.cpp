@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "core/outliers.h"
-#include "device.h"
+#include "library.h"
 
 namespace attnrb::ops {
 namespace {
@@ -21,28 +21,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(const Tensor& query_
                                {scale, softcap, sinks}, shape, query);
 
   const int64_t capacity = outlier_capacity(threshold, shape.keys);
-  const OutputLayout layout(shape);
-  Tensor output = empty_strided(layout.sizes, layout.strides, query.dtype, query);
   Tensor lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
   Tensor indices = empty<4>({shape.batch, shape.heads, shape.queries, capacity}, dtype_codes().int32, query);
   Tensor counts = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().int32, query);
 
-  if (shape.batch * shape.heads * shape.queries > 0 && shape.keys == 0) {
+  if (shape.batch * shape.heads * shape.queries * shape.keys == 0) {
     // What any set of keys gives when it is empty.
+    Tensor output = empty_output(OutputLayout(shape), query);
     torch::stable::zero_(output);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
     torch::stable::zero_(counts);
-  }
-  if (shape.batch * shape.heads * shape.queries * shape.keys == 0)
     return {std::move(output), std::move(lse), std::move(indices), std::move(counts)};
+  }
 
-  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared, layout, output);
+  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared);
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
   problem.emit.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   problem.emit.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
   problem.emit.capacity = capacity;
   problem.emit.threshold = threshold;
-  attend_on_device(problem, query, 1);
+  Tensor output = attend_on_device(problem, query_tensor, key_tensor, value_tensor, 1);
   return {std::move(output), std::move(lse), std::move(indices), std::move(counts)};
 }
 

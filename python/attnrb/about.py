@@ -30,6 +30,7 @@ def about() -> dict[str, Any]:
         "instruction_sets_found": _C.instruction_sets(),
         "ATTNRB_CPU": os.environ.get("ATTNRB_CPU", "not set"),
         "cuda": _cuda(),
+        "cuda_prefill": _cuda_prefill(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "build": _C.build_options(),
@@ -47,6 +48,21 @@ def _cuda() -> str:
         return "loaded, but torch finds no device"
     devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
     return "on: " + ", ".join(f"{device.name} ({device.major}.{device.minor})" for device in devices)
+
+
+def _cuda_prefill() -> str | None:
+    """Whose kernels compute a long prompt's dense part (docs/cuda.md); None without a device."""
+    if not _cuda().startswith("on"):
+        return None
+    enabled = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
+        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+    }
+    kernels = [name for name, on in enabled.items() if on]
+    if not kernels:
+        return "attnrb's own kernels: those of PyTorch are turned off"
+    return f"PyTorch's {' or '.join(kernels)} kernel for 16-bit plain or causal attention, attnrb's own otherwise"
 
 
 def _version(package: str) -> str | None:

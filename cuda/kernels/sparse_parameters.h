@@ -1,0 +1,23 @@
+// What is added to a dense kernel of another library, which left the output and the log-sum-exp of plain attention: the
+// outliers are selected from them, or strengthened.
+//
+// Note: [Doubtful tiles]
+// Other libraries let a value of NaN or infinity reach rows that do not see it, through a product with zero. Tiles of
+// rows whose dense output is not finite throughout are noted, and our own kernel does those anew, which says what they
+// really are. Where there are none, as nearly always, its blocks end at once.
+#pragma once
+
+#include "parameters.h"
+
+namespace attnrb::cuda {
+
+struct SparseParameters {
+  // problem.emit or problem.boost says which; problem.output holds the dense output before a correction, and the
+  // corrected one after it. problem.lse is where the log-sum-exp goes, corrected, or null.
+  AttentionParameters rows;
+  const float* dense_lse = nullptr;  // [B, H, M] by strides
+  int64_t lse_strides[3] = {0, 0, 0};
+  int32_t* doubtful = nullptr;  // [B, Hk, row tiles], zeros before: 1 for a doubtful tile
+};
+
+}  // namespace attnrb::cuda

@@ -1,0 +1,85 @@
+// Selecting and strengthening outliers beside a dense kernel of another library.
+#include "sparse.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/correction.h"
+#include "kernels/select.h"
+#include "layout.h"
+
+namespace attnrb::cuda {
+namespace {
+
+constexpr int64_t kWidest = 256;
+
+template <class T>
+void start(const SparsePlan& plan, void* stream) {
+  if (plan.parameters.rows.problem.emit.indices != nullptr)
+    return launch<select_kernel<T>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
+  const int32_t width = plan.parameters.rows.query.width;
+  if (width <= 64)
+    launch<correction_kernel<T, 8>>(plan.blocks, kThreads, 0, stream, plan.parameters);
+  else if (width <= 128)
+    launch<correction_kernel<T, 16>>(plan.blocks, kThreads, 0, stream, plan.parameters);
+  else
+    launch<correction_kernel<T, 32>>(plan.blocks, kThreads, 0, stream, plan.parameters);
+}
+
+}  // namespace
+
+bool sparse_suits(const AttentionProblem& problem) {
+  const Shape& shape = problem.shape;
+  const Visibility& visible = problem.visibility;
+  const bool square = shape.queries == shape.keys && visible.query_offset == visible.key_offset;
+  const auto aligned = [&](const View& view) { return operand_of(view, shape.width, problem.dtype).aligned; };
+  return problem.dtype != DType::float32 && shape.width == shape.value_width && shape.width <= kWidest &&
+         (!visible.causal || square) && visible.window == 0 && visible.key_start == nullptr &&
+         visible.key_end == nullptr && visible.mask == nullptr && problem.scoring.softcap == 0.0f &&
+         problem.scoring.sinks == nullptr && aligned(problem.query) && aligned(problem.key) && aligned(problem.value);
+}
+
+SparsePlan plan_sparse(const AttentionProblem& problem, const float* dense_lse, const int64_t (&lse_strides)[3],
+                       const Device& device, int gain_stride) {
+  check_capability(device);
+  const Shape& shape = problem.shape;
+  SparsePlan plan;
+  plan.parameters.dense_lse = dense_lse;
+  std::copy_n(lse_strides, 3, plan.parameters.lse_strides);
+  AttentionParameters& p = plan.parameters.rows;
+  p.problem = problem;
+  p.query = operand_of(problem.query, shape.width, problem.dtype);
+  p.key = operand_of(problem.key, shape.width, problem.dtype);
+  p.value = operand_of(problem.value, shape.value_width, problem.dtype);
+  p.group = int32_t(shape.heads / shape.key_heads);
+  p.rows = p.group * shape.queries;
+  p.row_tiles = divide_up(p.rows, kTileRows);
+  p.gain_stride = gain_stride;
+  set_scoring(p);
+  const int64_t heads = shape.batch * shape.key_heads;
+  plan.doubtful_tiles = heads * p.row_tiles;
+  plan.again = plan_attention(problem, device, true, gain_stride, false);
+  if (problem.emit.indices == nullptr) {
+    plan.blocks = check_blocks(divide_up(heads * p.rows, kWarps));
+    return plan;
+  }
+  p.threshold_log2 = float(std::log2(problem.emit.threshold));
+  p.columns = int32_t(round_up(shape.width, 16));
+  plan.blocks = check_blocks(heads * p.row_tiles);
+  plan.shared_bytes = 3 * kTileRows * (p.columns * element_size(problem.dtype) + 16);
+  check_shared("query", plan.shared_bytes, device);
+  return plan;
+}
+
+void start_sparse(SparsePlan& plan, int32_t* doubtful, int32_t* status, void* stream) {
+  plan.parameters.rows.status = status;
+  plan.parameters.doubtful = doubtful;
+  plan.again.parameters.wanted = doubtful;
+  if (plan.parameters.rows.problem.dtype == DType::bfloat16)
+    start<bfloat16>(plan, stream);
+  else
+    start<float16>(plan, stream);
+  start_attention(plan.again, nullptr, status, stream);
+}
+
+}  // namespace attnrb::cuda
