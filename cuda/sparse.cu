@@ -57,7 +57,7 @@ SparsePlan plan_sparse(const AttentionProblem& problem, const float* dense_lse, 
   p.gain_stride = gain_stride;
   set_scoring(p);
   const int64_t heads = shape.batch * shape.key_heads;
-  plan.doubtful_tiles = heads * p.row_tiles;
+  plan.doubtful_numbers = heads * (p.row_tiles + p.rows);
   plan.again = plan_attention(problem, device, true, gain_stride, false);
   if (problem.emit.indices == nullptr) {
     plan.blocks = check_blocks(divide_up(heads * p.rows, kWarps));
@@ -73,8 +73,10 @@ SparsePlan plan_sparse(const AttentionProblem& problem, const float* dense_lse, 
 
 void start_sparse(SparsePlan& plan, int32_t* doubtful, int32_t* status, void* stream) {
   plan.parameters.rows.status = status;
-  plan.parameters.doubtful = doubtful;
-  plan.again.parameters.wanted = doubtful;
+  const AttentionParameters& p = plan.parameters.rows;
+  const int64_t heads = p.problem.shape.batch * p.problem.shape.key_heads;
+  plan.again.parameters.wanted_tiles = plan.parameters.doubtful_tiles = doubtful;
+  plan.again.parameters.wanted_rows = plan.parameters.doubtful_rows = doubtful + heads * p.row_tiles;
   if (plan.parameters.rows.problem.dtype == DType::bfloat16)
     start<bfloat16>(plan, stream);
   else

@@ -9,8 +9,8 @@ namespace attnrb::cuda {
 struct SparsePlan {
   SparseParameters parameters;
   int64_t blocks = 0, shared_bytes = 0;
-  AttentionPlan again;         // of doubtful tiles
-  int64_t doubtful_tiles = 0;  // int32 numbers, zeros, that the caller has to lend until the work is done
+  AttentionPlan again;           // of doubtful rows
+  int64_t doubtful_numbers = 0;  // int32 numbers, zeros, that the caller has to lend until the work is done
 };
 
 // Whether the kernels below can go with another library's: 16-bit operands in whole units of 16 bytes, widths up to

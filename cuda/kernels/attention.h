@@ -78,12 +78,13 @@ class AttentionBlock {
   }
 
   ATTNRB_DEVICE bool wanted() const {
-    return p.wanted == nullptr ||
-           p.wanted[(batch * p.problem.shape.key_heads + key_head) * p.row_tiles + tile_row / kTileRows] != 0;
+    return p.wanted_tiles == nullptr ||
+           p.wanted_tiles[(batch * p.problem.shape.key_heads + key_head) * p.row_tiles + tile_row / kTileRows] != 0;
   }
 
   ATTNRB_DEVICE void run() {
     rows.start(p, batch, key_head, warp_row + lane / 4);
+    if (p.wanted_rows != nullptr) leave_unwanted();
     if (task == Task::source) marks.start(int((p.problem.shape.keys + kKeys - 1) / kKeys));
     if (task == Task::rebalance) broken = cursor.start(p, batch, key_head, warp_row);
 #pragma unroll
@@ -117,6 +118,14 @@ class AttentionBlock {
   }
 
  private:
+  ATTNRB_DEVICE void leave_unwanted() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (rows.valid[i])
+        rows.valid[i] =
+            p.wanted_rows[(batch * p.problem.shape.key_heads + key_head) * p.rows + first_row() + 8 * i] != 0;
+  }
+
   ATTNRB_DEVICE int64_t first_row() const { return warp_row + lane / 4; }
 
   // The tiles of keys that some row sees, and this block's share of them.

@@ -22,6 +22,14 @@ ATTNRB_DEVICE bool is_finite(const Unit<T>& unit) {
   return finite;
 }
 
+// See Note: [Doubtful rows].
+ATTNRB_DEVICE void note_doubt(const SparseParameters& parameters, int64_t batch, int64_t key_head, int64_t row) {
+  const AttentionParameters& p = parameters.rows;
+  const int64_t heads = batch * p.problem.shape.key_heads + key_head;
+  parameters.doubtful_rows[heads * p.rows + row] = 1;
+  parameters.doubtful_tiles[heads * p.row_tiles + row / kTileRows] = 1;
+}
+
 template <class T, int Lanes>
 class CorrectionRow {
   static constexpr int kItems = 32 / Lanes, kFlight = 4;
@@ -127,8 +135,7 @@ class CorrectionRow {
     T* out = static_cast<T*>(p.problem.output) + batch * p.problem.output_strides[0] +
              place.head * p.problem.output_strides[1] + place.query * p.problem.output_strides[2] + column;
     U unit = *reinterpret_cast<const U*>(out);
-    if (!is_finite(unit))
-      parameters.doubtful[(batch * p.problem.shape.key_heads + key_head) * p.row_tiles + row / kTileRows] = 1;
+    if (!is_finite(unit)) note_doubt(parameters, batch, key_head, row);
 #pragma unroll
     for (int i = 0; i < U::size; ++i) unit.element[i] = from_float<T>((to_float(unit.element[i]) + gain * sums[i]) / z);
     *reinterpret_cast<U*>(out) = unit;

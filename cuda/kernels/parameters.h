@@ -52,7 +52,8 @@ struct AttentionParameters {
   float inner = 0.0f, cap = 0.0f;
   float threshold_log2 = 0.0f;
   int32_t* status = nullptr;
-  const int32_t* wanted = nullptr;  // [B, Hk, row tiles]: 0 where a tile is to be left as it is; null: none is
+  // [B, Hk, row tiles] and [B, Hk, G M]: 0 where a tile, or a row, is to be left as it is; null: none is.
+  const int32_t *wanted_tiles = nullptr, *wanted_rows = nullptr;
 };
 
 struct ReceivedParameters {

@@ -72,20 +72,19 @@ class SelectBlock {
     if (position >= 0 && position < p.problem.shape.keys) own[i] = int(position);
   }
 
-  // See Note: [Doubtful tiles].
+  // See Note: [Doubtful rows].
   ATTNRB_DEVICE void look_for_doubt() const {
     using U = Unit<T>;
-    const Shape& shape = p.problem.shape;
     const int64_t* strides = p.problem.output_strides;
-    bool doubtful = false;
     for (int64_t row = warp_row; row < warp_row + 16 && row < p.rows; ++row) {
       const RowPlace place = row_place(p, key_head, row);
       const T* output = static_cast<const T*>(p.problem.output) + batch * strides[0] + place.head * strides[1] +
                         place.query * strides[2];
-      for (int column = lane * U::size; column < shape.value_width; column += 32 * U::size)
-        doubtful = doubtful || !is_finite(*reinterpret_cast<const U*>(output + column));
+      bool finite = true;
+      for (int column = lane * U::size; column < p.problem.shape.value_width; column += 32 * U::size)
+        finite = finite && is_finite(*reinterpret_cast<const U*>(output + column));
+      if (!finite) note_doubt(parameters, batch, key_head, row);
     }
-    if (doubtful) parameters.doubtful[(batch * shape.key_heads + key_head) * p.row_tiles + tile_row / kTileRows] = 1;
   }
 
   ATTNRB_DEVICE int64_t row_index(int i) const {

@@ -1,10 +1,10 @@
 // What is added to a dense kernel of another library, which left the output and the log-sum-exp of plain attention: the
 // outliers are selected from them, or strengthened.
 //
-// Note: [Doubtful tiles]
-// Other libraries let a value of NaN or infinity reach rows that do not see it, through a product with zero. Tiles of
-// rows whose dense output is not finite throughout are noted, and our own kernel does those anew, which says what they
-// really are. Where there are none, as nearly always, its blocks end at once.
+// Note: [Doubtful rows]
+// Other libraries let a value of NaN or infinity reach rows that do not see it, through a product with zero. Rows whose
+// dense output is not finite throughout are noted, and their tiles, and our own kernel does those anew, which says what
+// they really are. Where there are none, as nearly always, its blocks end at once.
 #pragma once
 
 #include "parameters.h"
@@ -17,7 +17,8 @@ struct SparseParameters {
   AttentionParameters rows;
   const float* dense_lse = nullptr;  // [B, H, M] by strides
   int64_t lse_strides[3] = {0, 0, 0};
-  int32_t* doubtful = nullptr;  // [B, Hk, row tiles], zeros before: 1 for a doubtful tile
+  // [B, Hk, row tiles] and [B, Hk, G M], zeros before: 1 for what is doubtful.
+  int32_t *doubtful_tiles = nullptr, *doubtful_rows = nullptr;
 };
 
 }  // namespace attnrb::cuda

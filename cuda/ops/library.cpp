@@ -109,7 +109,7 @@ void add_sparse_part(const AttentionProblem& problem, const Tensor& dense_lse, c
   const int64_t strides[3] = {lse.strides[0], lse.strides[1], lse.strides[2]};
   cuda::SparsePlan plan =
       cuda::plan_sparse(problem, static_cast<const float*>(lse.data()), strides, scope.device(), gain_stride);
-  Tensor doubtful = empty<1>({plan.doubtful_tiles}, dtype_codes().int32, query);
+  Tensor doubtful = empty<1>({plan.doubtful_numbers}, dtype_codes().int32, query);
   torch::stable::zero_(doubtful);
   const DeviceStatus status(problem.boost, query);
   cuda::start_sparse(plan, static_cast<int32_t*>(doubtful.mutable_data_ptr()), status.data(), scope.stream());
