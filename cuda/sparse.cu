@@ -12,6 +12,8 @@ namespace attnrb::cuda {
 namespace {
 
 constexpr int64_t kWidest = 256;
+// Libraries give batch elements and heads a dimension of the grid each.
+constexpr int64_t kMostBlocks = 65535;
 
 template <class T>
 void start(const SparsePlan& plan, void* stream) {
@@ -33,10 +35,14 @@ bool sparse_suits(const AttentionProblem& problem) {
   const Visibility& visible = problem.visibility;
   const bool square = shape.queries == shape.keys && visible.query_offset == visible.key_offset;
   const auto aligned = [&](const View& view) { return operand_of(view, shape.width, problem.dtype).aligned; };
-  return problem.dtype != DType::float32 && shape.width == shape.value_width && shape.width <= kWidest &&
+  // A scale of zero or less turns the order of scores around, in which flash kernels look for a row's largest.
+  const bool plain_scores =
+      problem.scoring.scale > 0.0f && problem.scoring.softcap == 0.0f && problem.scoring.sinks == nullptr;
+  return problem.dtype != DType::float32 && plain_scores && shape.width == shape.value_width &&
+         shape.width <= kWidest && shape.batch <= kMostBlocks && shape.heads <= kMostBlocks &&
          (!visible.causal || square) && visible.window == 0 && visible.key_start == nullptr &&
-         visible.key_end == nullptr && visible.mask == nullptr && problem.scoring.softcap == 0.0f &&
-         problem.scoring.sinks == nullptr && aligned(problem.query) && aligned(problem.key) && aligned(problem.value);
+         visible.key_end == nullptr && visible.mask == nullptr && aligned(problem.query) && aligned(problem.key) &&
+         aligned(problem.value);
 }
 
 SparsePlan plan_sparse(const AttentionProblem& problem, const float* dense_lse, const int64_t (&lse_strides)[3],

@@ -14,7 +14,8 @@ struct SparsePlan {
 };
 
 // Whether the kernels below can go with another library's: 16-bit operands in whole units of 16 bytes, widths up to
-// 256, queries that see all keys or those up to their own, and scores that any library computes.
+// 256, queries that see all keys or those up to their own, and scores that any library computes: without softcap or
+// sinks, a positive scale.
 bool sparse_suits(const AttentionProblem& problem);
 
 // `problem` as for plan_attention(): emit or boost is set, and output holds the dense output.

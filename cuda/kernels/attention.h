@@ -12,6 +12,7 @@
 // order and straight into place: no buffer of candidates is needed.
 #pragma once
 
+#include "products.h"
 #include "rows.h"
 
 namespace attnrb::cuda {
@@ -189,23 +190,8 @@ class AttentionBlock {
 
   // s = query rows of this warp times the keys in `keys`.
   ATTNRB_DEVICE void score(float (&s)[Tiles::score_tiles][4], const T* keys) const {
-#pragma unroll
-    for (int n = 0; n < Tiles::score_tiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] = 0.0f;
-    const T* query = queries + (16 * warp + lane % 16) * query_stride + lane / 16 * Tiles::unit;
-    const T* key = keys + (lane / 16 * 8 + lane % 8) * query_stride + lane / 8 % 2 * Tiles::unit;
-    for (int column = 0; column < p.columns; column += Tiles::step) {
-      uint32_t a[4];
-      load_matrices(a, query + column);
-#pragma unroll
-      for (int n = 0; n < Tiles::score_tiles; n += 2) {
-        uint32_t b[4];
-        load_matrices(b, key + n * 8 * query_stride + column);
-        Engine<T>::multiply(s[n], a, b[0], b[1]);
-        Engine<T>::multiply(s[n + 1], a, b[2], b[3]);
-      }
-    }
+    clear(s);
+    multiply_rows(s, queries + 16 * warp * query_stride, keys, query_stride, p.columns);
   }
 
   // sums = factor * sums + probabilities times the values in the second buffer.

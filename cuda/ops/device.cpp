@@ -66,14 +66,14 @@ const cuda::Device& cuda_device(int32_t index) {
   return devices[index];
 }
 
-// libtorch_cuda is not among the libraries that this one is linked with, so that it loads beside any torch.
+void* find_in_torch_cuda(const char* name) {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+  return library == nullptr ? nullptr : dlsym(library, name);
+}
+
 void* current_stream(int32_t index) {
   using Function = AOTITorchError (*)(int32_t, void**);
-  static const Function function = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return library == nullptr ? nullptr
-                              : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
-  }();
+  static const auto function = reinterpret_cast<Function>(find_in_torch_cuda("aoti_torch_get_current_cuda_stream"));
   if (function == nullptr) throw std::runtime_error("attnrb: this torch has no CUDA: libtorch_cuda.so is not loaded");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(function(index, &stream));

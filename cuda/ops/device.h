@@ -18,6 +18,9 @@ namespace attnrb::ops {
 
 // The limits of a device, asked for once.
 const cuda::Device& cuda_device(int32_t index);
+// A function of libtorch_cuda, which is not among the libraries that this one is linked with, so that it loads beside
+// any torch; null where that has no such function.
+void* find_in_torch_cuda(const char* name);
 // The stream that torch uses on a device now.
 void* current_stream(int32_t index);
 // The int32 at a device address, once all work on the stream is done.

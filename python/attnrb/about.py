@@ -54,12 +54,12 @@ def _cuda_prefill() -> str | None:
     """Whose kernels compute a long prompt's dense part (docs/cuda.md); None without a device."""
     if not _cuda().startswith("on"):
         return None
-    enabled = {
-        "flash": torch.backends.cuda.flash_sdp_enabled(),
-        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
-        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+    switches = {
+        "flash": "flash_sdp_enabled",
+        "cuDNN": "cudnn_sdp_enabled",
+        "memory-efficient": "mem_efficient_sdp_enabled",
     }
-    kernels = [name for name, on in enabled.items() if on]
+    kernels = [name for name, switch in switches.items() if getattr(torch.backends.cuda, switch)()]
     if not kernels:
         return "attnrb's own kernels: those of PyTorch are turned off"
     return f"PyTorch's {' or '.join(kernels)} kernel for 16-bit plain or causal attention, attnrb's own otherwise"

@@ -8,29 +8,30 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import library_kernels
 import pytest
 import torch
 from attnrb import Visibility, functional
 from cases import Case, given
 from test_accuracy_attention import Truth, test_rebalanced_attention, test_source_attention  # noqa: F401 (run here too)
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-EMULATED, DEVICE = "ATTNRB_TEST_EMULATED_CUDA" in os.environ, os.environ.get("ATTNRB_TEST_DEVICE") == "cuda"
-pytestmark = pytest.mark.skipif(not (EMULATED or DEVICE), reason="for the CUDA ops, or their emulation")
+pytestmark = pytest.mark.skipif(not library_kernels.ON_CUDA, reason="for the CUDA ops, or their emulation")
 
+# What a kernel of PyTorch's shows a profiler: its operation, or one inside.
 LIBRARY_OPS = (
-    "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_flash_attention_forward",
+    "aten::_cudnn_attention_forward",
+    "aten::_efficient_attention_forward",
 )
-
 
 CASES = (
     Case("dense causal", heads=4, key_heads=2, queries=100, keys=100),
     Case("dense batches", batch=2, heads=6, key_heads=2, queries=131, keys=131, width=40, threshold=0.05),
     Case("dense wide", queries=64, keys=64, width=256, layout="sequence first"),
-    Case("dense narrow", heads=3, key_heads=3, queries=70, keys=70, width=8, scale=-0.4),
+    Case("dense narrow", heads=3, key_heads=3, queries=70, keys=70, width=8, scale=0.4),
     Case("dense all keys", heads=4, key_heads=1, queries=65, keys=150, width=128, vision=given(causal=False)),
 )
 
@@ -48,10 +49,10 @@ def truth(request: pytest.FixtureRequest) -> Truth:
     return Truth(case.build(dtype))
 
 
-def library_ran(dtype: torch.dtype, queries: int = 70, keys: int = 70, **options: Any) -> list[bool]:
+def library_ran(dtype: torch.dtype, queries: int = 70, keys: int = 70, width: int = 32, **options: Any) -> list[bool]:
     """Whether a kernel of PyTorch's had a part in each of the two ops."""
-    query = torch.randn(1, 4, queries, 32).to(dtype)
-    key, value = (torch.randn(1, 2, keys, 32).to(dtype) for _ in range(2))
+    query = torch.randn(1, 4, queries, width).to(dtype)
+    key, value = (torch.randn(1, 2, keys, width).to(dtype) for _ in range(2))
     ran = []
     outliers = functional.source_attention(query, key, value, **options)[2]
     for op in (
@@ -81,8 +82,23 @@ def test_it_takes_prefill_in_16_bits(dtype: torch.dtype) -> None:
         {"visibility": Visibility(mask=torch.ones(70, 70, dtype=torch.bool))},
         {"softcap": 5.0},
         {"sinks": torch.zeros(4)},
+        {"scale": -0.2},
+        {"scale": 0.0},
+        {"width": 36},
     ],
-    ids=["float32", "decoding", "rows of a chunk", "window", "padding", "mask", "softcap", "sinks"],
+    ids=[
+        "float32",
+        "decoding",
+        "rows of a chunk",
+        "window",
+        "padding",
+        "mask",
+        "softcap",
+        "sinks",
+        "negative scale",
+        "no scale",
+        "rows not of whole units",
+    ],
 )
 def test_what_it_does_not_take_is_ours(options: dict[str, Any]) -> None:
     assert library_ran(**{"dtype": torch.bfloat16, **options}) == [False, False]
@@ -102,3 +118,25 @@ def test_tiles_that_it_leaves_in_doubt_are_done_anew(poison: float) -> None:
         assert found[1, :2, :100].isfinite().all()
         assert not found[1, :2, 100:, 7].isfinite().any()
         assert found[1, :2, :, :7].isfinite().all()
+
+
+def test_what_the_user_turned_off_is_ours() -> None:
+    with sdpa_kernel(SDPBackend.MATH):
+        assert library_ran(torch.bfloat16) == [False, False]
+
+
+def test_outlier_rows_that_break_the_rules() -> None:
+    """They raise where somebody asked for it, and make their rows NaN elsewhere: no more, and no less."""
+    query, key, value = (torch.randn(1, 2, 70, 32).bfloat16() for _ in range(3))
+    outliers = functional.source_attention(query, key, value)[2]
+    right = functional.rebalanced_attention(query, key, value, outliers, 0.2)
+    outliers.counts[0, 1, 60] = outliers.indices.shape[3] + 1
+    if os.environ.get("ATTNRB_CUDA_CHECKS") == "1":
+        with pytest.raises(ValueError, match="counts: expected numbers from 0 to C"):
+            functional.rebalanced_attention(query, key, value, outliers, 0.2)
+        return
+    found = functional.rebalanced_attention(query, key, value, outliers, 0.2)
+    broken = torch.zeros(1, 2, 70, dtype=torch.bool)
+    broken[0, 1, 60] = True
+    assert found[broken].isnan().all()
+    assert torch.equal(found[~broken], right[~broken])

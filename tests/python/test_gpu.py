@@ -33,7 +33,8 @@ def layers(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     return output, lse, outliers.indices, outliers.counts, below, functional.received_attention(query, key)
 
 
-@pytest.mark.parametrize("queries", [1, 300])
+# Decoding, rows of a chunk, and a prompt, whose dense part is PyTorch's.
+@pytest.mark.parametrize("queries", [1, 300, 700])
 def test_a_captured_graph_computes_the_same(queries: int) -> None:
     inputs = operands(queries, 700)
     expected = layers(*inputs)

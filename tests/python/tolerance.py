@@ -11,8 +11,9 @@ where a row's magnitude is what its own rounding errors scale with: for an outpu
 
 must hold, with u one rounding of the result's dtype, and e(PyTorch) the largest error among PyTorch's own ways to
 compute the same at the same dtype: eager, as models write it; the sparse correction of docs/method.md in eager; and,
-for what it can express, `scaled_dot_product_attention`. Several ways, and several draws of a case that has but a few
-rows, because the error of one way on one row is a matter of luck. A row of magnitude 0 must be exactly 0.
+for what it can express, `scaled_dot_product_attention`, whose log-sum-exp counts where an op hands it on. Several ways,
+and several draws of a case that has but a few rows, because the error of one way on one row is a matter of luck. A row
+of magnitude 0 must be exactly 0.
 """
 
 from __future__ import annotations

@@ -1,0 +1,21 @@
+// Plain attention by PyTorch's own kernels.
+#pragma once
+
+#include <optional>
+
+#include "ops/checks.h"
+
+namespace attnrb::ops {
+
+struct DenseAttention {
+  Tensor output;  // [B, H, M, D], in the layout that the kernel likes
+  Tensor lse;     // float32 [B, H, M, ...] by strides: rows may be padded, and another axis of one may follow
+};
+
+// By the kernel that scaled_dot_product_attention would choose: flash, cuDNN or memory-efficient attention. None where
+// it would choose no such kernel, or where the user has turned off all of them. `causal`: queries see the keys up to
+// their own, of which there are as many. Autograd is not told, and nothing waits for the device.
+std::optional<DenseAttention> attend_densely(const Tensor& query, const Tensor& key, const Tensor& value, bool causal,
+                                             double scale);
+
+}  // namespace attnrb::ops
