@@ -43,7 +43,8 @@ struct Bf16Probabilities {
   }
   static ATTNRB_INLINE float load_probability(const Probability* row, int64_t key) { return to_float(row[key]); }
   static ATTNRB_INLINE void scale_probability(Probability* row, int64_t key, float factor) {
-    row[key] = from_float<bfloat16>(to_float(row[key]) * factor);
+    const __m128 scaled = _mm_set_ss(to_float(row[key]) * factor);
+    row[key].bits = uint16_t(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(scaled)));
   }
 };
 

@@ -235,8 +235,7 @@ class Decode {
     const int64_t* qs = problem_.query.strides;
     for (int64_t r = 0; r < rows_; ++r) {
       Row& row = *new (&rows[r]) Row();
-      const Status status = rules_.start(row, batch, head_of(key_head, r), query_of(r));
-      if (status != Status::ok) status_.store(int32_t(status), std::memory_order_relaxed);
+      note(rules_.start(row, batch, head_of(key_head, r), query_of(r)));
       if (span > 0) row.sum = 0.0f, row.max = -kInfinity;  // a sink joins the denominator once
       if (rules_.emits()) {
         row.candidate_scores = candidate_scores_ + (index + r) * candidate_capacity_;
@@ -252,6 +251,11 @@ class Decode {
     const int64_t begin = span * span_keys_ > seen.low ? span * span_keys_ : seen.low;
     const int64_t end = (span + 1) * span_keys_ < seen.high ? (span + 1) * span_keys_ : seen.high;
     for (int64_t key = begin; key < end; key += kBlockKeys) attend_block(worker, rows, sums, batch, key_head, key, end);
+    for (int64_t r = 0; r < rows_; ++r) note(rules_.finish_boost(rows[r]));
+  }
+
+  void note(Status status) {
+    if (status != Status::ok) status_.store(int32_t(status), std::memory_order_relaxed);
   }
 
   // Rows of keys or values with adjacent columns: where they lie, or copied.

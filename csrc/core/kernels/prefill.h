@@ -273,6 +273,7 @@ class Prefill {
 
   void finish(const Worker& worker, int64_t r, int64_t batch, int64_t head, int64_t query) {
     const Row& row = worker.rows[r];
+    note(rules_.finish_boost(row));
     const int64_t index = (batch * shape_.heads + head) * shape_.queries + query;
     rules_.report(row, index);
     if (rules_.emits()) rules_.emit(row, row.candidate_scores, row.candidates, row.candidate_count, index);
