@@ -200,22 +200,29 @@ TEST_P(Edges, BrokenOutlierRowsAreReported) {
   };
   const Broken rows[] = {{{3, 2, 5}, 3, Status::unsorted_outliers},
                          {{3, 3, 5}, 3, Status::unsorted_outliers},
+                         {{3, 590, 300}, 3, Status::unsorted_outliers},  // of two blocks of keys
+                         {{3, 900, 800}, 3, Status::unsorted_outliers},  // behind all keys
+                         {{-7, -9, 599}, 3, Status::unsorted_outliers},  // before all keys
+                         {{800, 900, 850}, 3, Status::unsorted_outliers},
+                         {{-7, 599, 800}, 3, Status::ok},
                          {{1, 2, 3}, 4, Status::outlier_count},
                          {{1, 2, 3}, -1, Status::outlier_count},
                          {{1, 2, 0}, 2, Status::ok},
                          {{-1, -1, -1}, 0, Status::ok}};
   for (const int64_t queries : {1, 30})
-    for (const Broken& broken : rows) {
-      AttentionCase attention = simple_case(make_shape(1, 2, 2, queries, 40, 16));
-      attention.role = Role::rebalanced;
-      attention.capacity = 3;
-      attention.gain = {0.5f, 0.5f};
-      attention.indices.assign(size_t(attention.rows() * 3), -1);
-      attention.counts.assign(size_t(attention.rows()), 0);
-      std::copy(broken.slots.begin(), broken.slots.end(), attention.indices.end() - 3);
-      attention.counts.back() = broken.count;
-      EXPECT_EQ(run_attention(kernels(), attention, 2).status, broken.expected);
-    }
+    for (const float gain : {0.5f, 0.0f})
+      for (const Broken& broken : rows) {
+        AttentionCase attention = simple_case(make_shape(1, 2, 2, queries, 600, 16));
+        attention.role = Role::rebalanced;
+        attention.capacity = 3;
+        attention.gain = {gain, gain};
+        attention.indices.assign(size_t(attention.rows() * 3), -1);
+        attention.counts.assign(size_t(attention.rows()), 0);
+        std::copy(broken.slots.begin(), broken.slots.end(), attention.indices.end() - 3);
+        attention.counts.back() = broken.count;
+        EXPECT_EQ(run_attention(kernels(), attention, 2).status, broken.expected)
+            << "slots from " << broken.slots[0] << ", gain " << gain << ", " << queries << " queries";
+      }
 }
 
 TEST_P(Edges, EvenWeightsOnTheThresholdFillTheRowAtMost) {
