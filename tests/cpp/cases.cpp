@@ -24,7 +24,7 @@ Layout random_layout(Random& random, bool adjacent_columns) {
 }
 
 // Few queries (decoding) as often as many, and sizes around the blocks and vectors of kernels.
-void random_sizes(AttentionCase& attention, Random& random) {
+void random_sizes(AttentionCase& attention, Random& random, bool wide) {
   Shape& shape = attention.shape;
   shape.batch = random.pick<int64_t>({1, 1, 2, 3});
   shape.key_heads = random.pick<int64_t>({1, 1, 2, 3});
@@ -38,20 +38,27 @@ void random_sizes(AttentionCase& attention, Random& random) {
     shape.queries = random.integer(1, 100);
     shape.keys = random.chance(0.5) ? shape.queries : random.integer(1, 200);
   }
+  if (wide) {
+    shape.width = random.integer(129, 270);
+    shape.value_width = random.chance(0.5) ? shape.width : random.integer(1, 270);
+    shape.batch = 1;
+    shape.queries = std::min<int64_t>(shape.queries, 40);
+    shape.keys = std::min<int64_t>(shape.keys, 100);
+  }
   // The oracle takes its time: about two million products a case at most.
   const int64_t products = shape.queries * shape.keys * shape.width * shape.batch;
   const int64_t group = shape.heads / shape.key_heads;
   while (products * shape.heads > 2000000 && shape.key_heads > 1) shape.heads = group * --shape.key_heads;
 }
 
-void random_visibility(AttentionCase& attention, Random& random) {
+void random_visibility(AttentionCase& attention, Random& random, bool windowed) {
   const Shape& shape = attention.shape;
   Visibility& visibility = attention.visibility;
   if (random.chance(0.3)) visibility.key_offset = random.integer(1, 1000);
   visibility.query_offset = visibility.key_offset + shape.keys - shape.queries;
   if (random.chance(0.2)) visibility.query_offset += random.integer(-40, 40);
   visibility.causal = random.chance(0.7);
-  if (random.chance(0.25)) visibility.window = random.integer(1, shape.keys + 5);
+  if (random.chance(0.25) || windowed) visibility.window = random.integer(1, shape.keys + 5);
   const auto slots = [&](std::vector<int64_t>& slots, int64_t low, int64_t high) {
     for (int64_t b = 0; b < shape.batch; ++b) slots.push_back(visibility.key_offset + random.integer(low, high));
   };
@@ -72,12 +79,12 @@ void random_visibility(AttentionCase& attention, Random& random) {
   for (int64_t i = 0; i < count; ++i) attention.mask[size_t(i)] = random.chance(density);
 }
 
-void random_scoring(AttentionCase& attention, Random& random) {
+void random_scoring(AttentionCase& attention, Random& random, bool capped) {
   const Shape& shape = attention.shape;
   // From nearly even weights to rows that one key takes all of.
   attention.scoring.scale = float(random.uniform(0.1, 4.0) / double(std::max<int64_t>(shape.width, 4)) * 2.0);
   if (random.chance(0.05)) attention.scoring.scale = random.pick({0.0f, -0.3f});
-  if (random.chance(0.2)) attention.scoring.softcap = float(random.uniform(0.5, 30.0));
+  if (random.chance(0.2) || capped) attention.scoring.softcap = float(random.uniform(0.5, 30.0));
   if (random.chance(0.2))
     for (int64_t h = 0; h < shape.heads; ++h) attention.sinks.push_back(float(random.uniform(-4.0, 4.0)));
 }
@@ -124,13 +131,13 @@ void add_outliers(AttentionCase& attention, Random& random, int64_t capacity) {
     attention.gain.push_back(random.chance(0.1) ? 0.0f : float(random.uniform(-0.5, 1.0)));
 }
 
-AttentionCase generate_case(uint64_t seed) {
+AttentionCase generate_case(uint64_t seed, const Rarities& rarities) {
   Random random(seed);
   AttentionCase attention;
   attention.dtype = random.pick({DType::float32, DType::float32, DType::bfloat16, DType::float16});
-  random_sizes(attention, random);
-  random_visibility(attention, random);
-  random_scoring(attention, random);
+  random_sizes(attention, random, rarities.wide);
+  random_visibility(attention, random, rarities.windowed);
+  random_scoring(attention, random, rarities.capped);
   fill(attention, random, true);
   attention.role = random.pick({Role::plain, Role::source, Role::source, Role::rebalanced});
   attention.threshold = random.pick({0.01, 0.01, 0.05, 0.3, 0.003});

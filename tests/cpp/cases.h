@@ -46,8 +46,13 @@ struct AttentionCase {
   int64_t rows() const { return shape.batch * shape.heads * shape.queries; }
 };
 
+// What a case has for certain; otherwise it is a matter of chance, and rows wider than 128 never come.
+struct Rarities {
+  bool wide = false, capped = false, windowed = false;
+};
+
 // Sizes up to a few hundred keys; every feature is on in some cases and off in most.
-AttentionCase generate_case(uint64_t seed);
+AttentionCase generate_case(uint64_t seed, const Rarities& rarities = {});
 
 // A plain causal case of given sizes, float32 unless said otherwise, contiguous.
 AttentionCase simple_case(const Shape& shape, DType dtype = DType::float32, uint64_t seed = 1);

@@ -60,8 +60,10 @@ Written run_attention(const Kernels& kernels, AttentionCase& attention, int64_t 
   return written;
 }
 
+bool on_device(const Kernels& kernels) { return std::strcmp(kernels.name, "cuda") == 0; }
+
 double tolerance(const Kernels& kernels, const Bounded& expected) {
-  if (std::strcmp(kernels.name, "cuda") == 0) return expected.cuda_tolerance;
+  if (on_device(kernels)) return expected.cuda_tolerance;
   const bool rounds = std::strcmp(kernels.name, "amx") == 0 || std::strcmp(kernels.name, "avx512_bf16") == 0;
   return rounds ? expected.tile_tolerance : expected.tolerance;
 }

@@ -42,6 +42,9 @@ Written run_attention(const Kernels& kernels, AttentionCase& attention, int64_t 
 ::testing::AssertionResult matches(const Kernels& kernels, const AttentionCase& attention, const AttentionTruth& truth,
                                    int64_t* ties);
 
+// Whether these are CUDA kernels, on a device that is real or emulated.
+bool on_device(const Kernels& kernels);
+
 // How far from the truth these kernels may be.
 double tolerance(const Kernels& kernels, const Bounded& expected);
 

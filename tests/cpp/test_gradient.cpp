@@ -1,9 +1,10 @@
 // Gradients against the oracle over generated cases, and what those reach rarely: NaN where nothing may read it.
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
+#include <utility>
 
+#include "gradient_case.h"
 #include "gradient_oracle.h"
 #include "runner.h"
 #include "threads.h"
@@ -13,7 +14,6 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int kParts = 8;
-constexpr float kUntouched = -77.0f;
 
 int64_t case_count() {
   const char* text = std::getenv("ATTNRB_TEST_CASES");
@@ -27,96 +27,6 @@ std::vector<const Kernels*> gradient_kernels() {
     if (table->gradient != nullptr) tables.push_back(table);
   return tables;
 }
-
-// The backward of an attention case: what comes in besides the case's own operands, and where gradients go.
-struct GradientCase {
-  AttentionCase& attention;
-  bool received = false;
-  Array grad_output, grad_query, grad_key, grad_value;
-  std::vector<float> lse, grad_lse, grad_received, grad_gain, grad_sinks;
-
-  GradientCase(AttentionCase& of, Random& random, bool of_received) : attention(of), received(of_received) {
-    const Shape& shape = attention.shape;
-    const auto array = [&](int64_t heads, int64_t rows, int64_t width) {
-      Layout layout;
-      if (random.chance(0.5)) std::swap(layout.order[1], layout.order[2]);
-      layout.row_padding = random.integer(0, 5);
-      layout.offset = random.integer(0, 9);
-      return Array(attention.dtype, {shape.batch, heads, rows, width}, layout);
-    };
-    grad_query = array(shape.heads, shape.queries, shape.width);
-    grad_key = array(shape.key_heads, shape.keys, shape.width);
-    grad_value = array(shape.key_heads, shape.keys, received ? 0 : shape.value_width);
-    grad_output = array(shape.heads, shape.queries, shape.value_width);
-    grad_output.fill_uniform(random, -1.0, 1.0);
-    // A row whose output nothing depends on.
-    if (random.chance(0.3))
-      for (int64_t d = 0; d < shape.value_width; ++d) grad_output.set(0, 0, shape.queries / 2, d, 0.0);
-    if (attention.role == Role::source && random.chance(0.7))
-      for (int64_t row = 0; row < attention.rows(); ++row) grad_lse.push_back(float(random.uniform(-1.0, 1.0)));
-    if (received)
-      for (int64_t i = 0; i < shape.batch * shape.heads * shape.keys; ++i)
-        grad_received.push_back(float(random.uniform(-1.0, 1.0)));
-    // The forward as the oracle has it, rounded.
-    AttentionProblem problem = attention.problem();
-    if (received) problem.boost = {};
-    const AttentionTruth truth = attention_truth(problem);
-    for (const Bounded& each : truth.lse) lse.push_back(float(each.value));
-    for (int64_t row = 0, at = 0; row < attention.rows(); ++row)
-      for (int64_t d = 0; d < shape.value_width; ++d, ++at)
-        attention.output.set(row / shape.queries / shape.heads, row / shape.queries % shape.heads, row % shape.queries,
-                             d, truth.output[size_t(at)].value);
-  }
-
-  GradientProblem problem() {
-    std::vector<float> unused;
-    const ReceivedProblem shared = attention.received_problem(unused);
-    GradientProblem problem;
-    problem.shape = attention.shape;
-    problem.dtype = attention.dtype;
-    problem.query = shared.query;
-    problem.key = shared.key;
-    problem.visibility = shared.visibility;
-    problem.scoring = shared.scoring;
-    problem.lse = lse.data();
-    const auto target = [](Array& array) {
-      array.fill_sentinel();
-      return GradientProblem::Target{array.data(), {array.strides()[0], array.strides()[1], array.strides()[2]}};
-    };
-    problem.grad_query = target(grad_query);
-    problem.grad_key = target(grad_key);
-    grad_sinks.assign(size_t(attention.shape.heads), kUntouched);
-    problem.grad_sinks = grad_sinks.data();
-    grad_gain.assign(size_t(attention.shape.heads), kUntouched);
-    if (received) {
-      problem.shape.value_width = 0;
-      problem.grad_received = grad_received.data();
-      return problem;
-    }
-    problem.value = attention.value.view();
-    problem.output = attention.output.view();
-    problem.grad_output = grad_output.view();
-    problem.grad_value = target(grad_value);
-    if (!grad_lse.empty()) problem.grad_lse = grad_lse.data();
-    if (attention.role == Role::rebalanced) {
-      problem.boost = {attention.indices.data(), attention.counts.data(), attention.capacity, attention.gain.data(),
-                       attention.normalize};
-      problem.grad_gain = grad_gain.data();
-    }
-    return problem;
-  }
-
-  std::vector<unsigned char> written() const {
-    std::vector<unsigned char> all;
-    for (const Array* array : {&grad_query, &grad_key, &grad_value})
-      all.insert(all.end(), array->bytes().begin(), array->bytes().end());
-    for (const std::vector<float>* numbers : {&grad_gain, &grad_sinks}) {
-      const unsigned char* bytes = reinterpret_cast<const unsigned char*>(numbers->data());
-      all.insert(all.end(), bytes, bytes + numbers->size() * sizeof(float));
-    }
-    return all;
-  }
-};
 
 std::vector<unsigned char> run_gradient(const Kernels& kernels, GradientCase& gradient, int64_t threads) {
   const GradientProblem problem = gradient.problem();
@@ -164,9 +74,9 @@ class GeneratedGradient : public ::testing::TestWithParam<int> {};
 
 TEST_P(GeneratedGradient, MatchesTheOracleOnAnyNumberOfThreads) {
   for (int64_t seed = GetParam(); seed < case_count(); seed += kParts) {
-    AttentionCase attention = generate_case(uint64_t(seed));
+    AttentionCase attention = generate_gradient_case(uint64_t(seed));
     Random random(uint64_t(seed) + 1000000);
-    GradientCase gradient(attention, random, random.chance(0.2));
+    GradientCase gradient(attention, random, for_received_attention(uint64_t(seed)));
     const GradientTruth truth = gradient_truth(gradient.problem());
     for (const Kernels* kernels : gradient_kernels()) {
       SCOPED_TRACE(std::string(kernels->name) + ", seed " + std::to_string(seed) + ": " + attention.describe() +
@@ -174,7 +84,7 @@ TEST_P(GeneratedGradient, MatchesTheOracleOnAnyNumberOfThreads) {
       const std::vector<unsigned char> alone = run_gradient(*kernels, gradient, 1);
       check(*kernels, gradient, truth);
       if (HasFatalFailure()) return;
-      for (const int64_t threads : {2, 4})
+      for (const int64_t threads : other_threads())
         ASSERT_TRUE(run_gradient(*kernels, gradient, threads) == alone) << "on " << threads << " threads";
     }
   }
@@ -182,9 +92,39 @@ TEST_P(GeneratedGradient, MatchesTheOracleOnAnyNumberOfThreads) {
 
 INSTANTIATE_TEST_SUITE_P(Cases, GeneratedGradient, ::testing::Range(0, kParts));
 
+// A device that is emulated, or watched by a sanitizer, runs a few cases only.
+TEST(GradientCases, AFewHoldSomeOfEachKind) {
+  int64_t wide = 0, capped = 0, received_windows = 0, normalized = 0, published = 0, exact = 0;
+  for (uint64_t seed = 0; seed < 15; ++seed) {
+    const AttentionCase attention = generate_gradient_case(seed);
+    const bool received = for_received_attention(seed), boosted = attention.role == Role::rebalanced && !received;
+    wide += attention.shape.width > 128;
+    capped += attention.scoring.softcap > 0.0f;
+    received_windows +=
+        received && attention.visibility.window > 0 && attention.visibility.window < attention.shape.keys;
+    normalized += boosted && attention.normalize && attention.capacity > 0;
+    published += boosted && !attention.normalize && attention.capacity > 0;
+    exact += attention.dtype == DType::float32;
+  }
+  EXPECT_GE(wide, 2);
+  EXPECT_GE(capped, 5);
+  EXPECT_GE(received_windows, 1);
+  EXPECT_GE(normalized, 1);
+  EXPECT_GE(published, 1);
+  EXPECT_GE(exact, 5);
+}
+
 class GradientEdges : public KernelTest {
  protected:
   const Kernels& kernels() const { return *GetParam(); }
+
+  void expect_right(AttentionCase& attention, Random& random, bool received) {
+    GradientCase gradient(attention, random, received);
+    const GradientTruth truth = gradient_truth(gradient.problem());
+    SCOPED_TRACE(attention.describe() + (received ? " received" : ""));
+    run_gradient(kernels(), gradient, 2);
+    check(kernels(), gradient, truth);
+  }
 };
 
 // Long enough for several blocks of keys and of rows, so that tasks wait for each other.
@@ -198,8 +138,47 @@ TEST_P(GradientEdges, BlocksTakeTurns) {
     const std::vector<unsigned char> alone = run_gradient(kernels(), gradient, 1);
     check(kernels(), gradient, truth);
     // The emulated device runs its threads in another order each time, and slowly.
-    const int repeats = std::strcmp(kernels().name, "cuda") == 0 ? 1 : 10;
+    const int repeats = on_device(kernels()) ? 1 : 10;
     for (int repeat = 0; repeat < repeats; ++repeat) EXPECT_TRUE(run_gradient(kernels(), gradient, 8) == alone);
+  }
+}
+
+// Rows in two chunks and in three, of several tiles on either side.
+TEST_P(GradientEdges, WideRowsAreExact) {
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16})
+    for (const auto& [width, value_width] : {std::pair<int64_t, int64_t>{200, 150}, {30, 270}})
+      for (const bool received : {false, true}) {
+        AttentionCase attention = simple_case({1, 2, 1, 40, 70, width, value_width}, dtype);
+        attention.normalize = width == 200;
+        Random random(7);
+        if (!received) add_outliers(attention, random, 5);
+        expect_right(attention, random, received);
+      }
+}
+
+// Scores of several times the cap, which hardly move, beside small ones.
+TEST_P(GradientEdges, CappedScoresMoveLess) {
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16})
+    for (const Role role : {Role::source, Role::rebalanced}) {
+      AttentionCase attention = simple_case({1, 2, 1, 40, 70, 24, 16}, dtype);
+      attention.role = role;
+      attention.scoring.scale = 0.3f;
+      attention.scoring.softcap = 0.8f;
+      Random random(8);
+      if (role == Role::rebalanced) add_outliers(attention, random, 5);
+      expect_right(attention, random, role == Role::source);
+    }
+}
+
+// Every query that sees a key counts for the mean of its column, the first and the last among them.
+TEST_P(GradientEdges, ColumnMeansAreOverAllThatSeeTheKey) {
+  for (const int64_t window : {1, 2, 7, 33}) {
+    AttentionCase attention = simple_case({2, 2, 1, 50, 60, 16, 16});
+    attention.visibility.window = window;
+    if (window == 7) attention.key_start = {0, 21};
+    if (window == 33) attention.key_end = {60, 47};
+    Random random{uint64_t(window)};
+    expect_right(attention, random, true);
   }
 }
 
@@ -262,6 +241,34 @@ TEST_P(GradientEdges, OutlierRowsThatBreakTheRulesAreReported) {
   attention.indices[4] = 2;
   attention.counts[1] = 4;
   EXPECT_EQ(kernels().gradient(gradient.problem(), test_pool(1), *scratch), Status::outlier_count);
+}
+
+// On a device the status may stay unread, since reading it takes waiting. Gradients that depend on a broken row are
+// NaN.
+TEST_P(GradientEdges, BrokenOutlierRowsAreNaNWhereNothingCanBeRaised) {
+  if (!on_device(kernels())) GTEST_SKIP() << "the CPU's kernels stop at a broken row";
+  for (const bool normalize : {false, true})
+    for (const bool count : {false, true}) {
+      AttentionCase attention = simple_case({1, 2, 1, 20, 20, 8, 8});
+      attention.normalize = normalize;
+      Random random(9);
+      add_outliers(attention, random, 3);
+      GradientCase gradient(attention, random, false);
+      constexpr int64_t kRow = 20 + 12;  // query 12 of head 1
+      if (count) {
+        attention.counts[kRow] = -1;
+      } else {
+        attention.counts[kRow] = 2;
+        attention.indices[3 * kRow] = attention.indices[3 * kRow + 1] = 4;
+      }
+      gradient.grad_output.fill_uniform(random, 0.5, 1.0);
+      ScratchLease scratch;
+      EXPECT_NE(kernels().gradient(gradient.problem(), test_pool(1), *scratch), Status::ok);
+      for (int64_t h = 0; h < 2; ++h)
+        for (int64_t i = 0; i < 20; ++i)
+          EXPECT_EQ(std::isnan(gradient.grad_query.at(0, h, i, 0)), h == 1 && i == 12) << h << ", " << i;
+      for (int64_t j = 0; j < 20; ++j) EXPECT_EQ(std::isnan(gradient.grad_key.at(0, 0, j, 0)), j <= 12) << j;
+    }
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, GradientEdges, ::testing::ValuesIn(gradient_kernels()), kernel_name);

@@ -6,7 +6,9 @@
 #include <cstring>
 #include <memory>
 #include <utility>
+#include <vector>
 
+#include "gradient_case.h"
 #include "runner.h"
 #include "threads.h"
 
@@ -165,78 +167,89 @@ TEST_P(Offsets, ReceivedAttentionReadsBeyond32Bits) {
   }
 }
 
-// Element by element, the bits that the same operands give where they lie close together.
+// Gradients with every operand spread along `axis`: element by element the bits that they have close together.
+::testing::AssertionResult same_gradients_in_far_memory(const Kernels& kernels, DType dtype, int64_t key_heads,
+                                                        bool received, size_t axis) {
+  AttentionCase attention = simple_case({2, 4, key_heads, 70, 130, 16, 24}, dtype);
+  const Shape& shape = attention.shape;
+  Random random(axis);
+  if (!received) add_outliers(attention, random, 5);
+  const Sizes of_mask = {shape.batch, shape.heads, shape.queries, shape.keys};
+  const int64_t pairs = of_mask[0] * of_mask[1] * of_mask[2] * of_mask[3];
+  attention.mask = std::make_unique<bool[]>(size_t(pairs));
+  for (int64_t i = 0; i < pairs; ++i) attention.mask[size_t(i)] = random.chance(0.8);
+  for (int64_t i = 3, stride = 1; i >= 0; stride *= of_mask[size_t(i--)]) attention.visibility.mask_strides[i] = stride;
+  GradientCase gradient(attention, random, received);
+  GradientProblem problem = gradient.problem();
+  ScratchLease scratch;
+  if (kernels.gradient(problem, test_pool(1), *scratch) != Status::ok) return ::testing::AssertionFailure() << "status";
+
+  struct Operand {
+    const Array& near;
+    View& view;
+    FarMemory far;
+  };
+  struct Target {
+    const Array& near;
+    GradientProblem::Target& target;
+    FarMemory far;
+  };
+  const int64_t bytes = element_size(dtype);
+  const size_t written = axis == 3 ? 2 : axis;
+  std::vector<std::unique_ptr<Operand>> operands;
+  std::vector<std::unique_ptr<Target>> targets;
+  const auto read = [&](const Array& near, View& view) {
+    operands.push_back(std::unique_ptr<Operand>(new Operand{near, view, {near.sizes(), axis, bytes}}));
+  };
+  const auto write = [&](const Array& near, GradientProblem::Target& target) {
+    targets.push_back(std::unique_ptr<Target>(new Target{near, target, {near.sizes(), written, bytes}}));
+  };
+  read(attention.query, problem.query);
+  read(attention.key, problem.key);
+  write(gradient.grad_query, problem.grad_query);
+  write(gradient.grad_key, problem.grad_key);
+  if (!received) {
+    read(attention.value, problem.value);
+    read(attention.output, problem.output);
+    read(gradient.grad_output, problem.grad_output);
+    write(gradient.grad_value, problem.grad_value);
+  }
+  const FarMemory mask(of_mask, axis, 1);
+  bool room = mask.data() != nullptr;
+  for (const auto& operand : operands) room = room && operand->far.data() != nullptr;
+  for (const auto& target : targets) room = room && target->far.data() != nullptr;
+  if (!room) return ::testing::AssertionFailure() << "the address space has no room for the operands";
+
+  for (const auto& operand : operands) {
+    copy_in(operand->far, operand->near);
+    operand->view = operand->far.view();
+  }
+  for (const auto& target : targets) {
+    target->target.data = target->far.data();
+    std::copy_n(target->far.strides().begin(), 3, target->target.strides);
+  }
+  int64_t pair = 0;
+  mask.each([&](int64_t, int64_t, int64_t, int64_t, unsigned char* to) { *to = attention.mask[size_t(pair++)]; });
+  problem.visibility.mask = static_cast<const bool*>(mask.data());
+  std::copy_n(mask.strides().begin(), 4, problem.visibility.mask_strides);
+  if (kernels.gradient(problem, test_pool(1), *scratch) != Status::ok) return ::testing::AssertionFailure() << "status";
+  int64_t different = 0;
+  for (const auto& target : targets)
+    target->far.each([&](int64_t a, int64_t b, int64_t c, int64_t d, const unsigned char* at) {
+      different += load_element(at, dtype, 0) != target->near.at(a, b, c, d);
+    });
+  if (different == 0) return ::testing::AssertionSuccess();
+  return ::testing::AssertionFailure() << different << " elements differ, axis " << axis << ": " << attention.describe()
+                                       << (received ? " received" : "");
+}
+
 TEST_P(Offsets, GradientsAreReadAndWrittenBeyond32Bits) {
   if (GetParam()->gradient == nullptr) GTEST_SKIP() << "these kernels have no backward of their own";
   for (const DType dtype : {DType::bfloat16, DType::float32})
-    for (size_t axis = 0; axis < 4; ++axis) {
-      AttentionCase attention = simple_case({2, 4, 2, 70, 130, 16, 24}, dtype);
-      const Shape& shape = attention.shape;
-      Random random(axis);
-      add_outliers(attention, random, 5);
-      const int64_t bytes = element_size(dtype);
-      const Sizes of_query = {shape.batch, shape.heads, shape.queries, shape.width};
-      const Sizes of_key = {shape.batch, shape.key_heads, shape.keys, shape.width};
-      const Sizes of_value = {shape.batch, shape.key_heads, shape.keys, shape.value_width};
-      const Sizes of_output = {shape.batch, shape.heads, shape.queries, shape.value_width};
-      Array grad_output(dtype, of_output), grads[3] = {{dtype, of_query}, {dtype, of_key}, {dtype, of_value}};
-      grad_output.fill_uniform(random, -1.0, 1.0);
-
-      const AttentionProblem forward = attention.problem();
-      ScratchLease scratch;
-      ASSERT_EQ(GetParam()->attention(forward, test_pool(1), *scratch), Status::ok);
-      GradientProblem problem;
-      problem.shape = shape;
-      problem.dtype = dtype;
-      problem.query = forward.query;
-      problem.key = forward.key;
-      problem.value = forward.value;
-      problem.visibility = forward.visibility;
-      problem.scoring = forward.scoring;
-      problem.lse = forward.lse;
-      problem.output = attention.output.view();
-      problem.grad_output = grad_output.view();
-      problem.boost = forward.boost;
-      GradientProblem::Target* const targets[3] = {&problem.grad_query, &problem.grad_key, &problem.grad_value};
-      for (size_t i = 0; i < 3; ++i) {
-        targets[i]->data = grads[i].data();
-        std::copy_n(grads[i].strides().begin(), 3, targets[i]->strides);
-      }
-      ASSERT_EQ(GetParam()->gradient(problem, test_pool(1), *scratch), Status::ok);
-
-      const FarMemory query(of_query, axis, bytes), key(of_key, axis, bytes), value(of_value, axis, bytes),
-          output(of_output, axis, bytes), far_grad_output(of_output, axis, bytes);
-      const size_t written = axis == 3 ? 2 : axis;
-      const FarMemory grad_query(of_query, written, bytes), grad_key(of_key, written, bytes),
-          grad_value(of_value, written, bytes);
-      const std::pair<const FarMemory*, const Array*> operands[] = {{&query, &attention.query},
-                                                                    {&key, &attention.key},
-                                                                    {&value, &attention.value},
-                                                                    {&output, &attention.output},
-                                                                    {&far_grad_output, &grad_output}};
-      for (const auto& [memory, array] : operands) {
-        ASSERT_TRUE(memory->data()) << "the address space has no room for the operands";
-        copy_in(*memory, *array);
-      }
-      problem.query = query.view();
-      problem.key = key.view();
-      problem.value = value.view();
-      problem.output = output.view();
-      problem.grad_output = far_grad_output.view();
-      const FarMemory* const far_grads[3] = {&grad_query, &grad_key, &grad_value};
-      for (size_t i = 0; i < 3; ++i) {
-        ASSERT_TRUE(far_grads[i]->data()) << "the address space has no room for the gradients";
-        targets[i]->data = far_grads[i]->data();
-        std::copy_n(far_grads[i]->strides().begin(), 3, targets[i]->strides);
-      }
-      ASSERT_EQ(GetParam()->gradient(problem, test_pool(1), *scratch), Status::ok);
-      int64_t different = 0;
-      for (size_t i = 0; i < 3; ++i)
-        far_grads[i]->each([&](int64_t a, int64_t b, int64_t c, int64_t d, const unsigned char* at) {
-          different += load_element(at, dtype, 0) != grads[i].at(a, b, c, d);
-        });
-      EXPECT_EQ(different, 0) << "axis " << axis << ", " << attention.describe();
-    }
+    for (const bool received : {false, true})
+      // Of the heads that share one key head, the last lies far from the first as well.
+      for (const auto& [key_heads, axis] : {std::pair<int64_t, size_t>{2, 0}, {2, 1}, {1, 1}, {2, 2}, {2, 3}})
+        EXPECT_TRUE(same_gradients_in_far_memory(*GetParam(), dtype, key_heads, received, axis));
 }
 
 TEST_P(Offsets, WeightsAreReadBeyond32Bits) {
