@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/outliers.h"
+#include "gradient.h"
 #include "launch.h"
 
 namespace attnrb {
@@ -82,6 +83,9 @@ class Loan {
   }
   void write(void*& data, const int64_t (&strides)[4], const int64_t (&sizes)[4], int64_t element_bytes) {
     data = take(data, extent(strides, sizes) * element_bytes, true);
+  }
+  void write(GradientProblem::Target& target, const int64_t (&sizes)[4], int64_t element_bytes) {
+    write(target.data, {target.strides[0], target.strides[1], target.strides[2], 1}, sizes, element_bytes);
   }
   void read(Visibility& visibility, const Shape& shape) {
     read(visibility.key_start, shape.batch);
@@ -178,6 +182,44 @@ void received_attention(const ReceivedProblem& given, const ThreadPool&, Scratch
   loan.settle();
 }
 
+Status gradient(const GradientProblem& given, const ThreadPool&, Scratch&) {
+  GradientProblem problem = given;
+  if (problem.boost.capacity == 0) problem.boost = {};
+  const Shape& shape = problem.shape;
+  const int64_t bytes = element_size(problem.dtype), rows = shape.batch * shape.heads * shape.queries;
+  const int64_t of_query[4] = {shape.batch, shape.heads, shape.queries, shape.width};
+  const int64_t of_key[4] = {shape.batch, shape.key_heads, shape.keys, shape.width};
+  const int64_t of_value[4] = {shape.batch, shape.key_heads, shape.keys, shape.value_width};
+  const int64_t of_output[4] = {shape.batch, shape.heads, shape.queries, shape.value_width};
+  Loan loan;
+  loan.read(problem.query, of_query, bytes);
+  loan.read(problem.key, of_key, bytes);
+  loan.read(problem.value, of_value, bytes);
+  loan.read(problem.visibility, shape);
+  loan.read(problem.scoring.sinks, shape.heads);
+  loan.read(problem.lse, rows);
+  loan.read(problem.output, of_output, bytes);
+  loan.read(problem.grad_output, of_output, bytes);
+  loan.read(problem.grad_lse, rows);
+  loan.read(problem.boost.indices, rows * problem.boost.capacity);
+  loan.read(problem.boost.counts, rows);
+  loan.read(problem.boost.gain, shape.heads);
+  loan.read(problem.grad_received, shape.batch * shape.heads * shape.keys);
+  loan.write(problem.grad_query, of_query, bytes);
+  loan.write(problem.grad_key, of_key, bytes);
+  loan.write(problem.grad_value, of_value, bytes);
+  loan.write(problem.grad_gain, shape.heads);
+  loan.write(problem.grad_sinks, shape.heads);
+
+  cuda::GradientPlan plan = cuda::plan_gradient(problem, device(0));
+  const Managed workspace(plan.workspace_bytes), status_memory(sizeof(int32_t));
+  int32_t* status = reinterpret_cast<int32_t*>(status_memory.data());
+  *status = int32_t(Status::ok);
+  cuda::start_gradient(plan, workspace.data(), status, nullptr);
+  loan.settle();
+  return Status(*status);
+}
+
 void outlier_mask(const OutlierMaskProblem& given, const ThreadPool&) {
   OutlierMaskProblem problem = given;
   const Shape& shape = problem.shape;
@@ -202,10 +244,28 @@ void rebalance(const RebalanceProblem& given, const ThreadPool&) {
   loan.settle();
 }
 
+void rebalance_gradient(const RebalanceGradientProblem& given, const ThreadPool&) {
+  RebalanceGradientProblem problem = given;
+  const Shape& shape = problem.shape;
+  const int64_t sizes[4] = {shape.batch, shape.heads, shape.queries, shape.keys};
+  const int64_t contiguous[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
+  const int64_t bytes = element_size(problem.dtype);
+  Loan loan;
+  loan.read(problem.weights, sizes, bytes);
+  loan.read(problem.grad_output, sizes, bytes);
+  loan.read(problem.mask, sizes, 1);
+  loan.read(problem.gain, shape.heads);
+  loan.write(problem.grad_weights, contiguous, sizes, bytes);
+  loan.write(problem.gain_rows, shape.batch * shape.heads * shape.queries);
+  loan.write(problem.grad_gain, shape.heads);
+  cuda::start_rebalance_gradient(problem, 1, nullptr);
+  loan.settle();
+}
+
 }  // namespace
 
-const Kernels emulated_cuda_kernels = {"cuda",    attention<0>, received_attention<0>, nullptr, outlier_mask,
-                                       rebalance, nullptr};
+const Kernels emulated_cuda_kernels = {"cuda",       attention<0>, received_attention<0>, gradient,
+                                       outlier_mask, rebalance,    rebalance_gradient};
 const Kernels emulated_cuda_split_kernels = {
     "cuda", attention<1000>, received_attention<1000>, nullptr, outlier_mask, rebalance, nullptr};
 

@@ -50,3 +50,21 @@ def test_offsets_beyond_32_bits(axis: int) -> None:
         (functional.received_attention(far[0], far[1]), received),
     ):
         torch.testing.assert_close(result, right, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_offsets_beyond_32_bits_of_the_backward(axis: int) -> None:
+    shapes = ((2, 4, 70, 64), (2, 2, 130, 64), (2, 2, 130, 64))
+    near = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    outliers = functional.source_attention(*near)[2]
+    upstream = torch.randn(2, 4, 70, 64, device="cuda", dtype=torch.bfloat16)
+
+    def gradients(operands: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
+        leaves = [operand.requires_grad_() for operand in operands]
+        output = functional.rebalanced_attention(leaves[0], leaves[1], leaves[2], outliers, 0.3)
+        return torch.autograd.grad(output, leaves, upstream)
+
+    expected = gradients(near, upstream)
+    far = gradients([far_apart(tensor.detach(), axis) for tensor in near], far_apart(upstream, axis))
+    for result, right in zip(far, expected, strict=True):
+        torch.testing.assert_close(result, right, rtol=0.0, atol=0.0)
