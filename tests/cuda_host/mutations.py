@@ -82,9 +82,9 @@ MUTATIONS: list[Fault] = [
     ),
     Fault(
         "keys' fragments from the wrong lanes",
-        "kernels/attention.h",
-        "(lane / 16 * 8 + lane % 8) * query_stride + lane / 8 % 2 * Tiles::unit",
-        "(lane / 8 % 2 * 8 + lane % 8) * query_stride + lane / 16 * Tiles::unit",
+        "kernels/products.h",
+        "others + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * kUnit",
+        "others + (lane / 8 % 2 * 8 + lane % 8) * stride + lane / 16 * kUnit",
     ),
     Fault(
         "values' fragments from the wrong lanes",
