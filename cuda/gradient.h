@@ -22,6 +22,12 @@ GradientPlan plan_gradient(const GradientProblem& problem, const Device& device,
 // `status`, if any, is set to what is wrong with outlier rows; it has to be Status::ok before.
 void start_gradient(GradientPlan& plan, void* workspace, int32_t* status, void* stream);
 
+// The two halves of start_gradient(): what is known of each row; then the gradients.
+void start_gradient_rows(GradientPlan& plan, void* workspace, int32_t* status, void* stream);
+void start_gradient_tiles(const GradientPlan& plan, void* stream);
+// The rows of a backward as a problem of the forward.
+AttentionProblem row_problem(const GradientProblem& problem);
+
 // problem.gain_rows is device memory that the caller lends. `gain_stride` 0: one gain for all heads.
 void start_rebalance_gradient(const RebalanceGradientProblem& problem, int gain_stride, void* stream);
 

@@ -25,6 +25,8 @@ int64_t carve(GradientParameters& g, void* workspace) {
   return carver.taken();
 }
 
+}  // namespace
+
 AttentionProblem row_problem(const GradientProblem& problem) {
   AttentionProblem rows;
   rows.shape = problem.shape;
@@ -37,8 +39,6 @@ AttentionProblem row_problem(const GradientProblem& problem) {
   rows.boost = problem.boost;
   return rows;
 }
-
-}  // namespace
 
 GradientPlan plan_gradient(const GradientProblem& problem, const Device& device, int gain_stride) {
   check_capability(device);
@@ -88,12 +88,16 @@ GradientPlan plan_gradient(const GradientProblem& problem, const Device& device,
   return plan;
 }
 
-void start_gradient(GradientPlan& plan, void* workspace, int32_t* status, void* stream) {
+void start_gradient_rows(GradientPlan& plan, void* workspace, int32_t* status, void* stream) {
   GradientParameters& g = plan.parameters;
   carve(g, workspace);
   g.rows.status = status;
+  launches(g.rows.problem.dtype).rows(plan, stream);
+}
+
+void start_gradient_tiles(const GradientPlan& plan, void* stream) {
+  const GradientParameters& g = plan.parameters;
   const GradientLaunches& start = launches(g.rows.problem.dtype);
-  start.rows(plan, stream);
   if (g.grad_received != nullptr) {
     start_shares(plan, stream);
     start.task(plan, GradientTask::received_deltas, stream);
@@ -104,6 +108,11 @@ void start_gradient(GradientPlan& plan, void* workspace, int32_t* status, void* 
     start.task(plan, GradientTask::keys, stream);
   }
   if (g.grad_gain != nullptr || g.grad_sinks != nullptr) start_head_sums(plan, stream);
+}
+
+void start_gradient(GradientPlan& plan, void* workspace, int32_t* status, void* stream) {
+  start_gradient_rows(plan, workspace, status, stream);
+  start_gradient_tiles(plan, stream);
 }
 
 void start_rebalance_gradient(const RebalanceGradientProblem& problem, int gain_stride, void* stream) {

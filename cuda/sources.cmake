@@ -3,7 +3,7 @@ set(cuda ${CMAKE_CURRENT_LIST_DIR})
 set(ATTNRB_CUDA_KERNELS
   ${cuda}/float32.cu ${cuda}/bfloat16.cu ${cuda}/float16.cu
   ${cuda}/gradient_float32.cu ${cuda}/gradient_bfloat16.cu ${cuda}/gradient_float16.cu ${cuda}/gradient_sums.cu
-  ${cuda}/sparse.cu)
+  ${cuda}/sparse.cu ${cuda}/sparse_gradient.cu)
 set(ATTNRB_CUDA_HOST ${cuda}/plan.cpp ${cuda}/gradient_plan.cpp)
 set(ATTNRB_CUDA_OPS
   ${cuda}/ops/attention_backward.cpp

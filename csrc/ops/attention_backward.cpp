@@ -9,7 +9,8 @@ namespace {
 struct Processor {
   using Gain = GainRow;
   static const float* numbers(const GainRow& gain) { return gain.data(); }
-  static void differentiate(const GradientProblem& problem, const Operand& /*query*/, const GainRow* /*gain*/) {
+  static void differentiate(const GradientProblem& problem, const Operand& /*query*/, const GainRow* /*gain*/,
+                            const BackwardTensors* /*tensors*/) {
     ScratchLease scratch;
     check_status(kernels().gradient(problem, torch_threads(), *scratch), problem.boost.capacity);
   }

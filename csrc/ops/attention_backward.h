@@ -1,5 +1,5 @@
 // Gradients of the three attention ops, from what their forwards left, on any device. `Device` says what a gain is
-// there (Gain, numbers()) and runs a problem (differentiate()).
+// there (Gain, numbers()) and runs a problem (differentiate()), whose tensors it may hand on.
 #pragma once
 
 #include <tuple>
@@ -84,12 +84,18 @@ inline GradientProblem gradient_problem(const Operand& query, const Operand& key
   return problem;
 }
 
+// What the backward of an attention that has an output is given.
+struct BackwardTensors {
+  const Tensor &grad_output, &query, &key, &value, &output, &lse;
+};
+
 // Runs the kernels of a device; returns whether there was anything to compute, else the caller's gradients are zeros.
 template <class Device>
-bool differentiate(const GradientProblem& problem, const Operand& query, const typename Device::Gain* gains) {
+bool differentiate(const GradientProblem& problem, const Operand& query, const typename Device::Gain* gains,
+                   const BackwardTensors* tensors) {
   const Shape& shape = problem.shape;
   if (shape.batch * shape.heads * shape.queries * shape.keys == 0) return false;
-  Device::differentiate(problem, query, gains);
+  Device::differentiate(problem, query, gains, tensors);
   return true;
 }
 
@@ -118,7 +124,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention_backward(
   problem.grad_output = output_view("grad_output", grad_output, shape, query);
   if (lse_gradient) problem.grad_lse = lse_gradient->data();
   problem.grad_value = grad_value.target();
-  if (!differentiate<Device>(problem, query, nullptr))
+  const BackwardTensors tensors{grad_output, query_tensor, key_tensor, value_tensor, output, lse_tensor};
+  if (!differentiate<Device>(problem, query, nullptr, &tensors))
     for (GradientTensor* each : {&grad_query, &grad_key, &grad_value}) each->clear();
   return {grad_query.release(), grad_key.release(), grad_value.release(), grad_sinks.release()};
 }
@@ -152,7 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rebalanced_attention_backward
     problem.boost = {outliers.indices, outliers.counts, outliers.capacity, Device::numbers(gains), normalize};
     problem.grad_gain = grad_gain.data();
   }
-  if (!differentiate<Device>(problem, query, &gains))
+  const BackwardTensors tensors{grad_output, query_tensor, key_tensor, value_tensor, output, lse_tensor};
+  if (!differentiate<Device>(problem, query, &gains, &tensors))
     for (GradientTensor* each : {&grad_query, &grad_key, &grad_value}) each->clear();
   return {grad_query.release(), grad_key.release(), grad_value.release(), grad_gain.release(), grad_sinks.release()};
 }
@@ -178,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> received_attention_backward(const Tensor& gra
   HeadGradient grad_sinks(shape, query);
   GradientProblem problem = gradient_problem(query, key, shape, shared, lse, grad_query, grad_key, grad_sinks);
   problem.grad_received = gradient.data();
-  if (!differentiate<Device>(problem, query, nullptr))
+  if (!differentiate<Device>(problem, query, nullptr, nullptr))
     for (GradientTensor* each : {&grad_query, &grad_key}) each->clear();
   return {grad_query.release(), grad_key.release(), grad_sinks.release()};
 }

@@ -43,6 +43,8 @@ ATTNRB_DEVICE unsigned char* shared_memory() {
 }
 
 ATTNRB_DEVICE void block_sync() { __syncthreads(); }
+// Lanes meet, and see what the others wrote to memory before.
+ATTNRB_DEVICE void warp_sync() { __syncwarp(kAllLanes); }
 
 ATTNRB_DEVICE bool any(bool x) { return __any_sync(kAllLanes, x); }
 ATTNRB_DEVICE unsigned ballot(bool x) { return __ballot_sync(kAllLanes, x); }

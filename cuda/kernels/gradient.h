@@ -544,8 +544,23 @@ class GradientBlock {
   Sums first_sums, second_sums;
 };
 
+// Whether somebody wants what this block owns.
+template <GradientTask task>
+ATTNRB_DEVICE bool is_wanted(const GradientParameters& parameters) {
+  if (task != GradientTask::queries && task != GradientTask::keys) return true;
+  const AttentionParameters& p = parameters.rows;
+  const Shape& shape = p.problem.shape;
+  const bool of_keys = task == GradientTask::keys;
+  const int32_t* wanted = of_keys ? parameters.wanted_keys : parameters.wanted_rows;
+  if (wanted == nullptr) return true;
+  const int64_t block = block_index() / p.slices, heads = shape.batch * shape.key_heads, tile = block / heads;
+  const int64_t tiles = of_keys ? (shape.keys + kTileRows - 1) / kTileRows : p.row_tiles;
+  return wanted[block % heads * tiles + (of_keys ? tile : tiles - 1 - tile)] != 0;
+}
+
 template <class T, int Width, GradientTask task>
 ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 2) gradient_kernel(ATTNRB_PARAMETERS GradientParameters parameters) {
+  if (!is_wanted<task>(parameters)) return;
   GradientBlock<T, Width, task> block(parameters, block_index());
   block.run();
 }

@@ -32,6 +32,8 @@ struct GradientParameters {
   float* shares = nullptr;     // [B, H, N], of received attention: the gradient of each weight in a column
   int32_t chunks = 1;          // of the wider of both widths
   int32_t bucket_shift = 0;    // keys in a range of Note: [Words of a row], as a power of two
+  // [B, Hk, tiles]: 0 where a tile of rows, or of keys, is to be left as it is; null: none is.
+  const int32_t *wanted_rows = nullptr, *wanted_keys = nullptr;
 };
 
 // Whose gradients a kernel computes. `received_deltas`: the deltas of received attention, which has no output.

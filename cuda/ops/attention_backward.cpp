@@ -1,8 +1,9 @@
 // Gradients of the three attention ops on the device.
 #include "ops/attention_backward.h"
 
+#include "dense.h"
 #include "device.h"
-#include "gradient.h"
+#include "sparse_gradient.h"
 
 namespace attnrb::ops {
 namespace {
@@ -10,13 +11,41 @@ namespace {
 struct CudaDevice {
   using Gain = DeviceGain;
   static const float* numbers(const DeviceGain& gain) { return gain.data; }
-  static void differentiate(const GradientProblem& problem, const Operand& query, const DeviceGain* gain) {
+  static void differentiate(const GradientProblem& problem, const Operand& query, const DeviceGain* gain,
+                            const BackwardTensors* tensors) {
     const DeviceScope scope(query);
-    cuda::GradientPlan plan = cuda::plan_gradient(problem, scope.device(), gain == nullptr ? 1 : gain->stride);
+    const int gain_stride = gain == nullptr ? 1 : gain->stride;
+    if (tensors != nullptr && differentiate_parts(problem, query, gain_stride, *tensors, scope)) return;
+    cuda::GradientPlan plan = cuda::plan_gradient(problem, scope.device(), gain_stride);
     const Tensor workspace = scope.bytes(plan.workspace_bytes);
     DeviceStatus status(problem.boost, query);
     cuda::start_gradient(plan, workspace.mutable_data_ptr(), status.data(), scope.stream());
     status.check(scope.stream());
+  }
+
+ private:
+  // The dense part by PyTorch's flash backward, where it takes the case; returns whether it did.
+  static bool differentiate_parts(const GradientProblem& problem, const Operand& query, int gain_stride,
+                                  const BackwardTensors& tensors, const DeviceScope& scope) {
+    if (problem.shape.queries < kFewestQueries || !cuda::sparse_suits(problem) ||
+        !Operand("lse", tensors.lse).is_contiguous())
+      return false;
+    const std::optional<DenseGradients> dense =
+        differentiate_densely(tensors.grad_output, tensors.query, tensors.key, tensors.value, tensors.output,
+                              tensors.lse, problem.visibility.causal, double(problem.scoring.scale));
+    if (!dense) return false;
+    const auto view = [](const Tensor& tensor) { return view_of(Operand("dense", tensor)); };
+    const cuda::DenseGradientViews views{view(dense->query), view(dense->key), view(dense->value)};
+    if (!cuda::dense_suits(problem, views)) return false;
+    cuda::SparseGradientPlan plan = cuda::plan_sparse_gradient(problem, views, scope.device(), gain_stride);
+    const Tensor workspace = scope.bytes(plan.workspace_bytes);
+    Tensor zeros = empty<1>({plan.zero_numbers}, dtype_codes().int32, query);
+    torch::stable::zero_(zeros);
+    const DeviceStatus status(problem.boost, query);
+    cuda::start_sparse_gradient(plan, workspace.mutable_data_ptr(), static_cast<int32_t*>(zeros.mutable_data_ptr()),
+                                status.data(), scope.stream());
+    status.check(scope.stream());
+    return true;
   }
 };
 

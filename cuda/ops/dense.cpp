@@ -87,6 +87,16 @@ std::optional<DenseAttention> attend(Backend /*backend*/, const Tensor& query, c
   return DenseAttention{to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
+std::optional<DenseGradients> attend_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                              const Tensor& value, const Tensor& output, const Tensor& lse, bool causal,
+                                              double scale) {
+  std::array<StableIValue, 10> stack{
+      from(grad_output), from(query),      from(key),    from(value),        from(output),
+      from(lse),         from(kNoDropout), from(causal), from(std::nullopt), from(std::optional<double>(scale))};
+  check(call("aten::_scaled_dot_product_flash_attention_for_cpu_backward", stack), "backward of flash attention");
+  return DenseGradients{to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
+}
+
 #else
 
 // What a call gives; output and log-sum-exp come first, and nothing is wanted of the rest, which goes with this.
@@ -97,6 +107,11 @@ struct Results {
   DenseAttention take() {
     DenseAttention dense{Tensor(tensors[0]), Tensor(tensors[1])};
     tensors[0] = tensors[1] = nullptr;
+    return dense;
+  }
+  DenseGradients take_gradients() {
+    DenseGradients dense{Tensor(tensors[0]), Tensor(tensors[1]), Tensor(tensors[2])};
+    tensors[0] = tensors[1] = tensors[2] = nullptr;
     return dense;
   }
   ~Results() {
@@ -151,6 +166,25 @@ std::optional<DenseAttention> attend(Backend backend, const Tensor& query, const
   return std::nullopt;
 }
 
+std::optional<DenseGradients> attend_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                              const Tensor& value, const Tensor& output, const Tensor& lse, bool causal,
+                                              double scale) {
+  static const auto backward = find<decltype(aoti_torch_cuda__scaled_dot_product_flash_attention_backward)>(
+      "aoti_torch_cuda__scaled_dot_product_flash_attention_backward");
+  if (backward == nullptr) return std::nullopt;
+  // No sequences of several lengths, and no random numbers: tensors that are none, and any.
+  AtenTensorHandle nothing = nullptr;
+  check(aoti_torch_new_uninitialized_tensor(&nothing), "new tensor");
+  const Tensor no_lengths(nothing), no_seed = empty<1>({2}, dtype_codes().int64, Operand("query", query));
+  Results results;
+  AtenTensorHandle* r = results.tensors.data();
+  check(backward(grad_output.get(), query.get(), key.get(), value.get(), output.get(), lse.get(), no_lengths.get(),
+                 no_lengths.get(), query.size(2), key.size(2), kNoDropout, causal, no_seed.get(), no_seed.get(), &scale,
+                 &r[0], &r[1], &r[2]),
+        "backward of flash attention");
+  return results.take_gradients();
+}
+
 #endif
 
 }  // namespace
@@ -160,6 +194,16 @@ std::optional<DenseAttention> attend_densely(const Tensor& query, const Tensor& 
   const Tensor q = detached(query), k = detached(key), v = detached(value);
   const std::optional<Backend> backend = choose(q, k, v, causal, scale);
   return backend ? attend(*backend, q, k, v, causal, scale) : std::nullopt;
+}
+
+std::optional<DenseGradients> differentiate_densely(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                                    const Tensor& value, const Tensor& output, const Tensor& lse,
+                                                    bool causal, double scale) {
+  const Tensor q = detached(query), k = detached(key), v = detached(value);
+  const std::optional<Backend> backend = choose(q, k, v, causal, scale);
+  // The flash backward asks for no more than output and log-sum-exp, whoever computed them.
+  if (!backend || *backend == Backend::efficient) return std::nullopt;
+  return attend_backward(detached(grad_output), q, k, v, detached(output), detached(lse), causal, scale);
 }
 
 }  // namespace attnrb::ops

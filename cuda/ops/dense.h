@@ -7,6 +7,9 @@
 
 namespace attnrb::ops {
 
+// Fewer queries are decoding, or nearly so: our kernels split the keys over the device, and read them once.
+constexpr int64_t kFewestQueries = 64;
+
 struct DenseAttention {
   Tensor output;  // [B, H, M, D], in the layout that the kernel likes
   Tensor lse;     // float32 [B, H, M, ...] by strides: rows may be padded, and another axis of one may follow
@@ -17,5 +20,16 @@ struct DenseAttention {
 // their own, of which there are as many. Autograd is not told, and nothing waits for the device.
 std::optional<DenseAttention> attend_densely(const Tensor& query, const Tensor& key, const Tensor& value, bool causal,
                                              double scale);
+
+// Of query, key and value.
+struct DenseGradients {
+  Tensor query, key, value;
+};
+
+// The backward of the same, by the flash kernel, given any output and contiguous log-sum-exp: none where PyTorch would
+// choose neither flash nor cuDNN attention. It adds with atomics unless torch.use_deterministic_algorithms() says no.
+std::optional<DenseGradients> differentiate_densely(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                                    const Tensor& value, const Tensor& output, const Tensor& lse,
+                                                    bool causal, double scale);
 
 }  // namespace attnrb::ops

@@ -6,9 +6,6 @@
 namespace attnrb::ops {
 namespace {
 
-// Fewer queries are decoding, or nearly so: there the keys are split over the device, and read once.
-constexpr int64_t kFewestQueries = 64;
-
 // Results lie as the op's schema has them, or are brought there.
 Tensor in_layout(const Tensor& output, const OutputLayout& layout, const Operand& like) {
   const Operand found("output", output);

@@ -67,6 +67,7 @@ inline unsigned ballot(bool x, int line = __builtin_LINE()) {
   });
   return vote.all;
 }
+inline void warp_sync(int line = __builtin_LINE()) { ballot(true, line); }
 inline bool any(bool x, int line = __builtin_LINE()) { return ballot(x, line) != 0; }
 
 template <class T>

@@ -6,6 +6,7 @@ On a GPU, or on the emulated device, which has PyTorch's CPU kernel in the place
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import library_kernels
@@ -25,6 +26,10 @@ LIBRARY_OPS = (
     "aten::_flash_attention_forward",
     "aten::_cudnn_attention_forward",
     "aten::_efficient_attention_forward",
+)
+LIBRARY_BACKWARDS = (
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten::_flash_attention_backward",
 )
 
 CASES = (
@@ -49,20 +54,23 @@ def truth(request: pytest.FixtureRequest) -> Truth:
     return Truth(case.build(dtype))
 
 
+def library_ran_in(work: Callable[[], object], *, backward: bool = False) -> bool:
+    """Whether a kernel of PyTorch's had a part in it."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        work()
+    names = LIBRARY_BACKWARDS if backward else LIBRARY_OPS
+    return any(event.key in names for event in trace.key_averages())
+
+
 def library_ran(dtype: torch.dtype, queries: int = 70, keys: int = 70, width: int = 32, **options: Any) -> list[bool]:
     """Whether a kernel of PyTorch's had a part in each of the two ops."""
     query = torch.randn(1, 4, queries, width).to(dtype)
     key, value = (torch.randn(1, 2, keys, width).to(dtype) for _ in range(2))
-    ran = []
     outliers = functional.source_attention(query, key, value, **options)[2]
-    for op in (
-        lambda: functional.source_attention(query, key, value, **options),
-        lambda: functional.rebalanced_attention(query, key, value, outliers, 0.2, **options),
-    ):
-        with profile(activities=[ProfilerActivity.CPU]) as trace:
-            op()
-        ran.append(any(event.key in LIBRARY_OPS for event in trace.key_averages()))
-    return ran
+    return [
+        library_ran_in(lambda: functional.source_attention(query, key, value, **options)),
+        library_ran_in(lambda: functional.rebalanced_attention(query, key, value, outliers, 0.2, **options)),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,224 @@
+// Gradients of outliers, added to a dense backward: see Note: [Sparse part of gradients]. As in correction.h, lanes in
+// groups, as many as a row has units of 16 bytes, take an outlier each.
+#pragma once
+
+#include "correction.h"
+#include "gradient_rows.h"
+#include "sparse_gradient_parameters.h"
+
+namespace attnrb::cuda {
+
+template <class T>
+struct UnitNumbers {
+  float number[Unit<T>::size];
+
+  ATTNRB_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < Unit<T>::size; ++i) number[i] = 0.0f;
+  }
+  ATTNRB_DEVICE void read(const Unit<T>& unit, bool held) {
+#pragma unroll
+    for (int i = 0; i < Unit<T>::size; ++i) number[i] = held ? to_float(unit.element[i]) : 0.0f;
+  }
+  ATTNRB_DEVICE float dot(const Unit<T>& unit, bool held) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Unit<T>::size; ++i) sum += held ? number[i] * to_float(unit.element[i]) : 0.0f;
+    return sum;
+  }
+  ATTNRB_DEVICE void add(float factor, const Unit<T>& unit) {
+#pragma unroll
+    for (int i = 0; i < Unit<T>::size; ++i) number[i] += factor * to_float(unit.element[i]);
+  }
+};
+
+template <int Lanes>
+ATTNRB_DEVICE float sum_of_group(float x) {
+#pragma unroll
+  for (int mask = 1; mask < Lanes; mask *= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+// Rows of `operand` from one head on.
+template <class T>
+ATTNRB_DEVICE const T* rows_of(const Operand& operand, int64_t batch, int64_t head) {
+  return static_cast<const T*>(operand.data) + batch * operand.strides[0] + head * operand.strides[1];
+}
+
+// Writes dense + factor sum of one unit of a row; whether the dense part was finite.
+template <class T>
+ATTNRB_DEVICE bool write_sum(const Operand& dense, const GradientProblem::Target& target, int64_t batch, int64_t head,
+                             int64_t row, int column, float factor, const UnitNumbers<T>& sum) {
+  using U = Unit<T>;
+  U unit = *reinterpret_cast<const U*>(rows_of<T>(dense, batch, head) + row * dense.strides[2] + column);
+  const bool finite = is_finite(unit);
+#pragma unroll
+  for (int i = 0; i < U::size; ++i) unit.element[i] = from_float<T>(to_float(unit.element[i]) + factor * sum.number[i]);
+  T* out = static_cast<T*>(target.data) + batch * target.strides[0] + head * target.strides[1] +
+           row * target.strides[2] + column;
+  *reinterpret_cast<U*>(out) = unit;
+  return finite;
+}
+
+// A warp for each row: the gradient of its query, and the row's share of the gain's.
+template <class T, int Lanes>
+ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
+    sparse_queries_kernel(ATTNRB_PARAMETERS SparseGradientParameters parameters) {
+  using U = Unit<T>;
+  constexpr int kItems = 32 / Lanes, kFlight = 2;
+  const GradientParameters& g = parameters.all;
+  const AttentionParameters& p = g.rows;
+  const AttentionProblem& problem = p.problem;
+  const Shape& shape = problem.shape;
+  const int64_t index = block_index() * kWarps + thread_index() / 32, heads = index / p.rows, r = index % p.rows;
+  if (heads >= shape.batch * shape.key_heads) return;
+  const int lane = thread_index() % 32, column = lane % Lanes * U::size;
+  const int64_t batch = heads / shape.key_heads, key_head = heads % shape.key_heads;
+  const RowPlace place = row_place(p, key_head, r);
+  GradientRow row;
+  row.read(g.words + 8 * index, g.words + 8 * index + 4);
+
+  const bool held = column < p.query.width;
+  const int from = held ? column : 0;
+  UnitNumbers<T> query, gradient, sums;
+  query.read(
+      *reinterpret_cast<const U*>(rows_of<T>(p.query, batch, place.head) + place.query * p.query.strides[2] + from),
+      held);
+  gradient.read(*reinterpret_cast<const U*>(rows_of<T>(g.grad_output, batch, place.head) +
+                                            place.query * g.grad_output.strides[2] + from),
+                held);
+  sums.clear();
+  float of_gain = 0.0f;
+  int32_t count = 0;
+  const int32_t* slots = problem.boost.indices;
+  if (row.buckets != 0) {
+    const int64_t of_row = (batch * shape.heads + place.head) * shape.queries + place.query;
+    slots += of_row * problem.boost.capacity;
+    count = problem.boost.counts[of_row];
+  }
+  const T *keys = rows_of<T>(p.key, batch, key_head) + from, *values = rows_of<T>(p.value, batch, key_head) + from;
+  for (int32_t first = 0; first < count; first += kItems * kFlight) {
+    U key[kFlight], value[kFlight];
+    bool taken[kFlight];
+#pragma unroll
+    for (int f = 0; f < kFlight; ++f) {
+      const int32_t c = first + f * kItems + lane / Lanes;
+      const int64_t slot = int64_t(slots[c < count ? c : 0]) - problem.visibility.key_offset;
+      taken[f] = c < count && slot >= row.low && slot < row.high;
+      const int64_t at = taken[f] ? slot : 0;
+      key[f] = *reinterpret_cast<const U*>(keys + at * p.key.strides[2]);
+      value[f] = *reinterpret_cast<const U*>(values + at * p.value.strides[2]);
+    }
+    keep_loads_apart();
+#pragma unroll
+    for (int f = 0; f < kFlight; ++f) {
+      const float score = sum_of_group<Lanes>(query.dot(key[f], held));
+      float of_weight = sum_of_group<Lanes>(gradient.dot(value[f], held));
+      if (!taken[f]) continue;
+      if (problem.boost.normalize) of_weight -= row.delta;
+      const float weight = fast_exp2(fmaf(score, p.factor, -row.reference) - row.rest);
+      of_gain += weight * of_weight;
+      sums.add(row.gain * weight * of_weight, key[f]);
+    }
+  }
+  // Groups of lanes had different outliers.
+#pragma unroll
+  for (int mask = Lanes; mask < 32; mask *= 2) {
+    of_gain += shuffle_xor(of_gain, mask);
+#pragma unroll
+    for (int i = 0; i < U::size; ++i) sums.number[i] += shuffle_xor(sums.number[i], mask);
+  }
+  if (g.gain_rows != nullptr && lane == 0) g.gain_rows[index] = of_gain;
+  const bool broken = row.delta != row.delta;
+  if (lane < Lanes && held) {
+    const bool finite = write_sum(parameters.dense_query, g.grad_query, batch, place.head, place.query, column,
+                                  problem.scoring.scale, sums);
+    if (!finite || broken) parameters.doubtful_rows[heads * p.row_tiles + r / kTileRows] = 1;
+  }
+  if (!broken) return;
+  // So are the gradients of all keys that the row sees.
+  const int64_t key_tiles = (shape.keys + kTileRows - 1) / kTileRows;
+  for (int64_t tile = row.low / kTileRows + lane; tile * kTileRows < row.high; tile += 32)
+    parameters.doubtful_keys[heads * key_tiles + tile] = 1;
+}
+
+// A block for each key: the gradients of the key and its value.
+template <class T, int Lanes>
+ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
+    sparse_keys_kernel(ATTNRB_PARAMETERS SparseGradientParameters parameters) {
+  using U = Unit<T>;
+  constexpr int kGroups = kThreads / Lanes, kFlight = 2;
+  const GradientParameters& g = parameters.all;
+  const AttentionParameters& p = g.rows;
+  const AttentionProblem& problem = p.problem;
+  const Shape& shape = problem.shape;
+  const int64_t heads = block_index() / shape.keys, j = block_index() % shape.keys;
+  const int64_t batch = heads / shape.key_heads, key_head = heads % shape.key_heads;
+  const int group = thread_index() / Lanes, column = thread_index() % Lanes * U::size;
+  const bool held = column < p.key.width;
+  const int from = held ? column : 0;
+  UnitNumbers<T> key, value, sums[2];
+  sums[0].clear();
+  sums[1].clear();
+  int32_t begin = 0, end = 0;
+  if (problem.boost.indices != nullptr) {
+    begin = parameters.starts[heads * (shape.keys + 1) + j];
+    end = parameters.starts[heads * (shape.keys + 1) + j + 1];
+  }
+  if (begin < end) {
+    key.read(*reinterpret_cast<const U*>(rows_of<T>(p.key, batch, key_head) + j * p.key.strides[2] + from), held);
+    value.read(*reinterpret_cast<const U*>(rows_of<T>(p.value, batch, key_head) + j * p.value.strides[2] + from), held);
+  }
+  const int32_t* entries = parameters.entries + heads * p.rows * problem.boost.capacity;
+  for (int32_t first = begin; first < end; first += kGroups * kFlight) {
+    U query[kFlight], gradient[kFlight];
+    const uint32_t* words[kFlight];
+#pragma unroll
+    for (int f = 0; f < kFlight; ++f) {
+      const int32_t c = first + f * kGroups + group;
+      const int64_t r = entries[c < end ? c : begin];
+      const RowPlace place = row_place(p, key_head, r);
+      query[f] =
+          *reinterpret_cast<const U*>(rows_of<T>(p.query, batch, place.head) + place.query * p.query.strides[2] + from);
+      gradient[f] = *reinterpret_cast<const U*>(rows_of<T>(g.grad_output, batch, place.head) +
+                                                place.query * g.grad_output.strides[2] + from);
+      words[f] = g.words + 8 * (heads * p.rows + r);
+    }
+    keep_loads_apart();
+#pragma unroll
+    for (int f = 0; f < kFlight; ++f) {
+      const float score = sum_of_group<Lanes>(key.dot(query[f], held));
+      float of_weight = sum_of_group<Lanes>(value.dot(gradient[f], held));
+      if (first + f * kGroups + group >= end) continue;
+      GradientRow row;
+      row.read(words[f], words[f] + 4);
+      if (problem.boost.normalize) of_weight -= row.delta;
+      const float weight = row.gain * fast_exp2(fmaf(score, p.factor, -row.reference) - row.rest);
+      sums[0].add(weight * of_weight, query[f]);
+      sums[1].add(weight, gradient[f]);
+    }
+  }
+  // One thread for each unit of the two gradients adds what the groups have, in one order.
+  float* shared = reinterpret_cast<float*>(shared_memory());
+#pragma unroll
+  for (int which = 0; which < 2; ++which)
+#pragma unroll
+    for (int i = 0; i < U::size; ++i)
+      shared[((which * kGroups + group) * Lanes + thread_index() % Lanes) * U::size + i] = sums[which].number[i];
+  block_sync();
+  const int which = group;
+  if (which > 1 || !held) return;
+  UnitNumbers<T> sum;
+  sum.clear();
+  for (int other = 0; other < kGroups; ++other)
+#pragma unroll
+    for (int i = 0; i < U::size; ++i)
+      sum.number[i] += shared[((which * kGroups + other) * Lanes + thread_index() % Lanes) * U::size + i];
+  const bool finite =
+      which == 0 ? write_sum(parameters.dense_key, g.grad_key, batch, key_head, j, column, problem.scoring.scale, sum)
+                 : write_sum(parameters.dense_value, g.grad_value, batch, key_head, j, column, 1.0f, sum);
+  const int64_t key_tiles = (shape.keys + kTileRows - 1) / kTileRows;
+  if (!finite) parameters.doubtful_keys[heads * key_tiles + j / kTileRows] = 1;
+}
+
+}  // namespace attnrb::cuda
