@@ -62,7 +62,8 @@ def _cuda_prefill() -> str | None:
     kernels = [name for name, switch in switches.items() if getattr(torch.backends.cuda, switch)()]
     if not kernels:
         return "attnrb's own kernels: those of PyTorch are turned off"
-    return f"PyTorch's {' or '.join(kernels)} kernel for 16-bit plain or causal attention, attnrb's own otherwise"
+    gradients = ", its gradients by flash" if {"flash", "cuDNN"} & {*kernels} else ""
+    return f"PyTorch's {' or '.join(kernels)} kernel for 16-bit plain or causal attention{gradients}; else attnrb's own"
 
 
 def _version(package: str) -> str | None:

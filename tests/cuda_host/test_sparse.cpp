@@ -9,56 +9,12 @@
 
 #include "runner.h"
 #include "sparse.h"
+#include "sparse_cases.h"
 #include "table.h"
 #include "threads.h"
 
 namespace attnrb::testing {
 namespace {
-
-// Rows of whole units of 16 bytes, in one of the orders that models have.
-Array aligned(DType dtype, const Sizes& sizes, Random& random) {
-  Layout layout;
-  if (random.chance(0.5)) std::swap(layout.order[1], layout.order[2]);
-  if (random.chance(0.3)) layout.row_padding = 8 * random.integer(1, 3);
-  if (random.chance(0.3)) layout.offset = 8 * random.integer(1, 3);
-  Array array(dtype, sizes, layout);
-  array.fill_uniform(random, -2.0, 2.0);
-  return array;
-}
-
-AttentionCase sparse_case(uint64_t seed) {
-  Random random(seed);
-  AttentionCase attention;
-  Shape& shape = attention.shape;
-  attention.dtype = random.pick({DType::bfloat16, DType::float16});
-  shape.batch = random.integer(1, 2);
-  shape.key_heads = random.integer(1, 2);
-  shape.heads = shape.key_heads * random.pick<int64_t>({1, 2, 3, 7});
-  shape.width = shape.value_width = random.pick<int64_t>({8, 16, 40, 64, 72, 128, 136, 256});
-  shape.queries = random.integer(1, 90);
-  Visibility& visibility = attention.visibility;
-  visibility.causal = random.chance(0.6);
-  shape.keys = visibility.causal ? shape.queries : random.integer(1, 200);
-  if (random.chance(0.5)) visibility.key_offset = random.integer(1, 1000);
-  visibility.query_offset = visibility.causal ? visibility.key_offset : visibility.key_offset + random.integer(-20, 20);
-  attention.scoring.scale = float(random.uniform(0.5, 8.0) / double(shape.width));
-  attention.query = aligned(attention.dtype, {shape.batch, shape.heads, shape.queries, shape.width}, random);
-  attention.key = aligned(attention.dtype, {shape.batch, shape.key_heads, shape.keys, shape.width}, random);
-  attention.value = aligned(attention.dtype, {shape.batch, shape.key_heads, shape.keys, shape.width}, random);
-  attention.output = aligned(attention.dtype, {shape.batch, shape.heads, shape.queries, shape.width}, random);
-  attention.threshold = random.pick({0.01, 0.05, 0.003});
-  attention.normalize = random.chance(0.5);
-  attention.role = Role::source;
-  if (random.chance(0.5)) add_outliers(attention, random, random.pick<int64_t>({1, 5, 40, 90}));
-  return attention;
-}
-
-cuda::Device device() {
-  cuda::Device device;
-  device.shared_bytes = 99 * 1024;
-  device.capability = 86;
-  return device;
-}
 
 // The dense part of `problem`: its output in place, its log-sum-exp with rows padded as some kernels leave them.
 struct DensePart {
@@ -93,7 +49,7 @@ struct DensePart {
 };
 
 Status add_sparse_part(const AttentionProblem& problem, const DensePart& dense) {
-  cuda::SparsePlan plan = cuda::plan_sparse(problem, dense.lse.data(), dense.strides, device());
+  cuda::SparsePlan plan = cuda::plan_sparse(problem, dense.lse.data(), dense.strides, least_device());
   std::vector<int32_t> doubtful(size_t(plan.doubtful_numbers), 0);
   int32_t status = int32_t(Status::ok);
   cuda::start_sparse(plan, doubtful.data(), &status, nullptr);
@@ -129,11 +85,11 @@ class GeneratedSparsePart : public ::testing::TestWithParam<int> {};
 TEST_P(GeneratedSparsePart, MatchesTheOracleWhateverTheDensePartSpoilt) {
   int64_t ties = 0;
   for (int64_t seed = GetParam(); seed < case_count(); seed += kParts) {
-    AttentionCase attention = sparse_case(uint64_t(seed));
+    Random random{uint64_t(seed)};
+    AttentionCase attention = sparse_case(random, 256);
     const AttentionProblem problem = attention.problem();
     ASSERT_TRUE(cuda::sparse_suits(problem)) << attention.describe();
     DensePart dense(problem);
-    Random random{uint64_t(seed)};
     const Shape& shape = attention.shape;
     for (int spoilt = int(random.pick<int64_t>({0, 0, 1, 5})); spoilt > 0; --spoilt)
       dense.spoil(attention, random.integer(0, shape.batch - 1), random.integer(0, shape.heads - 1),

@@ -23,6 +23,19 @@ SCHEMAS = {
         [*OPERANDS, "float dropout_p", "bool is_causal", "Tensor? attn_mask", "float? scale"],
         ["Tensor", "Tensor"],
     ),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (
+        [
+            "Tensor grad_out",
+            *OPERANDS,
+            "Tensor out",
+            "Tensor logsumexp",
+            "float dropout_p",
+            "bool is_causal",
+            "Tensor? attn_mask",
+            "float? scale",
+        ],
+        ["Tensor", "Tensor", "Tensor"],
+    ),
 }
 
 
@@ -44,7 +57,7 @@ SEVEN_TENSORS_TWO_NUMBERS = [(NUMBERS if i in (4, 5) else HANDLES).format(i) for
 TENSORS = [f"AtenTensorHandle {name}" for name in ("query", "key", "value")]
 # Of each C function of libtorch_cuda: its parameters, results behind arguments.
 FUNCTIONS = {
-    "flash": [
+    "flash_attention": [
         *TENSORS,
         "double dropout_p",
         "int32_t is_causal",
@@ -52,7 +65,7 @@ FUNCTIONS = {
         "double* scale",
         *SEVEN_TENSORS_TWO_NUMBERS,
     ],
-    "efficient": [
+    "efficient_attention": [
         *TENSORS,
         "AtenTensorHandle* attn_bias",
         "int32_t compute_log_sumexp",
@@ -61,7 +74,7 @@ FUNCTIONS = {
         "double* scale",
         *(HANDLES.format(i) for i in range(4)),
     ],
-    "cudnn": [
+    "cudnn_attention": [
         *TENSORS,
         "AtenTensorHandle* attn_bias",
         "int32_t compute_log_sumexp",
@@ -70,6 +83,19 @@ FUNCTIONS = {
         "int32_t return_debug_mask",
         "double* scale",
         *SEVEN_TENSORS_TWO_NUMBERS,
+    ],
+    "flash_attention_backward": [
+        "AtenTensorHandle grad_out",
+        *TENSORS,
+        *(f"AtenTensorHandle {name}" for name in ("out", "logsumexp", "cum_seq_q", "cum_seq_k")),
+        "int64_t max_q",
+        "int64_t max_k",
+        "double dropout_p",
+        "int32_t is_causal",
+        "AtenTensorHandle philox_seed",
+        "AtenTensorHandle philox_offset",
+        "double* scale",
+        *(HANDLES.format(i) for i in range(3)),
     ],
 }
 
@@ -79,7 +105,7 @@ def test_functions_are_those_that_the_calls_were_written_for(kernel: str) -> Non
     header = Path(torch.__path__[0], "include/torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h")
     if not header.is_file():
         pytest.skip(f"this torch came without {header.name}")
-    name = f"aoti_torch_cuda__scaled_dot_product_{kernel}_attention"
+    name = f"aoti_torch_cuda__scaled_dot_product_{kernel}"
     declared = re.search(rf"\b{name}\(([^)]*)\)", header.read_text(encoding="utf-8"))
     assert declared is not None, f"this torch has no {name}"
     assert declared[1].split(", ") == FUNCTIONS[kernel]
