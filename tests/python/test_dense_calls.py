@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from attnrb.about import about
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 OPERANDS = ["Tensor query", "Tensor key", "Tensor value"]
 # Of each operation called through the dispatcher: arguments in order, results in order.
@@ -118,3 +120,14 @@ def test_kernels_have_the_numbers_of_torch() -> None:
         2,
         3,
     ]
+
+
+def test_info_says_whose_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert about()["cuda_prefill"] is None or torch.cuda.is_available()
+    monkeypatch.setattr("attnrb.about._cuda", lambda: "on: a device (8.0)")
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        told = about()["cuda_prefill"]
+    assert told.startswith("PyTorch's flash or memory-efficient kernel")
+    assert "gradients by flash" in told
+    with sdpa_kernel(SDPBackend.MATH):
+        assert about()["cuda_prefill"].startswith("attnrb's own kernels")
