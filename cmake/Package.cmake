@@ -5,11 +5,7 @@ set(ops_dir ${PROJECT_SOURCE_DIR}/csrc/ops)
 add_library(attnrb_ops SHARED
   ${ops_dir}/library.cpp
   ${ops_dir}/attention_backward.cpp
-  ${ops_dir}/outlier_mask.cpp
-  ${ops_dir}/rebalance.cpp
-  ${ops_dir}/rebalanced_attention.cpp
-  ${ops_dir}/received_attention.cpp
-  ${ops_dir}/source_attention.cpp
+  ${ops_dir}/cpu.cpp
   ${PROJECT_SOURCE_DIR}/csrc/runtime.cpp)
 # The suffix .so on every system: torch.ops.load_library and _native.py then know one name.
 set_target_properties(attnrb_ops PROPERTIES OUTPUT_NAME attnrb SUFFIX ".so")

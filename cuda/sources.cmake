@@ -7,11 +7,7 @@ set(ATTNRB_CUDA_KERNELS
 set(ATTNRB_CUDA_HOST ${cuda}/plan.cpp ${cuda}/gradient_plan.cpp)
 set(ATTNRB_CUDA_OPS
   ${cuda}/ops/attention_backward.cpp
+  ${cuda}/ops/cuda.cpp
   ${cuda}/ops/dense.cpp
   ${cuda}/ops/device.cpp
-  ${cuda}/ops/library.cpp
-  ${cuda}/ops/outlier_mask.cpp
-  ${cuda}/ops/rebalance.cpp
-  ${cuda}/ops/rebalanced_attention.cpp
-  ${cuda}/ops/received_attention.cpp
-  ${cuda}/ops/source_attention.cpp)
+  ${cuda}/ops/library.cpp)

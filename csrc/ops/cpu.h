@@ -1,8 +1,7 @@
 // What the CPU registrations share beyond the checks.
 #pragma once
 
-#include <cstring>
-#include <limits>
+#include <algorithm>
 #include <vector>
 
 #include "core/kernels.h"
@@ -37,16 +36,6 @@ class GainRow {
   OptionalTensor copy_;
 };
 
-// What any set of keys gives when it is empty: zero output, LSE = -infinity, no outliers (their capacity is 0 then).
-inline void attend_to_nothing(const AttentionProblem& problem) {
-  const Shape& shape = problem.shape;
-  const int64_t rows = shape.batch * shape.heads * shape.queries;
-  const size_t output_bytes = size_t(rows * shape.value_width * element_size(problem.dtype));
-  if (output_bytes) std::memset(problem.output, 0, output_bytes);  // dense, in whatever order
-  if (problem.lse) std::fill_n(problem.lse, rows, -std::numeric_limits<float>::infinity());
-  if (problem.emit.counts) std::fill_n(problem.emit.counts, rows, 0);
-}
-
 // Waking a thread takes as long as so many multiply-adds: few queries and keys are done sooner by fewer threads.
 constexpr int64_t kProductsPerThread = int64_t(1) << 18;
 
@@ -55,15 +44,6 @@ inline ThreadPool threads_for(const Shape& shape) {
   const int64_t products = shape.batch * shape.heads * shape.queries * shape.keys * (shape.width + shape.value_width);
   pool.workers = std::min(pool.workers, products / kProductsPerThread + 1);
   return pool;
-}
-
-// Runs the chosen kernels. Sizes that leave nothing to compute never reach them.
-inline void attend(const AttentionProblem& problem) {
-  const Shape& shape = problem.shape;
-  if (shape.batch == 0 || shape.heads == 0 || shape.queries == 0) return;
-  if (shape.keys == 0) return attend_to_nothing(problem);
-  ScratchLease scratch;
-  check_status(kernels().attention(problem, threads_for(shape), *scratch), problem.boost.capacity);
 }
 
 }  // namespace attnrb::ops

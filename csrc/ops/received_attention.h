@@ -1,13 +1,16 @@
-// How much attention each key receives: the mean weight that the queries which can see it give it.
+// How much attention each key receives: the mean weight that the queries which can see it give it. A Device has
+// receive(problem, like).
+#pragma once
+
 #include <limits>
 #include <tuple>
 
-#include "device.h"
+#include "ops/arguments.h"
 
 namespace attnrb::ops {
-namespace {
 
 // Returns what each key receives; fills `lse` where there is one.
+template <class Device>
 Tensor receive(const Tensor& query_tensor, const Tensor& key_tensor, bool causal, int64_t query_offset,
                int64_t key_offset, int64_t window, const OptionalTensor& key_start, const OptionalTensor& key_end,
                const OptionalTensor& mask, double scale, double softcap, const OptionalTensor& sinks,
@@ -36,36 +39,28 @@ Tensor receive(const Tensor& query_tensor, const Tensor& key_tensor, bool causal
   problem.key = view_of(key);
   problem.visibility = shared.visibility;
   problem.scoring = shared.scoring;
-  const DeviceScope scope(query);
-  cuda::ReceivedPlan plan = cuda::plan_received(problem, scope.device());
-  const Tensor workspace = scope.bytes(plan.workspace_bytes);
-  cuda::start_received(plan, workspace.mutable_data_ptr(), scope.stream());
+  Device::receive(problem, query);
   return received;
 }
 
+template <class Device>
 Tensor received_attention(const Tensor& query, const Tensor& key, bool causal, int64_t query_offset, int64_t key_offset,
                           int64_t window, const OptionalTensor& key_start, const OptionalTensor& key_end,
                           const OptionalTensor& mask, double scale, double softcap, const OptionalTensor& sinks) {
-  return receive(query, key, causal, query_offset, key_offset, window, key_start, key_end, mask, scale, softcap, sinks,
-                 nullptr);
+  return receive<Device>(query, key, causal, query_offset, key_offset, window, key_start, key_end, mask, scale, softcap,
+                         sinks, nullptr);
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor> received_attention_training(const Tensor& query, const Tensor& key, bool causal,
                                                        int64_t query_offset, int64_t key_offset, int64_t window,
                                                        const OptionalTensor& key_start, const OptionalTensor& key_end,
                                                        const OptionalTensor& mask, double scale, double softcap,
                                                        const OptionalTensor& sinks) {
   OptionalTensor lse;
-  Tensor received = receive(query, key, causal, query_offset, key_offset, window, key_start, key_end, mask, scale,
-                            softcap, sinks, &lse);
+  Tensor received = receive<Device>(query, key, causal, query_offset, key_offset, window, key_start, key_end, mask,
+                                    scale, softcap, sinks, &lse);
   return {std::move(received), std::move(*lse)};
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
-  library.impl("received_attention", TORCH_BOX(&received_attention));
-  library.impl("received_attention_training", TORCH_BOX(&received_attention_training));
 }
 
 }  // namespace attnrb::ops

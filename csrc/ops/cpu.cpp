@@ -1,0 +1,61 @@
+// The ops on the CPU: the chosen kernels under the checks that every device shares.
+#include "ops/cpu.h"
+
+#include "ops/attention.h"
+#include "ops/received_attention.h"
+#include "ops/weights.h"
+
+namespace attnrb::ops {
+namespace {
+
+struct Processor {
+  using Gain = GainRow;
+  static const float* numbers(const GainRow& gain) { return gain.data(); }
+
+  static Tensor attend(AttentionProblem& problem, const Operand& query, const AttentionTensors& /*tensors*/,
+                       const GainRow* /*gain*/) {
+    const OutputLayout layout(problem.shape);
+    Tensor output = empty_output(layout, query);
+    set_output(problem, layout, output);
+    ScratchLease scratch;
+    check_status(kernels().attention(problem, threads_for(problem.shape), *scratch), problem.boost.capacity);
+    return output;
+  }
+
+  static void receive(const ReceivedProblem& problem, const Operand& /*query*/) {
+    ScratchLease scratch;
+    kernels().received_attention(problem, torch_threads(), *scratch);
+  }
+
+  static void outlier_mask(const OutlierMaskProblem& problem, const Operand& /*weights*/) {
+    kernels().outlier_mask(problem, torch_threads());
+  }
+
+  static void rebalance(const RebalanceProblem& problem, const GainRow& /*gain*/, const Operand& /*weights*/) {
+    kernels().rebalance(problem, torch_threads());
+  }
+
+  static void rebalance_gradient(RebalanceGradientProblem& problem, const GainRow& /*gain*/,
+                                 const Operand& /*weights*/) {
+    std::vector<double> rows(size_t(problem.shape.batch * problem.shape.heads * problem.shape.queries));
+    problem.gain_rows = rows.data();
+    kernels().rebalance_gradient(problem, torch_threads());
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
+  library.impl("source_attention", TORCH_BOX(&source_attention<Processor>));
+  library.impl("source_attention_training", TORCH_BOX(&source_attention<Processor>));
+  library.impl("rebalanced_attention", TORCH_BOX(&rebalanced_attention<Processor>));
+  library.impl("rebalanced_attention_training", TORCH_BOX(&rebalanced_attention_training<Processor>));
+  library.impl("received_attention", TORCH_BOX(&received_attention<Processor>));
+  library.impl("received_attention_training", TORCH_BOX(&received_attention_training<Processor>));
+  library.impl("outlier_mask", TORCH_BOX(&outlier_mask<Processor>));
+  library.impl("rebalance", TORCH_BOX(&rebalance_uniform<Processor>));
+  library.impl("rebalance.per_head", TORCH_BOX(&rebalance_per_head<Processor>));
+  library.impl("rebalance_backward", TORCH_BOX(&rebalance_backward<Processor>));
+}
+
+}  // namespace attnrb::ops
