@@ -16,8 +16,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mutations import MUTATIONS, Fault
+from fault import Fault
+from mutations import FORWARD
+from mutations_backward import BACKWARD
 
+MUTATIONS: list[Fault] = [*FORWARD, *BACKWARD]
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "cuda-host" / "tests" / "cuda_host" / "CMakeFiles"
 FLAGS = ["-std=c++17", "-O1", "-DATTNRB_CUDA_EMULATED", "-Wno-unknown-pragmas", "-w"]
