@@ -14,6 +14,7 @@
 #include "core/outliers.h"
 #include "gradient.h"
 #include "launch.h"
+#include "sparse.h"
 
 namespace attnrb {
 namespace {
@@ -132,13 +133,28 @@ class Loan {
   std::vector<Entry> entries_;
 };
 
-template <int multiprocessors>
-Status attention(const AttentionProblem& given, const ThreadPool&, Scratch&) {
+// Where kernels report what is wrong with outlier rows.
+struct StatusMemory {
+  StatusMemory() : memory(sizeof(int32_t)) { *data() = int32_t(Status::ok); }
+  int32_t* data() const { return reinterpret_cast<int32_t*>(memory.data()); }
+  Status status() const { return Status(*data()); }
+  Managed memory;
+};
+
+// Numbers that are zero before the kernels start.
+struct Zeros {
+  explicit Zeros(int64_t count) : memory(count * int64_t(sizeof(int32_t))) {
+    std::memset(memory.data(), 0, size_t(count) * sizeof(int32_t));
+  }
+  int32_t* data() const { return reinterpret_cast<int32_t*>(memory.data()); }
+  Managed memory;
+};
+
+AttentionProblem lend(const AttentionProblem& given, Loan& loan) {
   AttentionProblem problem = given;
   if (problem.boost.capacity == 0) problem.boost = {};
   const Shape& shape = problem.shape;
   const int64_t bytes = element_size(problem.dtype), rows = shape.batch * shape.heads * shape.queries;
-  Loan loan;
   loan.read(problem.query, {shape.batch, shape.heads, shape.queries, shape.width}, bytes);
   loan.read(problem.key, {shape.batch, shape.key_heads, shape.keys, shape.width}, bytes);
   loan.read(problem.value, {shape.batch, shape.key_heads, shape.keys, shape.value_width}, bytes);
@@ -154,14 +170,19 @@ Status attention(const AttentionProblem& given, const ThreadPool&, Scratch&) {
   loan.read(problem.boost.indices, rows * problem.boost.capacity);
   loan.read(problem.boost.counts, rows);
   loan.read(problem.boost.gain, shape.heads);
+  return problem;
+}
 
+template <int multiprocessors>
+Status attention(const AttentionProblem& given, const ThreadPool&, Scratch&) {
+  Loan loan;
+  const AttentionProblem problem = lend(given, loan);
   cuda::AttentionPlan plan = cuda::plan_attention(problem, device(multiprocessors));
-  const Managed workspace(plan.workspace_bytes), status_memory(sizeof(int32_t));
-  int32_t* status = reinterpret_cast<int32_t*>(status_memory.data());
-  *status = int32_t(Status::ok);
-  cuda::start_attention(plan, workspace.data(), status, nullptr);
+  const Managed workspace(plan.workspace_bytes);
+  const StatusMemory status;
+  cuda::start_attention(plan, workspace.data(), status.data(), nullptr);
   loan.settle();
-  return Status(*status);
+  return status.status();
 }
 
 template <int multiprocessors>
@@ -182,7 +203,7 @@ void received_attention(const ReceivedProblem& given, const ThreadPool&, Scratch
   loan.settle();
 }
 
-Status gradient(const GradientProblem& given, const ThreadPool&, Scratch&) {
+GradientProblem lend(const GradientProblem& given, Loan& loan) {
   GradientProblem problem = given;
   if (problem.boost.capacity == 0) problem.boost = {};
   const Shape& shape = problem.shape;
@@ -191,7 +212,6 @@ Status gradient(const GradientProblem& given, const ThreadPool&, Scratch&) {
   const int64_t of_key[4] = {shape.batch, shape.key_heads, shape.keys, shape.width};
   const int64_t of_value[4] = {shape.batch, shape.key_heads, shape.keys, shape.value_width};
   const int64_t of_output[4] = {shape.batch, shape.heads, shape.queries, shape.value_width};
-  Loan loan;
   loan.read(problem.query, of_query, bytes);
   loan.read(problem.key, of_key, bytes);
   loan.read(problem.value, of_value, bytes);
@@ -210,14 +230,18 @@ Status gradient(const GradientProblem& given, const ThreadPool&, Scratch&) {
   loan.write(problem.grad_value, of_value, bytes);
   loan.write(problem.grad_gain, shape.heads);
   loan.write(problem.grad_sinks, shape.heads);
+  return problem;
+}
 
+Status gradient(const GradientProblem& given, const ThreadPool&, Scratch&) {
+  Loan loan;
+  const GradientProblem problem = lend(given, loan);
   cuda::GradientPlan plan = cuda::plan_gradient(problem, device(0));
-  const Managed workspace(plan.workspace_bytes), status_memory(sizeof(int32_t));
-  int32_t* status = reinterpret_cast<int32_t*>(status_memory.data());
-  *status = int32_t(Status::ok);
-  cuda::start_gradient(plan, workspace.data(), status, nullptr);
+  const Managed workspace(plan.workspace_bytes);
+  const StatusMemory status;
+  cuda::start_gradient(plan, workspace.data(), status.data(), nullptr);
   loan.settle();
-  return Status(*status);
+  return status.status();
 }
 
 void outlier_mask(const OutlierMaskProblem& given, const ThreadPool&) {
@@ -268,5 +292,35 @@ const Kernels emulated_cuda_kernels = {"cuda",       attention<0>, received_atte
                                        outlier_mask, rebalance,    rebalance_gradient};
 const Kernels emulated_cuda_split_kernels = {
     "cuda", attention<1000>, received_attention<1000>, nullptr, outlier_mask, rebalance, nullptr};
+
+Status add_sparse_part(const AttentionProblem& given, const float* dense_lse, const int64_t (&lse_strides)[3]) {
+  Loan loan;
+  const AttentionProblem problem = lend(given, loan);
+  loan.read(dense_lse, problem.shape.batch * lse_strides[0]);
+  cuda::SparsePlan plan = cuda::plan_sparse(problem, dense_lse, lse_strides, device(0));
+  const Zeros doubtful(plan.doubtful_numbers);
+  const StatusMemory status;
+  cuda::start_sparse(plan, doubtful.data(), status.data(), nullptr);
+  loan.settle();
+  return status.status();
+}
+
+Status add_sparse_gradient(const GradientProblem& given, const cuda::DenseGradientViews& given_dense) {
+  Loan loan;
+  const GradientProblem problem = lend(given, loan);
+  const Shape& shape = problem.shape;
+  const int64_t bytes = element_size(problem.dtype);
+  cuda::DenseGradientViews dense = given_dense;
+  loan.read(dense.query, {shape.batch, shape.heads, shape.queries, shape.width}, bytes);
+  loan.read(dense.key, {shape.batch, shape.key_heads, shape.keys, shape.width}, bytes);
+  loan.read(dense.value, {shape.batch, shape.key_heads, shape.keys, shape.value_width}, bytes);
+  cuda::SparseGradientPlan plan = cuda::plan_sparse_gradient(problem, dense, device(0));
+  const Managed workspace(plan.workspace_bytes);
+  const Zeros zeros(plan.zero_numbers);
+  const StatusMemory status;
+  cuda::start_sparse_gradient(plan, workspace.data(), zeros.data(), status.data(), nullptr);
+  loan.settle();
+  return status.status();
+}
 
 }  // namespace attnrb

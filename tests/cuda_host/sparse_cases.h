@@ -1,21 +1,11 @@
-// Cases for the sparse part beside a dense kernel of another library, on the emulated device.
+// Cases for the sparse part beside a dense kernel of another library, on the emulated device or a real one.
 #pragma once
 
 #include <utility>
 
 #include "cases.h"
-#include "launch.h"
 
 namespace attnrb::testing {
-
-// The least device, whose kernels never split their keys.
-inline cuda::Device least_device() {
-  cuda::Device device;
-  device.multiprocessors = 0;
-  device.shared_bytes = 99 * 1024;
-  device.capability = 86;
-  return device;
-}
 
 // Rows of whole units of 16 bytes, in one of the orders that models have.
 inline Array aligned_array(DType dtype, const Sizes& sizes, Random& random) {

@@ -4,6 +4,7 @@
 
 #include "gradient.h"
 #include "launch.h"
+#include "sparse.h"
 
 namespace attnrb {
 namespace {
@@ -64,5 +65,22 @@ const Kernels emulated_cuda_kernels = {"cuda",       attention<0>, received_atte
                                        outlier_mask, rebalance,    rebalance_gradient};
 const Kernels emulated_cuda_split_kernels = {
     "cuda", attention<1000>, received_attention<1000>, nullptr, outlier_mask, rebalance, nullptr};
+
+Status add_sparse_part(const AttentionProblem& problem, const float* dense_lse, const int64_t (&lse_strides)[3]) {
+  cuda::SparsePlan plan = cuda::plan_sparse(problem, dense_lse, lse_strides, device(0));
+  std::vector<int32_t> doubtful(size_t(plan.doubtful_numbers), 0);
+  int32_t status = int32_t(Status::ok);
+  cuda::start_sparse(plan, doubtful.data(), &status, nullptr);
+  return Status(status);
+}
+
+Status add_sparse_gradient(const GradientProblem& problem, const cuda::DenseGradientViews& dense) {
+  cuda::SparseGradientPlan plan = cuda::plan_sparse_gradient(problem, dense, device(0));
+  Workspace workspace(plan.workspace_bytes);
+  std::vector<int32_t> zeros(size_t(plan.zero_numbers), 0);
+  int32_t status = int32_t(Status::ok);
+  cuda::start_sparse_gradient(plan, workspace.memory.data(), zeros.data(), &status, nullptr);
+  return Status(status);
+}
 
 }  // namespace attnrb

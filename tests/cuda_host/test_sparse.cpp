@@ -1,5 +1,5 @@
-// The sparse part beside a dense kernel of another library, on the emulated device. In that kernel's place stands our
-// own plain attention, whose results are spoilt in some rows, as others spoil theirs.
+// The sparse part beside a dense kernel of another library, on the emulated device or a real one. In that kernel's
+// place stands our own plain attention, whose results are spoilt in some rows, as others spoil theirs.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -49,11 +49,7 @@ struct DensePart {
 };
 
 Status add_sparse_part(const AttentionProblem& problem, const DensePart& dense) {
-  cuda::SparsePlan plan = cuda::plan_sparse(problem, dense.lse.data(), dense.strides, least_device());
-  std::vector<int32_t> doubtful(size_t(plan.doubtful_numbers), 0);
-  int32_t status = int32_t(Status::ok);
-  cuda::start_sparse(plan, doubtful.data(), &status, nullptr);
-  return Status(status);
+  return attnrb::add_sparse_part(problem, dense.lse.data(), dense.strides);
 }
 
 // What the two parts are to give together: y = (dense + g sum of A_ij v_j) / z. The dense part may be wrong by what

@@ -1,5 +1,6 @@
-// Gradients of outliers beside a dense backward of another library, on the emulated device. In that backward's place
-// stands our own of plain attention, given the re-balanced output and log-sum-exp, and spoilt in some places.
+// Gradients of outliers beside a dense backward of another library, on the emulated device or a real one. In that
+// backward's place stands our own of plain attention, given the re-balanced output and log-sum-exp, and spoilt in some
+// places.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -96,12 +97,7 @@ struct SparseGradientCase {
     EXPECT_TRUE(cuda::sparse_suits(whole));
     const cuda::DenseGradientViews views{dense.query.view(), dense.key.view(), dense.value.view()};
     EXPECT_TRUE(cuda::dense_suits(whole, views));
-    cuda::SparseGradientPlan plan = cuda::plan_sparse_gradient(whole, views, least_device());
-    std::vector<unsigned char> workspace(size_t(plan.workspace_bytes), 0xff);
-    std::vector<int32_t> zeros(size_t(plan.zero_numbers), 0);
-    int32_t status = int32_t(Status::ok);
-    cuda::start_sparse_gradient(plan, workspace.data(), zeros.data(), &status, nullptr);
-    return Status(status);
+    return add_sparse_gradient(whole, views);
   }
 
   // The dense part errs by what any backward of these weights may: P_ij in the place of w_ij P_ij, which is no more
