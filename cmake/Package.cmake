@@ -4,7 +4,6 @@ include(cmake/Torch.cmake)
 set(ops_dir ${PROJECT_SOURCE_DIR}/csrc/ops)
 add_library(attnrb_ops SHARED
   ${ops_dir}/library.cpp
-  ${ops_dir}/attention_backward.cpp
   ${ops_dir}/cpu.cpp
   ${PROJECT_SOURCE_DIR}/csrc/runtime.cpp)
 # The suffix .so on every system: torch.ops.load_library and _native.py then know one name.

@@ -61,14 +61,7 @@ GradientPlan plan_gradient(const GradientProblem& problem, const Device& device,
 
   AttentionParameters& p = g.rows;
   p.problem = row_problem(problem);
-  p.query = operand_of(problem.query, shape.width, problem.dtype);
-  p.key = operand_of(problem.key, shape.width, problem.dtype);
-  p.value = operand_of(problem.value, shape.value_width, problem.dtype);
-  p.group = int32_t(shape.heads / shape.key_heads);
-  p.rows = p.group * shape.queries;
-  p.row_tiles = divide_up(p.rows, kTileRows);
-  p.gain_stride = gain_stride;
-  set_scoring(p);
+  set_rows(p, problem, shape.value_width, gain_stride);
 
   const int64_t widest = std::max(shape.width, shape.value_width), size = element_size(problem.dtype);
   plan.width = widest <= 64 && problem.grad_received == nullptr ? 64 : 128;

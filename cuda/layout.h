@@ -75,6 +75,20 @@ inline void set_scoring(AttentionParameters& p) {
   }
 }
 
+// What the rows of a problem are made of. p.problem is set; `problem` is it, or the backward's, and has the operands.
+template <class Problem>
+void set_rows(AttentionParameters& p, const Problem& problem, int64_t value_width, int gain_stride) {
+  const Shape& shape = problem.shape;
+  p.query = operand_of(problem.query, shape.width, problem.dtype);
+  p.key = operand_of(problem.key, shape.width, problem.dtype);
+  p.value = operand_of(problem.value, value_width, problem.dtype);
+  p.group = int32_t(shape.heads / shape.key_heads);
+  p.rows = p.group * shape.queries;
+  p.row_tiles = divide_up(p.rows, kTileRows);
+  p.gain_stride = gain_stride;
+  set_scoring(p);
+}
+
 // Cuts one allocation into aligned pieces; counts them when the base is null.
 class Carver {
  public:

@@ -60,14 +60,7 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   AttentionPlan plan;
   AttentionParameters& p = plan.parameters;
   p.problem = problem;
-  p.query = operand_of(problem.query, shape.width, problem.dtype);
-  p.key = operand_of(problem.key, shape.width, problem.dtype);
-  p.value = operand_of(problem.value, values ? shape.value_width : 0, problem.dtype);
-  p.group = int32_t(shape.heads / shape.key_heads);
-  p.rows = p.group * shape.queries;
-  p.row_tiles = divide_up(p.rows, kTileRows);
-  p.gain_stride = gain_stride;
-  set_scoring(p);
+  set_rows(p, problem, values ? shape.value_width : 0, gain_stride);
   plan.task = !values ? Task::softmax : problem.emit.indices != nullptr ? Task::source : Task::rebalance;
   if (plan.task == Task::source) p.threshold_log2 = float(std::log2(problem.emit.threshold));
 

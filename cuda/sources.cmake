@@ -6,7 +6,6 @@ set(ATTNRB_CUDA_KERNELS
   ${cuda}/sparse.cu ${cuda}/sparse_gradient.cu)
 set(ATTNRB_CUDA_HOST ${cuda}/plan.cpp ${cuda}/gradient_plan.cpp)
 set(ATTNRB_CUDA_OPS
-  ${cuda}/ops/attention_backward.cpp
   ${cuda}/ops/cuda.cpp
   ${cuda}/ops/dense.cpp
   ${cuda}/ops/device.cpp

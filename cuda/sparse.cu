@@ -54,14 +54,7 @@ SparsePlan plan_sparse(const AttentionProblem& problem, const float* dense_lse, 
   std::copy_n(lse_strides, 3, plan.parameters.lse_strides);
   AttentionParameters& p = plan.parameters.rows;
   p.problem = problem;
-  p.query = operand_of(problem.query, shape.width, problem.dtype);
-  p.key = operand_of(problem.key, shape.width, problem.dtype);
-  p.value = operand_of(problem.value, shape.value_width, problem.dtype);
-  p.group = int32_t(shape.heads / shape.key_heads);
-  p.rows = p.group * shape.queries;
-  p.row_tiles = divide_up(p.rows, kTileRows);
-  p.gain_stride = gain_stride;
-  set_scoring(p);
+  set_rows(p, problem, shape.value_width, gain_stride);
   const int64_t heads = shape.batch * shape.key_heads;
   plan.doubtful_numbers = heads * (p.row_tiles + p.rows);
   plan.again = plan_attention(problem, device, true, gain_stride, false);

@@ -4,8 +4,7 @@
 // A Device has
 //   Gain                                  one gain for all heads or one each, from a tensor
 //   numbers(gain)                         where the kernels find them
-//   attend(problem, like, tensors, gain)  the output; `tensors` are query, key and value, `gain` null where there is
-//   none
+//   attend(problem, like, tensors, gain)  the output, from query, key and value; `gain` may be null
 #pragma once
 
 #include <limits>
@@ -67,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(const Tensor& query_
   return {std::move(output), std::move(lse), std::move(indices), std::move(counts)};
 }
 
-// In a layer below: the entries that the outlier rows name weigh (1 + gain) as much.
-// Returns the output; fills `lse` where there is one.
+// In a layer below: the entries that the outlier rows name weigh (1 + gain) as much. Returns the output; fills `lse`
+// where there is one.
 template <class Device>
 Tensor attend_rebalanced(const Tensor& query_tensor, const Tensor& key_tensor, const Tensor& value_tensor,
                          const Tensor& indices, const Tensor& counts, const Tensor& gain, bool normalize, bool causal,
@@ -87,9 +86,8 @@ Tensor attend_rebalanced(const Tensor& query_tensor, const Tensor& key_tensor, c
   if (nothing_to_attend(shape)) return attend_to_nothing(shape, query, lse != nullptr ? &**lse : nullptr);
 
   AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared);
-  if (outliers.capacity > 0) {  // an empty set leaves plain attention
+  if (outliers.capacity > 0)  // an empty set leaves plain attention
     problem.boost = {outliers.indices, outliers.counts, outliers.capacity, Device::numbers(gains), normalize};
-  }
   if (lse != nullptr) problem.lse = static_cast<float*>((*lse)->mutable_data_ptr());
   return Device::attend(problem, query, {query_tensor, key_tensor, value_tensor}, &gains);
 }

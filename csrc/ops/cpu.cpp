@@ -2,6 +2,7 @@
 #include "ops/cpu.h"
 
 #include "ops/attention.h"
+#include "ops/attention_backward.h"
 #include "ops/received_attention.h"
 #include "ops/weights.h"
 
@@ -25,6 +26,12 @@ struct Processor {
   static void receive(const ReceivedProblem& problem, const Operand& /*query*/) {
     ScratchLease scratch;
     kernels().received_attention(problem, torch_threads(), *scratch);
+  }
+
+  static void differentiate(const GradientProblem& problem, const Operand& /*query*/, const GainRow* /*gain*/,
+                            const BackwardTensors* /*tensors*/) {
+    ScratchLease scratch;
+    check_status(kernels().gradient(problem, torch_threads(), *scratch), problem.boost.capacity);
   }
 
   static void outlier_mask(const OutlierMaskProblem& problem, const Operand& /*weights*/) {
@@ -56,6 +63,9 @@ STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
   library.impl("rebalance", TORCH_BOX(&rebalance_uniform<Processor>));
   library.impl("rebalance.per_head", TORCH_BOX(&rebalance_per_head<Processor>));
   library.impl("rebalance_backward", TORCH_BOX(&rebalance_backward<Processor>));
+  library.impl("source_attention_backward", TORCH_BOX(&source_attention_backward<Processor>));
+  library.impl("rebalanced_attention_backward", TORCH_BOX(&rebalanced_attention_backward<Processor>));
+  library.impl("received_attention_backward", TORCH_BOX(&received_attention_backward<Processor>));
 }
 
 }  // namespace attnrb::ops

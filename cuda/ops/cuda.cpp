@@ -1,9 +1,11 @@
 // The ops on the device: its kernels under the checks that every device shares.
-#include "gradient.h"
+#include "dense.h"
 #include "library.h"
 #include "ops/attention.h"
+#include "ops/attention_backward.h"
 #include "ops/received_attention.h"
 #include "ops/weights.h"
+#include "sparse_gradient.h"
 
 namespace attnrb::ops {
 namespace {
@@ -24,6 +26,18 @@ struct CudaDevice {
     cuda::start_received(plan, workspace.mutable_data_ptr(), scope.stream());
   }
 
+  static void differentiate(const GradientProblem& problem, const Operand& query, const DeviceGain* gain,
+                            const BackwardTensors* tensors) {
+    const DeviceScope scope(query);
+    const int gain_stride = gain == nullptr ? 1 : gain->stride;
+    if (tensors != nullptr && differentiate_parts(problem, query, gain_stride, *tensors, scope)) return;
+    cuda::GradientPlan plan = cuda::plan_gradient(problem, scope.device(), gain_stride);
+    const Tensor workspace = scope.bytes(plan.workspace_bytes);
+    DeviceStatus status(problem.boost, query);
+    cuda::start_gradient(plan, workspace.mutable_data_ptr(), status.data(), scope.stream());
+    status.check(scope.stream());
+  }
+
   static void outlier_mask(const OutlierMaskProblem& problem, const Operand& weights) {
     const DeviceScope scope(weights);
     cuda::start_outlier_mask(problem, scope.stream());
@@ -41,6 +55,31 @@ struct CudaDevice {
     problem.gain_rows = static_cast<double*>(gain_rows.mutable_data_ptr());
     cuda::start_rebalance_gradient(problem, gain.stride, scope.stream());
   }
+
+ private:
+  // The dense part by PyTorch's flash backward, where it takes the case; returns whether it did.
+  static bool differentiate_parts(const GradientProblem& problem, const Operand& query, int gain_stride,
+                                  const BackwardTensors& tensors, const DeviceScope& scope) {
+    if (problem.shape.queries < kFewestQueries || !cuda::sparse_suits(problem) ||
+        !Operand("lse", tensors.lse).is_contiguous())
+      return false;
+    const std::optional<DenseGradients> dense =
+        differentiate_densely(tensors.grad_output, tensors.query, tensors.key, tensors.value, tensors.output,
+                              tensors.lse, problem.visibility.causal, double(problem.scoring.scale));
+    if (!dense) return false;
+    const auto view = [](const Tensor& tensor) { return view_of(Operand("dense", tensor)); };
+    const cuda::DenseGradientViews views{view(dense->query), view(dense->key), view(dense->value)};
+    if (!cuda::dense_suits(problem, views)) return false;
+    cuda::SparseGradientPlan plan = cuda::plan_sparse_gradient(problem, views, scope.device(), gain_stride);
+    const Tensor workspace = scope.bytes(plan.workspace_bytes);
+    Tensor zeros = empty<1>({plan.zero_numbers}, dtype_codes().int32, query);
+    torch::stable::zero_(zeros);
+    const DeviceStatus status(problem.boost, query);
+    cuda::start_sparse_gradient(plan, workspace.mutable_data_ptr(), static_cast<int32_t*>(zeros.mutable_data_ptr()),
+                                status.data(), scope.stream());
+    status.check(scope.stream());
+    return true;
+  }
 };
 
 }  // namespace
@@ -56,6 +95,9 @@ STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
   library.impl("rebalance", TORCH_BOX(&rebalance_uniform<CudaDevice>));
   library.impl("rebalance.per_head", TORCH_BOX(&rebalance_per_head<CudaDevice>));
   library.impl("rebalance_backward", TORCH_BOX(&rebalance_backward<CudaDevice>));
+  library.impl("source_attention_backward", TORCH_BOX(&source_attention_backward<CudaDevice>));
+  library.impl("rebalanced_attention_backward", TORCH_BOX(&rebalanced_attention_backward<CudaDevice>));
+  library.impl("received_attention_backward", TORCH_BOX(&received_attention_backward<CudaDevice>));
 }
 
 }  // namespace attnrb::ops

@@ -88,11 +88,11 @@ def test_values_that_are_hidden_stay_hidden() -> None:
     value[1, 0, 100, 7] = math.nan  # key head 0: query heads 0 and 1, queries from 100 on
     spoilt = gradients(query, key, value, upstream, outliers, gain)
     assert not spoilt[0][1, :2, 100:].isfinite().any()
-    for before, after in zip(clean[:1], spoilt[:1], strict=True):
-        assert torch.allclose(before[0].float(), after[0].float(), rtol=0, atol=0)
-        untouched = after[1, :2, :100].float() - before[1, :2, :100].float()
-        assert untouched.abs().max() <= 4 * one_rounding(before.dtype) * before[1, :2, :100].float().abs().max()
-        assert torch.equal(before[1, 2:], after[1, 2:])
+    before, after = clean[0], spoilt[0]
+    assert torch.equal(before[0], after[0])
+    untouched = after[1, :2, :100].float() - before[1, :2, :100].float()
+    assert untouched.abs().max() <= 4 * one_rounding(before.dtype) * before[1, :2, :100].float().abs().max()
+    assert torch.equal(before[1, 2:], after[1, 2:])
     # Key head 1 has nothing to do with it.
     for which in (1, 2):
         assert torch.equal(clean[which][1, 1], spoilt[which][1, 1])
@@ -101,7 +101,6 @@ def test_values_that_are_hidden_stay_hidden() -> None:
 
 def test_outlier_rows_that_break_the_rules_spoil_what_they_reach() -> None:
     query, key, value, upstream, outliers, gain = operands()
-    clean = gradients(query, key, value, upstream, outliers, gain)
     output = functional.rebalanced_attention(query, key, value, outliers, gain, normalize=True)
     outliers.counts[0, 1, 60] = outliers.indices.shape[3] + 1
     lse = torch.zeros(2, 4, 130)
@@ -115,7 +114,7 @@ def test_outlier_rows_that_break_the_rules_spoil_what_they_reach() -> None:
     assert found[0][0, 1, 60].isnan().all()
     assert found[1][0, 0, :61].isnan().all()
     assert found[0][1].isfinite().all()
-    assert found[1][1].shape == clean[1][1].shape
+    assert found[1][1].isfinite().all()
 
 
 def test_equal_inputs_give_equal_bits() -> None:
