@@ -43,7 +43,7 @@ def _register() -> None:
         from lm_eval.api.registry import model_registry
 
         if "attnrb" not in model_registry:
-            model_registry.register("attnrb", target="attnrb.evaluation.model:AttnrbLM")
+            model_registry.register("attnrb", target="attnrb.hosts.lm_eval.model:AttnrbLM")
     except Exception as error:  # whatever a harness of the future does, its own models are not to suffer
         print(
             f"attnrb: this lm_eval cannot be told of the model attnrb ({error!r}): use attnrb lm-eval", file=sys.stderr

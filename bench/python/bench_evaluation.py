@@ -52,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=2, help="the best of so many runs (default: 2)")
     options = parser.parse_args(arguments)
 
-    from attnrb.config import RebalanceConfig
     from attnrb.evaluation.grid import quiet
-    from attnrb.evaluation.model import AttnrbLM
+    from attnrb.hosts.lm_eval.model import AttnrbLM
+    from attnrb.policies.rebalance import RebalanceConfig
     from lm_eval.models.huggingface import HFLM
 
     figures = Figures(options)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from attnrb import Outliers, Visibility, functional, reference
+from attnrb import Outliers, Visibility, functional
+from attnrb.ops import reference
 from bars import OFF, SDPA, SDPA_BEST, Case
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa

@@ -7,7 +7,7 @@ from typing import Any
 
 from attnrb import __version__
 from attnrb.evaluation.page import COLOURS, plot, table, whole_page
-from attnrb.html_page import escape
+from attnrb.reports.html_page import escape
 
 _ARMS = {"plain": "plain", "rebalanced": "re-balanced", "gains": "learnt gains"}
 _COLOUR = {"plain": COLOURS[0], "rebalanced": COLOURS[1], "gains": COLOURS[2]}

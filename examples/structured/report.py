@@ -10,7 +10,7 @@ from typing import Any
 
 from attnrb import RebalanceConfig
 from attnrb.analysis import AttentionReport, AttentionRun
-from attnrb.files import write_whole
+from attnrb.reports.files import write_whole
 
 from structured.page import page
 from structured.settings import ARMS

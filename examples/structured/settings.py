@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from attnrb import RebalanceConfig
-from attnrb.files import write_whole
+from attnrb.reports.files import write_whole
 
 Kind = Literal["lora", "full", "gains"]
 ARMS = ("plain", "rebalanced")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attnrb.files import write_whole
+from attnrb.reports.files import write_whole
 
 from structured.data import Blocks, Records
 from structured.settings import Run, Settings

@@ -8,17 +8,17 @@
 :mod:`attnrb.reference` is their definition in NumPy.
 """
 
-from attnrb import _native  # noqa: F401 (registers the native ops, which what follows needs)
+from attnrb.ops import _native  # noqa: F401 (registers the native ops, which what follows needs)
 
 # isort: split
 from attnrb import functional
 from attnrb._C import release_scratch as _release_scratch
 from attnrb._C import version as __version__
-from attnrb.config import RebalanceConfig
-from attnrb.learned_gains import LearnedGains
-from attnrb.outliers import Outliers
-from attnrb.patch import Patch, patch
-from attnrb.visibility import Visibility
+from attnrb.hosts.transformers.patch import Patch, patch
+from attnrb.ops.outliers import Outliers
+from attnrb.ops.visibility import Visibility
+from attnrb.policies.learned import LearnedGains
+from attnrb.policies.rebalance import RebalanceConfig
 
 __all__ = [
     "LearnedGains",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from attnrb import functional, reference
-from attnrb.outliers import Outliers
+from attnrb.ops.outliers import Outliers
 from cases import DTYPES, Inputs, sample, table
 from conftest import CloseCalls
 from numpy.typing import NDArray

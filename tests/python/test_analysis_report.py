@@ -13,7 +13,7 @@ import attnrb
 import numpy as np
 import pytest
 from attnrb.analysis import METRICS, TOKEN_CLASSES, AttentionReport, Progress, analyze
-from attnrb.first_key import first_key_shares
+from attnrb.studies.first_key import first_key_shares
 from saved_tiny_model import LAYERS, TEXT, tiny_model, tiny_tokenizer
 
 CONFIG = attnrb.RebalanceConfig(alpha=0.5, threshold=0.02)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attnrb.analysis import TOKEN_CLASSES, describe_tokens, robust_z_scores, token_texts
-from attnrb.analysis.function_words import FUNCTION_WORDS
+from attnrb.text.function_words import FUNCTION_WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saved_tiny_model import tiny_tokenizer

@@ -207,7 +207,7 @@ class TestInfo:
 class TestBench:
     @pytest.fixture(autouse=True)
     def _short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("attnrb.selfbench._SECONDS", 0.0)
+        monkeypatch.setattr("attnrb.cli.selfbench._SECONDS", 0.0)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     def test_reports_each_op_beside_torch(self, run: Run, dtype: str) -> None:

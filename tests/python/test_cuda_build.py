@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attnrb import _native
+from attnrb.ops import _native
 from conftest import REPOSITORY
 
 CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attnrb.about import about
+from attnrb.cli.about import about
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 OPERANDS = ["Tensor query", "Tensor key", "Tensor value"]
@@ -124,7 +124,7 @@ def test_kernels_have_the_numbers_of_torch() -> None:
 
 def test_info_says_whose_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert about()["cuda_prefill"] is None or torch.cuda.is_available()
-    monkeypatch.setattr("attnrb.about._cuda", lambda: "on: a device (8.0)")
+    monkeypatch.setattr("attnrb.cli.about._cuda", lambda: "on: a device (8.0)")
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
         told = about()["cuda_prefill"]
     assert told.startswith("PyTorch's flash or memory-efficient kernel")

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from attnrb.evaluation.budget import ComputedTokenBudget
+from attnrb.hosts.lm_eval.budget import ComputedTokenBudget
 from saved_tiny_model import tiny_model, tiny_tokenizer
 
 END = 1

@@ -240,7 +240,7 @@ class TestErrors:
         def full(path: Path, content: str | bytes) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("attnrb.files.write_whole", full)
+        monkeypatch.setattr("attnrb.reports.files.write_whole", full)
         result = run("eval", "-t", "siqa", "--data", data, "-m", model, "--limit", "1", "--json", "o.json")
         assert result.exit_code == 1
         assert "'o.json' could not be written: No space left on device" in result.stderr

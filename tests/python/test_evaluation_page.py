@@ -12,13 +12,13 @@ import pytest
 for package in ("lm_eval", "plotly", "optuna"):
     pytest.importorskip(package)
 
-from attnrb.config import RebalanceConfig  # noqa: E402
 from attnrb.evaluation.grid import evaluate  # noqa: E402
-from attnrb.evaluation.model import AttnrbLM  # noqa: E402
 from attnrb.evaluation.page import letter_notes, page, points, sentence  # noqa: E402
 from attnrb.evaluation.plan import Plan  # noqa: E402
 from attnrb.evaluation.search import SearchPlan, search  # noqa: E402
 from attnrb.evaluation.search_page import search_page  # noqa: E402
+from attnrb.hosts.lm_eval.model import AttnrbLM  # noqa: E402
+from attnrb.policies.rebalance import RebalanceConfig  # noqa: E402
 from browser import Heard, browser, opened  # noqa: E402
 from saved_tiny_model import tiny_tokenizer  # noqa: E402
 from tiny_evaluation import roomy_model, save_data  # noqa: E402

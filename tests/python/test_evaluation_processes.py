@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from attnrb.evaluation.grid import evaluate
-from attnrb.evaluation.model import AttnrbLM
 from attnrb.evaluation.plan import Plan
+from attnrb.hosts.lm_eval.model import AttnrbLM
 from launchers import ACCELERATE, launch
 from tiny_evaluation import MMLU_ITEMS, PAIRS, save_data, save_roomy_model
 

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("gguf")
 
-from attnrb.config import RebalanceConfig
 from attnrb.evaluation.grid import evaluate
-from attnrb.evaluation.model import AttnrbLM
 from attnrb.evaluation.plan import Plan
 from attnrb.evaluation.selection import Cell, select
+from attnrb.hosts.lm_eval.model import AttnrbLM
+from attnrb.policies.rebalance import RebalanceConfig
 
 TASKS = ("mmlu_anatomy", "mmlu_sociology", "piqa", "siqa")
 ITEMS = 2

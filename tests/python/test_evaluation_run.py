@@ -13,12 +13,12 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from attnrb.config import RebalanceConfig
 from attnrb.evaluation.grid import evaluate
-from attnrb.evaluation.model import AttnrbLM
 from attnrb.evaluation.plan import Plan
 from attnrb.evaluation.runfile import RunFile, RunFileError
 from attnrb.evaluation.selection import Cell, select
+from attnrb.hosts.lm_eval.model import AttnrbLM
+from attnrb.policies.rebalance import RebalanceConfig
 from saved_tiny_model import tiny_tokenizer
 from tiny_evaluation import PAIRS, roomy_model, save_data
 
@@ -260,7 +260,7 @@ class TestRunFile:
 
 
 def test_lm_eval_arguments() -> None:
-    from attnrb.evaluation.model import _batch_size, _layers
+    from attnrb.hosts.lm_eval.model import _batch_size, _layers
 
     assert _layers("1-3+5") == (1, 2, 3, 5)
     assert _layers("4") == (4,)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_evaluation import save_roomy_model, save_task
 
-TARGET = "attnrb.evaluation.model:AttnrbLM"
+TARGET = "attnrb.hosts.lm_eval.model:AttnrbLM"
 
 # As much of a harness as the start of a process can meet.
 REGISTRY = """

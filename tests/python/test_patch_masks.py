@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from attnrb import functional, routine
-from attnrb.visibility import Visibility
+from attnrb import functional
+from attnrb.hosts.transformers import routine
+from attnrb.ops.visibility import Visibility
 from dense_oracle import DenseOracle, linear_gains
 from test_patch_models import CONFIG, assert_close, oracle, run
 from tiny_models import LAYERS, WINDOW, tiny, tokens
@@ -136,8 +137,8 @@ def test_a_model_whose_mask_nobody_recognises(
 
 
 def test_what_a_mask_that_nobody_recognises_says() -> None:
-    from attnrb.attention import GEOMETRY
-    from attnrb.masks import attention_mask
+    from attnrb.hosts.transformers.attention import GEOMETRY
+    from attnrb.hosts.transformers.masks import attention_mask
     from transformers import masking_utils
 
     function = masking_utils.and_masks(masking_utils.causal_mask_function, odd_keys)

@@ -9,7 +9,7 @@ import attnrb
 import pytest
 import torch
 from attnrb import RebalanceConfig
-from attnrb.patch import AttentionCall
+from attnrb.hosts.transformers.patch import AttentionCall
 
 pytest.importorskip("transformers")
 

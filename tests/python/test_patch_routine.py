@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from attnrb import routine
+from attnrb.hosts.transformers import routine
 from test_patch_models import CONFIG
 from tiny_models import LAYERS, tiny, tokens
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from attnrb import attention
+from attnrb.hosts.transformers import attention
 from dense_oracle import DenseOracle, linear_gains
 from test_patch_models import CONFIG
 from tiny_models import LAYERS, source_layer, tiny, tokens

@@ -10,7 +10,7 @@ Pictures need the extra ``analysis``; everything else needs transformers only (t
 from attnrb.analysis.outlier_tokens import Sink, robust_z_scores
 from attnrb.analysis.report import METRICS, AttentionReport, AttentionRun, TextReport
 from attnrb.analysis.run import Progress, analyze
-from attnrb.analysis.tokens import NON_SEMANTIC, TOKEN_CLASSES, Token, TokenClass, describe_tokens, token_texts
+from attnrb.text.classes import NON_SEMANTIC, TOKEN_CLASSES, Token, TokenClass, describe_tokens, token_texts
 
 __all__ = [
     "METRICS",

@@ -34,11 +34,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnrb import functional, reference
-from attnrb.analysis.tokens import TOKEN_CLASSES
-from attnrb.attention import AttentionCall
-from attnrb.outliers import Outliers
-from attnrb.visibility import Visibility
+from attnrb.hosts.transformers.attention import AttentionCall
+from attnrb.ops import functional, reference
+from attnrb.ops.outliers import Outliers
+from attnrb.ops.visibility import Visibility
+from attnrb.text.classes import TOKEN_CLASSES
 
 Floats = NDArray[np.float64]
 

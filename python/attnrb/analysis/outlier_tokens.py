@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from attnrb.analysis.tokens import Token, TokenClass
+from attnrb.text.classes import Token, TokenClass
 
 Floats = NDArray[np.float64]
 

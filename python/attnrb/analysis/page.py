@@ -1,4 +1,4 @@
-"""An attention report as one HTML page: see `attnrb.html_page`."""
+"""An attention report as one HTML page: see `attnrb.reports.html_page`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from attnrb.analysis.outlier_tokens import Sink, robust_z_scores
 from attnrb.analysis.report import METRICS, AttentionReport, AttentionRun
-from attnrb.analysis.tokens import TOKEN_CLASSES
-from attnrb.html_page import THEME_BUTTON, document, escape, json_block, plotly_source
-from attnrb.printable import printable
+from attnrb.reports.html_page import THEME_BUTTON, document, escape, json_block, plotly_source
+from attnrb.reports.printable import printable
+from attnrb.text.classes import TOKEN_CLASSES
 
 # Colours that people with any kind of colour vision tell apart (Okabe and Ito), and that show on light and dark.
 CLASS_COLOURS = dict(
@@ -179,7 +179,7 @@ def _header(report: AttentionReport) -> str:
 
 
 def _changed(run: AttentionRun) -> dict[str, Any]:
-    from attnrb.config import RebalanceConfig
+    from attnrb.policies.rebalance import RebalanceConfig
 
     assert run.config is not None
     usual = RebalanceConfig().to_dict()

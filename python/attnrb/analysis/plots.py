@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnrb.analysis.report import METRICS, AttentionReport
-from attnrb.analysis.tokens import TOKEN_CLASSES
-from attnrb.files import write_whole
+from attnrb.reports.files import write_whole
+from attnrb.text.classes import TOKEN_CLASSES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

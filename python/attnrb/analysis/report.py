@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnrb.analysis.outlier_tokens import Sink, robust_z_scores
-from attnrb.analysis.tokens import NON_SEMANTIC, TOKEN_CLASSES, Token, TokenClass
-from attnrb.config import RebalanceConfig
-from attnrb.files import write_whole
+from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.reports.files import write_whole
+from attnrb.text.classes import NON_SEMANTIC, TOKEN_CLASSES, Token, TokenClass
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from attnrb.analysis.measure import Entries, LayerSums, measure
 from attnrb.analysis.outlier_tokens import DEFAULT_Z_THRESHOLD, SinkCounter
 from attnrb.analysis.report import AttentionReport, AttentionRun, TextReport
-from attnrb.analysis.tokens import TOKEN_CLASSES, Token, describe_tokens
-from attnrb.attention import AttentionCall
-from attnrb.config import RebalanceConfig
-from attnrb.generation import encode
-from attnrb.learned_gains import LearnedGains
-from attnrb.patch import Patch, patch
+from attnrb.hosts.transformers.attention import AttentionCall
+from attnrb.hosts.transformers.patch import Patch, patch
+from attnrb.policies.learned import LearnedGains
+from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.studies.generation import encode
+from attnrb.text.classes import TOKEN_CLASSES, Token, describe_tokens
 
 Floats = NDArray[np.float64]
 

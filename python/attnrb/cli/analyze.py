@@ -19,13 +19,13 @@ from rich.text import Text
 from attnrb.cli import files, options
 from attnrb.cli.console import errors, output, steps, user_errors
 from attnrb.cli.loading import load_model
-from attnrb.printable import printable
+from attnrb.reports.printable import printable
 
 if TYPE_CHECKING:
     from attnrb.analysis import AttentionReport, AttentionRun
     from attnrb.analysis import Progress as AnalysisProgress
-    from attnrb.config import RebalanceConfig
-    from attnrb.learned_gains import LearnedGains
+    from attnrb.policies.learned import LearnedGains
+    from attnrb.policies.rebalance import RebalanceConfig
 
 _INPUT = "What to analyse"
 
@@ -150,7 +150,7 @@ def analyze(
 
 def _compared(text: str) -> RebalanceConfig | LearnedGains:
     """What ``--compare`` names: options as `options.parse_config` has them, or a file or folder of learnt gains."""
-    from attnrb.learned_gains import GAINS_FILE, LearnedGains
+    from attnrb.policies.learned import GAINS_FILE, LearnedGains
 
     written_out = text.lstrip().startswith("{")
     if not written_out and (text.endswith(".safetensors") or (Path(text) / GAINS_FILE).is_file()):

@@ -13,7 +13,7 @@ from attnrb.cli.analyze import analyze
 from attnrb.cli.console import output, print_json, steps, user_errors
 from attnrb.cli.loading import load_model, set_threads
 from attnrb.cli.search import search
-from attnrb.printable import printable
+from attnrb.reports.printable import printable
 
 app = typer.Typer(
     help="Re-balance the attention of a language model while it runs.",
@@ -66,8 +66,8 @@ def compare(
         config = method.config()
         text = _prompt(prompt)
         loaded, tokenizer = load_model(model, dtype, threads, step)
-        from attnrb.compare import DEFAULT_PROMPT
-        from attnrb.compare import compare as run
+        from attnrb.studies.compare import DEFAULT_PROMPT
+        from attnrb.studies.compare import compare as run
 
         comparison = run(
             loaded,
@@ -114,10 +114,10 @@ def generate(
         text = _prompt(prompt)
         with steps() as step:
             loaded, tokenizer = load_model(model, dtype, threads, step)
-        from attnrb.compare import DEFAULT_PROMPT
-        from attnrb.generation import encode
-        from attnrb.generation import generate as run
-        from attnrb.patch import patch
+        from attnrb.hosts.transformers.patch import patch
+        from attnrb.studies.compare import DEFAULT_PROMPT
+        from attnrb.studies.generation import encode
+        from attnrb.studies.generation import generate as run
 
         text = DEFAULT_PROMPT if text is None else text
         output()  # makes stdout replace what it cannot encode
@@ -175,7 +175,7 @@ app.command(
 def info(json: options.Json = False) -> None:
     """Print versions, the instruction set in use, threads and build options."""
     with user_errors():
-        from attnrb.about import about
+        from attnrb.cli.about import about
 
         facts = about()
     if json:
@@ -194,8 +194,8 @@ def bench(
     """Time re-balanced attention against PyTorch's on this machine, after checking its results."""
     with user_errors(), steps() as step:
         step("Starting")
+        from attnrb.cli.selfbench import run
         from attnrb.models import resolve_dtype
-        from attnrb.selfbench import run
 
         set_threads(threads)
         report = run(length=length, dtype=resolve_dtype(dtype), progress=step)

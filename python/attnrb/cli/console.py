@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from attnrb.printable import printable
+from attnrb.reports.printable import printable
 
 DEBUG_VARIABLE = "ATTNRB_DEBUG"
 
@@ -53,8 +53,8 @@ def fail(message: str) -> NoReturn:
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Turn what the library raises for bad input into one sentence. ``ATTNRB_DEBUG=1`` shows the traceback instead."""
+    from attnrb.cli.selfbench import WrongResultError
     from attnrb.models import ModelError
-    from attnrb.selfbench import WrongResultError
 
     try:
         yield

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from attnrb.cli import files, options, running
 from attnrb.cli.console import errors, output, print_json, user_errors
-from attnrb.printable import printable
+from attnrb.reports.printable import printable
 
 
 def evaluate(

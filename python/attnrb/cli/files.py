@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from attnrb.cli.console import fail
-from attnrb.printable import printable
+from attnrb.reports.printable import printable
 
 PANEL = "Files to write"
 

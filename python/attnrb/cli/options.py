@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnrb.policies.parse import parse_layers
+
 if TYPE_CHECKING:
-    from attnrb.config import RebalanceConfig
+    from attnrb.policies.rebalance import RebalanceConfig
 
 _METHOD = "Re-balancing"
 _GENERATION = "Generation"
@@ -91,7 +92,7 @@ class Method:
 
     def config(self) -> RebalanceConfig:
         """The configuration they mean. Raises ValueError for one that is out of range."""
-        from attnrb.config import RebalanceConfig
+        from attnrb.policies.rebalance import RebalanceConfig
 
         return RebalanceConfig(
             alpha=self.alpha,
@@ -116,7 +117,7 @@ def parse_config(text: str) -> RebalanceConfig:
     import json
     from pathlib import Path
 
-    from attnrb.config import RebalanceConfig
+    from attnrb.policies.rebalance import RebalanceConfig
 
     if text == "default":
         return RebalanceConfig()
@@ -150,17 +151,3 @@ def _option(name: str, value: str) -> Any:
         with contextlib.suppress(ValueError):
             return kind(value)
     return value
-
-
-def parse_layers(text: str) -> list[int]:
-    """Layer numbers of a list like ``1-12,15``, ascending. Raises ValueError for anything else."""
-    layers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
-        if match is None:
-            raise ValueError(f"layers: expected numbers and ranges like 1-12,15, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError(f"layers: the range {part.strip()} runs backwards")
-        layers.update(range(first, last + 1))
-    return sorted(layers)

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrb.cli.console import errors
-from attnrb.generation import Generation, decode
-from attnrb.printable import printable
+from attnrb.reports.printable import printable
+from attnrb.studies.generation import Generation, decode
 
 if TYPE_CHECKING:
-    from attnrb.compare import Comparison
-    from attnrb.selfbench import Report
+    from attnrb.cli.selfbench import Report
+    from attnrb.studies.compare import Comparison
 
 _PLAIN = "cyan"
 _REBALANCED = "magenta"
@@ -174,7 +174,7 @@ def generation(result: Generation, stats: Any | None) -> None:
 
 
 def facts(console: Console, values: Mapping[str, Any]) -> None:
-    """Print what `attnrb.about.about` returns, a line each."""
+    """Print what `attnrb.cli.about.about` returns, a line each."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -196,7 +196,7 @@ def _words(value: Any) -> str:
 
 
 def bench(console: Console, report: Report) -> None:
-    """Print what `attnrb.selfbench.run` measured."""
+    """Print what `attnrb.cli.selfbench.run` measured."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "attnrb", "PyTorch", "ratio", "error", "PyTorch's"):
         table.add_column(name, justify="left" if name == "" else "right", overflow="fold")

@@ -16,7 +16,7 @@ from rich.text import Text
 from attnrb.cli.console import errors, fail, is_first_process, quiet_transformers, steps, user_errors
 from attnrb.cli.files import PANEL, is_standard_output, write_outputs
 from attnrb.cli.loading import set_threads
-from attnrb.printable import printable
+from attnrb.reports.printable import printable
 
 if TYPE_CHECKING:
     from attnrb.evaluation.plan import TaskPlan
@@ -122,7 +122,7 @@ def start(
         step("Starting")
         set_threads(threads)
         quiet_transformers()
-        from attnrb.evaluation.model import AttnrbLM
+        from attnrb.hosts.lm_eval.model import AttnrbLM
 
         step(f"Loading {model or 'the embedded model'}")
         return AttnrbLM(model, plain=True, dtype=dtype, batch_size=rows), selected
@@ -130,7 +130,7 @@ def start(
 
 def write(reports: Mapping[Path | None, Callable[[], str]]) -> None:
     """Write each report that is asked for, whole or not at all."""
-    from attnrb.files import write_whole
+    from attnrb.reports.files import write_whole
 
     def writer(content: Callable[[], str]) -> Callable[[Path], object]:
         return lambda path: write_whole(path, content())

@@ -11,7 +11,7 @@ from rich.text import Text
 from attnrb.cli import files, options, running
 from attnrb.cli.console import output, print_json, user_errors
 from attnrb.cli.eval import render
-from attnrb.printable import printable
+from attnrb.reports.printable import printable
 
 _SEARCH = "Search"
 

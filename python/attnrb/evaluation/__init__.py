@@ -13,31 +13,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnrb.evaluation.budget import ComputedTokenBudget, Reading
     from attnrb.evaluation.data import DataError
     from attnrb.evaluation.extraction import Extraction, extract_choice, extract_number
     from attnrb.evaluation.grid import evaluate
-    from attnrb.evaluation.model import AttnrbLM
     from attnrb.evaluation.plan import Plan
     from attnrb.evaluation.report import Report
     from attnrb.evaluation.runfile import RunFileError
     from attnrb.evaluation.search import SearchPlan, search
+    from attnrb.hosts.lm_eval.budget import ComputedTokenBudget, Reading
+    from attnrb.hosts.lm_eval.model import AttnrbLM
 
 # Imported when they are first used: the harness alone takes seconds.
 _PLACES = {
-    "AttnrbLM": "model",
-    "ComputedTokenBudget": "budget",
-    "DataError": "data",
-    "Extraction": "extraction",
-    "Plan": "plan",
-    "Reading": "budget",
-    "Report": "report",
-    "RunFileError": "runfile",
-    "SearchPlan": "search",
-    "evaluate": "grid",
-    "extract_choice": "extraction",
-    "extract_number": "extraction",
-    "search": "search",
+    "AttnrbLM": "attnrb.hosts.lm_eval.model",
+    "ComputedTokenBudget": "attnrb.hosts.lm_eval.budget",
+    "DataError": "attnrb.evaluation.data",
+    "Extraction": "attnrb.evaluation.extraction",
+    "Plan": "attnrb.evaluation.plan",
+    "Reading": "attnrb.hosts.lm_eval.budget",
+    "Report": "attnrb.evaluation.report",
+    "RunFileError": "attnrb.evaluation.runfile",
+    "SearchPlan": "attnrb.evaluation.search",
+    "evaluate": "attnrb.evaluation.grid",
+    "extract_choice": "attnrb.evaluation.extraction",
+    "extract_number": "attnrb.evaluation.extraction",
+    "search": "attnrb.evaluation.search",
 }
 
 __all__ = [
@@ -61,7 +61,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+        return getattr(importlib.import_module(_PLACES[name]), name)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("lm_eval", "datasets", "statsmodels", "scipy", "optuna"):
             raise ImportError(

@@ -35,7 +35,7 @@ def evaluate(
     """Run a plan, or go on with it, and report.
 
     Args:
-        lm: an `attnrb.evaluation.model.AttnrbLM`, made with ``plain=True``.
+        lm: an `attnrb.hosts.lm_eval.model.AttnrbLM`, made with ``plain=True``.
         plan: what to do.
         run_file: the file of finished items. One that exists is gone on with.
         model: the model's name, for the report.

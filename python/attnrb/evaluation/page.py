@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page: see `attnrb.html_page`."""
+"""An evaluation as one HTML page: see `attnrb.reports.html_page`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnrb.evaluation.report import METHODS, one_letter
-from attnrb.html_page import THEME_BUTTON, document, escape, json_block, plotly_source
-from attnrb.printable import printable
+from attnrb.reports.html_page import THEME_BUTTON, document, escape, json_block, plotly_source
+from attnrb.reports.printable import printable
 
 __all__ = [
     "check_installed",

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from attnrb.config import RebalanceConfig
 from attnrb.evaluation.selection import Selected, cells_of, select
+from attnrb.policies.rebalance import RebalanceConfig
 
 __all__ = ["Plan", "TaskPlan", "plan_names"]
 

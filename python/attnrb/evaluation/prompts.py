@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from attnrb.evaluation.data import LETTERS, Item
 
-__all__ = ["CONTINUATION", "CUE", "VERSION", "chain_of_thought", "direct"]
+__all__ = ["VERSION", "chain_of_thought", "direct"]
 
 VERSION = 1
 """Goes up when a word of a prompt changes: results of different versions cannot be mixed."""
 
-CUE = "\nAnswer:"
-CONTINUATION = "\nLet me check this once more."
 _OPENING = "\n\nAnalysis:"
 
 
@@ -26,7 +24,7 @@ def direct(item: Item) -> str:
 
 
 def chain_of_thought(item: Item, *, chat: bool = False) -> str:
-    """A prompt that asks to think first; the answer follows `CUE`.
+    """A prompt that asks to think first; the answer follows `attnrb.hosts.lm_eval.budget.DEFAULT_CUE`.
 
     Args:
         item: the question.

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnrb.config import RebalanceConfig
 from attnrb.evaluation.data import LETTERS, DataError
 from attnrb.evaluation.runfile import Key, RunFile
 from attnrb.evaluation.selection import Cell, Selected
 from attnrb.evaluation.tasks import ANSWER_TOKENS, extract
+from attnrb.policies.rebalance import RebalanceConfig
 
 __all__ = ["PLAIN", "Progress", "Question", "arm_label", "prepare", "run"]
 
@@ -175,7 +175,7 @@ def run(
     Several processes of one run (``accelerate launch``) share the questions out by their rank.
 
     Args:
-        lm: an `attnrb.evaluation.model.AttnrbLM` that is plain.
+        lm: an `attnrb.hosts.lm_eval.model.AttnrbLM` that is plain.
         questions: what to ask.
         arms: the models, by label: configurations, or None for the model as it is.
         file: where answers go.

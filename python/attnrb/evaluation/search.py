@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from attnrb.config import RebalanceConfig
 from attnrb.evaluation import mmlu
 from attnrb.evaluation.data import DataError
 from attnrb.evaluation.grid import about_run, begin, open_run
@@ -27,6 +26,7 @@ from attnrb.evaluation.report import Report, make_report
 from attnrb.evaluation.runfile import RunFile
 from attnrb.evaluation.runner import PLAIN, Progress, Question, arm_label, prepare, run
 from attnrb.evaluation.selection import Cell, Selected
+from attnrb.policies.rebalance import RebalanceConfig
 
 __all__ = ["SearchPlan", "SearchResult", "Trial", "search"]
 
@@ -134,7 +134,7 @@ def search(
     settings, whose finished items are in the file.
 
     Args:
-        lm: an `attnrb.evaluation.model.AttnrbLM`, made with ``plain=True``.
+        lm: an `attnrb.hosts.lm_eval.model.AttnrbLM`, made with ``plain=True``.
         plan: what to do.
         run_file: the file of finished items. One that exists is gone on with.
         model: the model's name, for the report.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnrb.evaluation import page
-from attnrb.html_page import escape
-from attnrb.printable import printable
+from attnrb.reports.html_page import escape
+from attnrb.reports.printable import printable
 
 __all__ = ["search_page"]
 

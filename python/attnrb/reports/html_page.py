@@ -13,7 +13,7 @@ import importlib.resources
 import json
 from typing import Any
 
-from attnrb.printable import printable
+from attnrb.reports.printable import printable
 
 __all__ = ["THEME_BUTTON", "document", "escape", "json_block", "plotly_source"]
 

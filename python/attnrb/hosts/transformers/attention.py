@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnrb import functional
-from attnrb.config import RebalanceConfig
-from attnrb.outliers import Outliers
-from attnrb.routine import Routine
-from attnrb.stats import PatchStats
-from attnrb.weights import attention_weights
+from attnrb.hosts.stats import PatchStats
+from attnrb.hosts.transformers.routine import Routine
+from attnrb.ops import functional
+from attnrb.ops.outliers import Outliers
+from attnrb.ops.weights import attention_weights
+from attnrb.policies.rebalance import RebalanceConfig
 
 if TYPE_CHECKING:
-    from attnrb.learned_gains import LearnedGains
-    from attnrb.masks import Geometry
+    from attnrb.hosts.transformers.masks import Geometry
+    from attnrb.policies.learned import LearnedGains
 
 # The keyword argument that carries the `Forward`, and the attribute that carries a mask's geometry (see masks.py).
 FORWARD = "attnrb_forward"
@@ -397,7 +397,7 @@ def _read_mask(
     for known, length, geometry in forward.masks:
         if known is mask and length == keys:
             return geometry
-    from attnrb.masks import read_mask
+    from attnrb.hosts.transformers.masks import read_mask
 
     geometry = read_mask(mask, forward.first_slot, query.size(2), keys)
     forward.masks.append((mask, keys, geometry))

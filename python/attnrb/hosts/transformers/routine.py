@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from attnrb.functional import NATIVE_DTYPES
-from attnrb.outliers import Outliers
-from attnrb.visibility import VisibilityArguments, visibility_arguments
+from attnrb.ops.functional import NATIVE_DTYPES
+from attnrb.ops.outliers import Outliers
+from attnrb.ops.visibility import VisibilityArguments, visibility_arguments
 
 if TYPE_CHECKING:
-    from attnrb.attention import Forward
-    from attnrb.masks import Geometry
+    from attnrb.hosts.transformers.attention import Forward
+    from attnrb.hosts.transformers.masks import Geometry
 
 __all__ = ["Routine"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnrb import _C, functional, reference
-from attnrb.outliers import Outliers
+from attnrb.ops.outliers import Outliers
 
 HEADS, KEY_HEADS, WIDTH = 8, 2, 64
 THRESHOLD, GAIN = 0.01, 0.2

@@ -14,11 +14,10 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from attnrb.config import RebalanceConfig
-from attnrb.evaluation import prompts
-from attnrb.evaluation.budget import ComputedTokenBudget, Reading
+from attnrb.hosts.lm_eval.budget import ComputedTokenBudget, Reading
+from attnrb.hosts.transformers.patch import patch
 from attnrb.models import load
-from attnrb.patch import patch
+from attnrb.policies.rebalance import RebalanceConfig
 
 __all__ = ["AttnrbLM", "Computed"]
 
@@ -271,8 +270,6 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
             self.tokenizer,
             minimum,
             maximum,
-            cue=prompts.CUE,
-            continuation=prompts.CONTINUATION,
             answer_tokens=answer_tokens,
             end_token_ids=self._end_ids(),
         )
@@ -312,7 +309,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
 
 def _layers(text: str) -> tuple[int, ...]:
     """Layers of a list like ``1-12+15``: the harness splits its arguments at commas."""
-    from attnrb.cli.options import parse_layers
+    from attnrb.policies.parse import parse_layers
 
     return tuple(parse_layers(text.replace("+", ",")))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnrb import _C
-from attnrb.outliers import Outliers
+from attnrb.ops.outliers import Outliers
 
 __all__ = ["outlier_mask", "rebalance", "rebalanced_attention", "received_attention", "source_attention"]
 

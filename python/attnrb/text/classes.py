@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from attnrb.analysis.function_words import FUNCTION_WORDS
+from attnrb.text.function_words import FUNCTION_WORDS
 
 __all__ = ["FUNCTION_WORDS", "NON_SEMANTIC", "TOKEN_CLASSES", "Token", "TokenClass", "describe_tokens", "token_texts"]
 

@@ -4,9 +4,9 @@ Note: [How a model is patched]
 transformers looks up its attention and its mask function by a name in the configuration that a module holds. A patch
 registers attnrb's functions under a name of its own and gives the modules of one model a copy of their configuration
 that says this name; the configuration itself, which other models may share, is not written to. A hook before the
-decoder adds one keyword argument, the `attnrb.attention.Forward`, which models hand down to their attention. A hook
-after it checks that every layer that was to be re-balanced did come by: what cannot be served raises, and nothing runs
-plainly in silence. `Patch.remove` puts the configurations back and takes both hooks out.
+decoder adds one keyword argument, the `Forward`, which models hand down to their attention. A hook after it checks that
+every layer that was to be re-balanced did come by: what cannot be served raises, and nothing runs plainly in silence.
+`Patch.remove` puts the configurations back and takes both hooks out.
 
 A patch belongs to one model. Copies of a patched model, made with ``copy.deepcopy``, by pickling or by
 ``save_pretrained``, are not patched: when a hook is copied it leaves nothing but the original attention behind.
@@ -24,10 +24,18 @@ from typing import Any
 
 import torch
 
-from attnrb.attention import FORWARD, AttentionCall, Forward, Observer, Plan, attention, enter_forward
-from attnrb.config import RebalanceConfig
-from attnrb.learned_gains import LearnedGains
-from attnrb.stats import PatchStats
+from attnrb.hosts.stats import PatchStats
+from attnrb.hosts.transformers.attention import (
+    FORWARD,
+    AttentionCall,
+    Forward,
+    Observer,
+    Plan,
+    attention,
+    enter_forward,
+)
+from attnrb.policies.learned import LearnedGains
+from attnrb.policies.rebalance import RebalanceConfig
 
 __all__ = ["AttentionCall", "Patch", "patch"]
 
@@ -203,7 +211,7 @@ class _Inputs:
         masks = [*self.args, *(mask.values() if isinstance(mask, dict) else [mask])]
         if not any(isinstance(each, torch.Tensor) and each.dim() == 4 for each in masks):
             return None
-        from attnrb.masks import integer
+        from attnrb.hosts.transformers.masks import integer
 
         cache = self.kwargs.get("past_key_values")
         return 0 if cache is None else integer(cache.get_seq_length())
@@ -244,7 +252,7 @@ def _register() -> None:
         raise ImportError(
             "attnrb.patch needs transformers 4.57 or newer, below 6: run `pip install 'attnrb[hf]'`"
         ) from error
-    from attnrb.masks import attention_mask
+    from attnrb.hosts.transformers.masks import attention_mask
 
     # Both: a model whose attention function has no mask function of the same name silently gets no mask.
     AttentionInterface.register(_NAME, attention)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnrb.outliers import Outliers
-from attnrb.visibility import Visibility
+from attnrb.ops.outliers import Outliers
+from attnrb.ops.visibility import Visibility
 
 __all__ = ["attention_weights"]
 

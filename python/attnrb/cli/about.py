@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from attnrb import _C, __version__, _native
+from attnrb import _C, __version__
 from attnrb.models import ModelError, cache_folder, default_model_path
+from attnrb.ops import _native
 
 
 def about() -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from attnrb.config import RebalanceConfig
-from attnrb.first_key import first_key_shares
-from attnrb.generation import Generation, encode, generate
-from attnrb.patch import patch
+from attnrb.hosts.transformers.patch import patch
+from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.studies.first_key import first_key_shares
+from attnrb.studies.generation import Generation, encode, generate
 
 DEFAULT_PROMPT = "Why is the sky blue?"
 
@@ -39,7 +39,7 @@ class Comparison:
     rebalanced_layers: int
     """How many layers were re-balanced."""
     first_key_plain: tuple[float, ...]
-    """Per layer, the share of attention that the first key takes in the plain model: see `attnrb.first_key`."""
+    """Per layer, the share of attention that the first key takes in the plain model: see `attnrb.studies.first_key`."""
     first_key_rebalanced: tuple[float, ...]
     """The same, over the same text, in the re-balanced model."""
 
@@ -89,7 +89,7 @@ def compare(
         progress: called with a short line before each step.
 
     Raises:
-        ValueError: as `attnrb.generation.encode` and `attnrb.generation.generate` do.
+        ValueError: as `attnrb.studies.generation.encode` and `attnrb.studies.generation.generate` do.
         Whatever `attnrb.patch` raises for a model it cannot serve.
     """
     config = config or RebalanceConfig()

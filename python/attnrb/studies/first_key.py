@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from attnrb.attention import AttentionCall
-from attnrb.config import RebalanceConfig
-from attnrb.patch import patch
+from attnrb.hosts.transformers.attention import AttentionCall
+from attnrb.hosts.transformers.patch import patch
+from attnrb.policies.rebalance import RebalanceConfig
 
 
 def first_key_shares(model: Any, input_ids: torch.Tensor, config: RebalanceConfig) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnrb.config import RebalanceConfig
+from attnrb.policies.rebalance import RebalanceConfig
 
 __all__ = ["GAINS_FILE", "LearnedGains"]
 
@@ -62,7 +62,7 @@ class LearnedGains(torch.nn.Module):
             ValueError: ``config`` names a layer or head that the model has not.
             NotImplementedError: `attnrb.patch` could not serve the model either.
         """
-        from attnrb.patch import gain_layout  # which needs this module
+        from attnrb.hosts.transformers.patch import gain_layout  # which needs this module
 
         if config is None:
             config = RebalanceConfig()

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import masking_utils
 
-from attnrb.attention import GEOMETRY, current_forward
-from attnrb.visibility import Visibility
+from attnrb.hosts.transformers.attention import GEOMETRY, current_forward
+from attnrb.ops.visibility import Visibility
 
 _CAUSAL, _NOT_CAUSAL = 5, 6  # columns
 _NO_BOUND = torch.iinfo(torch.int64).max

@@ -1,0 +1,1 @@
+"""Hosts: libraries that run a model and let a policy edit its attention."""

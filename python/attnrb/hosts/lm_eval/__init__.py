@@ -1,0 +1,1 @@
+"""lm-evaluation-harness as a host: its model ``attnrb``."""

@@ -1,0 +1,1 @@
+"""Hugging Face transformers as a host: one model patched in place."""

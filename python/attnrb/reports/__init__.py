@@ -1,0 +1,1 @@
+"""What reports share: pages, files, and text fit to print."""

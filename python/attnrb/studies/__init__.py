@@ -1,0 +1,1 @@
+"""Small studies of a patched model: comparisons and generation."""

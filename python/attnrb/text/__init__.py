@@ -1,0 +1,1 @@
+"""Text and tokens: classes of tokens."""
