@@ -14,11 +14,8 @@ A patch belongs to one model. Copies of a patched model, made with ``copy.deepco
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -34,19 +31,12 @@ from attnrb.hosts.transformers.attention import (
     attention,
     enter_forward,
 )
+from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook
+from attnrb.hosts.transformers.decoder import find_decoder, kinds, layers_with_attention, shard_of, size
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.rebalance import RebalanceConfig
 
 __all__ = ["AttentionCall", "Patch", "patch"]
-
-# The name in transformers' AttentionInterface and AttentionMaskInterface.
-_NAME = "attnrb"
-_IMPLEMENTATION = "_attn_implementation_internal"
-
-# What configurations call a layer of softmax attention, where they name the kinds of their layers.
-_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "hybrid_sliding"}
-
-_SUPPORTED = "attnrb serves decoder-only models that use transformers' AttentionInterface"
 
 
 def patch(
@@ -110,16 +100,16 @@ class Patch:
     ) -> None:
         """See `patch`."""
         _register()
-        decoder = _find_decoder(model)
+        decoder = find_decoder(model)
         self.config = config
         self.stats = PatchStats()
         self.decoder = decoder
         self.learned = learned
-        self._plan = _make_plan(decoder, config, observer, _shard(model), learned)
-        self._configurations = _Configurations(model, decoder)
+        self._plan = _make_plan(decoder, config, observer, shard_of(model), learned)
+        self._configurations = Configurations(model, decoder)
         self._hooks = [
-            decoder.register_forward_pre_hook(_Hook(self._before_forward, self._configurations), with_kwargs=True),
-            decoder.register_forward_hook(_Hook(self._after_forward, self._configurations), with_kwargs=True),
+            decoder.register_forward_pre_hook(Hook(self._before_forward, self._configurations), with_kwargs=True),
+            decoder.register_forward_hook(Hook(self._after_forward, self._configurations), with_kwargs=True),
         ]
 
     @property
@@ -255,83 +245,8 @@ def _register() -> None:
     from attnrb.hosts.transformers.masks import attention_mask
 
     # Both: a model whose attention function has no mask function of the same name silently gets no mask.
-    AttentionInterface.register(_NAME, attention)
-    AttentionMaskInterface.register(_NAME, attention_mask)
-
-
-def _find_decoder(model: Any) -> Any:
-    """The module whose forward hands keyword arguments to each decoder layer.
-
-    Raises:
-        TypeError: ``model`` is no model of transformers.
-        NotImplementedError: it is one that cannot be served, as far as one can tell before a forward.
-        RuntimeError: it is patched already.
-    """
-    from transformers import PreTrainedModel
-
-    whole = None
-    if isinstance(model, torch.nn.Module):
-        # Adapters and other wrappers hold the model somewhere within.
-        whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if whole is None:
-        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
-    name = type(whole).__name__
-    if getattr(whole.config, "is_encoder_decoder", False) or getattr(whole.config, "add_cross_attention", False):
-        raise NotImplementedError(f"model: {name} attends to an encoder; {_SUPPORTED}")
-
-    decoder: Any = whole.get_decoder()  # type: ignore[no-untyped-call]
-    if decoder is whole or not isinstance(decoder, PreTrainedModel):  # some call their last projection a decoder
-        decoder = whole.base_model
-    if decoder.config.__dict__.get(_IMPLEMENTATION) == _NAME:
-        raise RuntimeError(f"model: this {name} is patched already; remove that patch first")
-
-    # Of nested modules named so (a layer that holds its attention) the inner ones have the number.
-    modules = [module for module in decoder.modules() if re.search("attention|attn|MLA$", type(module).__name__, re.I)]
-    if not modules:
-        raise NotImplementedError(f"model: {name} has no attention layers; {_SUPPORTED}")
-    numbered = [module for module in modules if isinstance(getattr(module, "layer_idx", None), int)]
-    if not numbered:
-        raise NotImplementedError(
-            f"model: the attention modules of {name} ({type(modules[0]).__name__}) have no layer_idx, so attnrb cannot "
-            f"tell which layer each is; {_SUPPORTED}, in which attention modules know their layer"
-        )
-    if not any(_uses_interface(type(module)) for module in numbered):
-        raise NotImplementedError(
-            f"model: {type(numbered[0]).__name__} computes attention by itself and does not use transformers' "
-            f"AttentionInterface, so attnrb cannot reach it; {_SUPPORTED}"
-        )
-    for kind in {type(module) for module in numbered}:
-        if own := [method for method in dir(kind) if "mask" in method]:
-            raise NotImplementedError(
-                f"model: {kind.__name__} makes masks of its own ({own[0]}), which attnrb cannot know; "
-                f"{_SUPPORTED} and its masks"
-            )
-    return decoder
-
-
-def _uses_interface(attention_class: type) -> bool:
-    """Whether a class, or one that it inherits from, stands in a file that knows transformers' AttentionInterface."""
-    from transformers import AttentionInterface
-
-    return any(
-        isinstance(value, AttentionInterface)
-        for each in attention_class.__mro__
-        if each is not torch.nn.Module and each.__module__ in sys.modules
-        for value in vars(sys.modules[each.__module__]).values()
-    )
-
-
-def _shard(model: torch.nn.Module) -> tuple[int, int]:
-    """Rank and number of ranks among which transformers' tensor parallelism split this model's heads."""
-    for module in model.modules():
-        ranks = getattr(module, "_tp_size", None)
-        if isinstance(ranks, int) and ranks > 1:
-            mesh = getattr(module, "_device_mesh", None)
-            if mesh is None:
-                return torch.distributed.get_rank() % ranks, ranks
-            names = mesh.mesh_dim_names or ()
-            return (mesh["tp"] if "tp" in names else mesh).get_local_rank(), ranks
-    return 0, 1
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, attention_mask)
 
 
 def gain_layout(model: Any, config: RebalanceConfig) -> tuple[list[list[float]], list[list[bool]]]:
@@ -339,7 +254,7 @@ def gain_layout(model: Any, config: RebalanceConfig) -> tuple[list[list[float]],
 
     A chosen gain may be 0, as the last layer's is in the schedule.
     """
-    decoder = _find_decoder(model)
+    decoder = find_decoder(model)
     plan = _make_plan(decoder, config, None, (0, 1))
     gains = _gain_rows(plan)
     everywhere = dataclasses.replace(config, gains=(1.0,) * plan.layers)
@@ -361,8 +276,8 @@ def _make_plan(
 ) -> Plan:
     """Resolve the configuration for this model's layers and heads."""
     sizes = decoder.config.get_text_config(decoder=True)
-    layers = _size(sizes, "decoder_layers", "num_hidden_layers")
-    heads = _size(sizes, "decoder_attention_heads", "num_attention_heads")
+    layers = size(sizes, "decoder_layers", "num_hidden_layers")
+    heads = size(sizes, "decoder_attention_heads", "num_attention_heads")
     for what, value in (("layers (num_hidden_layers)", layers), ("heads (num_attention_heads)", heads)):
         if not isinstance(value, int):
             raise NotImplementedError(
@@ -370,11 +285,11 @@ def _make_plan(
                 "attnrb supports models whose layers have equally many heads"
             )
     assert layers is not None and heads is not None
-    has_attention = _layers_with_attention(sizes, layers)
+    has_attention = layers_with_attention(sizes, layers)
     if True not in has_attention:
         raise NotImplementedError(
             f"model: none of the layers of {type(decoder).__name__} has softmax attention over all keys or a window of "
-            f"them; their kinds are {', '.join(sorted(set(_kinds(sizes, layers) or [])))}"
+            f"them; their kinds are {', '.join(sorted(set(kinds(sizes, layers) or [])))}"
         )
     if config.source_layer < layers and not has_attention[config.source_layer]:
         if config.source_layer > 0:
@@ -393,112 +308,3 @@ def _make_plan(
         learned.check_model(layers, heads)
         gains = tuple((0.0,) * heads if layer in learned.layers else None for layer in range(layers))
     return Plan(config, heads, gains, observer, shard, learned)
-
-
-def _size(sizes: Any, *names: str) -> Any:
-    """The first of these that a configuration has."""
-    for name in names:
-        try:
-            value = getattr(sizes, name, None)
-        except Exception as error:  # some refuse to say what differs from layer to layer
-            return type(error).__name__
-        if value is not None:
-            return value
-    return None
-
-
-def _layers_with_attention(sizes: Any, layers: int) -> list[bool]:
-    """Which decoder layers have softmax attention of their own, where the configuration says; all where it does not."""
-    kinds = _kinds(sizes, layers)
-    has = [True] * layers if kinds is None else [kind in _ATTENTION_KINDS for kind in kinds]
-    crossing = getattr(sizes, "cross_attention_layers", None) or ()
-    return [each and layer not in crossing for layer, each in enumerate(has)]
-
-
-def _kinds(sizes: Any, layers: int) -> list[str] | None:
-    for name in ("layer_types", "layers_block_type"):
-        kinds = getattr(sizes, name, None)
-        if isinstance(kinds, (list, tuple)) and len(kinds) >= layers:
-            return [str(kind) for kind in kinds[:layers]]
-    return None
-
-
-class _Hook:
-    """A hook of a patch; a copy of it, made with the model that holds it, does nothing."""
-
-    def __init__(self, function: Callable[..., Any], configurations: _Configurations) -> None:
-        self._function = function
-        self._configurations = configurations
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._function(*arguments)
-
-    def __reduce__(self) -> Any:
-        return _leave_clean, (self._configurations.originals(),)
-
-
-def _leave_clean(configurations: list[tuple[Any, Any]]) -> Callable[..., None]:
-    """Give copied configurations the attention implementation that the originals of the copied model have."""
-    for configuration, implementation in configurations:
-        vars(configuration)[_IMPLEMENTATION] = implementation
-    return _do_nothing
-
-
-def _do_nothing(*_: Any) -> None:
-    """What a copy of a hook does."""
-
-
-class _Configurations:
-    """The configurations of one model, replaced by copies that name attnrb's attention."""
-
-    def __init__(self, model: torch.nn.Module, decoder: Any) -> None:
-        """Give every module of ``model`` that holds a configuration of ``decoder``'s modules a copy of it."""
-        from transformers.configuration_utils import PretrainedConfig
-
-        def held(holder: Any) -> dict[str, Any]:
-            return {name: value for name, value in vars(holder).items() if isinstance(value, PretrainedConfig)}
-
-        renamed = {id(each) for module in decoder.modules() for each in held(module).values()}
-        renamed.add(id(decoder.config.get_text_config(decoder=True)))
-        copies: dict[int, Any] = {}  # by the id of the original, which is its own copy where nothing changes
-
-        def replacement(original: Any) -> Any:
-            if id(original) not in copies:
-                parts = {name: replacement(part) for name, part in held(original).items()}
-                changed = {name: part for name, part in parts.items() if part is not vars(original)[name]}
-                twin = original
-                if changed or id(original) in renamed:
-                    twin = copy.copy(original)
-                    vars(twin).update(changed)
-                    if id(original) in renamed:
-                        vars(twin)[_IMPLEMENTATION] = _NAME
-                    self._twins.append((original, twin, dict(vars(twin))))
-                copies[id(original)] = twin
-            return copies[id(original)]
-
-        # (original, copy, attributes of the copy at first), and (holder, attribute, original, copy).
-        self._twins: list[tuple[Any, Any, dict[str, Any]]] = []
-        self._places: list[tuple[torch.nn.Module, str, Any, Any]] = []
-        for module in model.modules():
-            for name, original in held(module).items():
-                twin = replacement(original)
-                if twin is not original:
-                    self._places.append((module, name, original, twin))
-        # Only now, when nothing can fail any more.
-        for module, name, _, twin in self._places:
-            vars(module)[name] = twin
-
-    def restore(self) -> None:
-        """Put the originals back, with what was set on their copies meanwhile."""
-        for module, name, original, twin in self._places:
-            if vars(module).get(name) is twin:
-                vars(module)[name] = original
-        for original, twin, before in self._twins:
-            for name, value in vars(twin).items():
-                if name != _IMPLEMENTATION and not (name in before and before[name] is value):
-                    vars(original)[name] = value
-        self._places, self._twins = [], []
-
-    def originals(self) -> list[tuple[Any, Any]]:
-        """Each copy, with the attention implementation of its original."""
-        return [(twin, vars(original).get(_IMPLEMENTATION)) for original, twin, _ in self._twins]
