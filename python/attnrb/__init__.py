@@ -15,12 +15,15 @@ from attnrb import functional
 from attnrb._C import release_scratch as _release_scratch
 from attnrb._C import version as __version__
 from attnrb.hosts.transformers.patch import Patch, patch
+from attnrb.ops.edit import Attended, Edit
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.visibility import Visibility
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.rebalance import RebalanceConfig
 
 __all__ = [
+    "Attended",
+    "Edit",
     "LearnedGains",
     "Outliers",
     "Patch",

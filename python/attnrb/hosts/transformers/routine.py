@@ -13,13 +13,13 @@ Whoever wants more than the output (gradients, casts, weights, an observer) take
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from attnrb.ops.functional import NATIVE_DTYPES
+from attnrb.ops.operands import NATIVE_DTYPES
 from attnrb.ops.outliers import Outliers
-from attnrb.ops.visibility import VisibilityArguments, visibility_arguments
+from attnrb.ops.visibility import visibility_arguments
 
 if TYPE_CHECKING:
     from attnrb.hosts.transformers.attention import Forward
@@ -41,7 +41,7 @@ class Routine:
     dtype: torch.dtype
     device: torch.device
     device_type: str
-    visibility: VisibilityArguments
+    visibility: tuple[Any, ...]
 
     @staticmethod
     def of(forward: Forward, mask: torch.Tensor, geometry: Geometry, query: torch.Tensor) -> Routine | None:
@@ -59,8 +59,8 @@ class Routine:
             return None
         geometry = geometry.on(device)
         visibility = visibility_arguments(geometry.visibility, shape[2], 0)
-        routine = Routine(mask, geometry, shape, dtype, device, device.type, visibility)
-        return routine if routine.serves(query) else None
+        routine = Routine(mask, geometry, shape, dtype, device, device.type, visibility.for_old_ops())
+        return routine if routine.serves(query) and not visibility.beyond_old_ops else None
 
     def serves(self, query: torch.Tensor) -> bool:
         """Whether a layer with this query is alike, and neither gradients nor casts are asked for."""
