@@ -40,8 +40,8 @@ class Edit:
         outliers: the entries that ``gain`` is for, as :func:`attnrb.functional.attention` finds them: indices int32
             ``[B, H, M, C]`` and counts int32 ``[B, H, M]``; or ``[B, H, 1, C]`` and ``[B, H, 1]``: one list for all
             queries of a head. Slots must ascend in each row.
-        gain: a number, or one for each head: a sequence, or a floating tensor ``[H]`` or ``[1]``. Given exactly where
-            ``outliers`` are. At least -1 with the rules ``row`` and ``rest``, below which weights would change sign.
+        gain: a number, or one for each head: a sequence, or a floating tensor ``[H]`` or ``[1]``. Without ``outliers``
+            every visible key is one. At least -1 with the rules ``row`` and ``rest``: below, weights would change sign.
         rule: ``"none"``, ``"row"`` or ``"rest"``.
         key_bias: floating ``[B, H, N']``, B and H being 1 where all share it: added to the scores of the key at each
             slot, after the softcap. Keys at slots from N' on have none. -inf removes a key. Computed with in float32.
@@ -50,8 +50,8 @@ class Edit:
 
     Raises:
         TypeError: an attribute has the wrong type or dtype.
-        ValueError: the rule is unknown, a rank is wrong, a gain is not finite or below its range, or one of
-            ``outliers`` and ``gain``, or ``first_query`` without ``key_bias``, stands alone.
+        ValueError: the rule is unknown, a rank is wrong, a gain is not finite or below its range, or ``outliers``
+            stand without ``gain`` or ``first_query`` without ``key_bias``.
     """
 
     outliers: Outliers | tuple[Tensor, Tensor] | None = None
@@ -63,11 +63,11 @@ class Edit:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule: expected one of {', '.join(map(repr, RULES))}, got {self.rule!r}")
-        if (self.outliers is None) != (self.gain is None):
-            missing, other = ("outliers", "gain") if self.outliers is None else ("gain", "outliers")
-            raise ValueError(f"{missing}: expected where there is {other}, got None")
         if self.outliers is not None:
+            if self.gain is None:
+                raise ValueError("gain: expected where there are outliers, got None")
             _check_outliers(self.outliers)
+        if self.gain is not None:
             check_gain(self.gain, self.rule)
         if self.key_bias is not None:
             _check_key_bias(self.key_bias)
