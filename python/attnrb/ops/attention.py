@@ -10,7 +10,7 @@ from attnrb.ops.operands import check_shapes, check_threshold, operands
 from attnrb.ops.scores import score_arguments
 from attnrb.ops.visibility import Visibility, visibility_arguments
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_weights"]
 
 
 def attention(
@@ -61,3 +61,38 @@ def attention(
     scoring = score_arguments(query, scale, softcap, sinks)
     check_shapes(query, key, value, editing, seeing, scoring)
     return Attended(*dense.attention(query, key, value, editing, emit, seeing, scoring))
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    edit: Edit | None = None,
+    visibility: Visibility | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The weights of :func:`attention` as a matrix, for those who ask to see them.
+
+    Models return their weights with ``output_attentions=True``. No op has them: they are computed again here, in
+    float32 (float64 for float64), ``4 B H M N`` bytes, and as many of ``query``'s dtype for every layer that a model
+    keeps. Output and weights of a layer agree up to rounding.
+
+    Args:
+        query: ``[B, H, M, D]``.
+        key: ``[B, Hk, N, D]``.
+        edit: what is done to the weights.
+        visibility: as for :func:`attention`, like the rest.
+        scale: likewise.
+        softcap: likewise.
+        sinks: likewise.
+
+    Returns:
+        ``[B, H, M, N]`` in the dtype of ``query``; a query that sees no key has zeros.
+    """
+    editing = edit_arguments(edit, query.size(0), query.device, query.dtype)
+    seeing = visibility_arguments(visibility, query.size(2), key.size(2))
+    scoring = score_arguments(query, scale, softcap, sinks)
+    check_shapes(query, key, key, editing, seeing, scoring)
+    return dense.attention_weights(query, key, editing, seeing, scoring)

@@ -19,8 +19,9 @@ import torch
 from attnrb.hosts.stats import PatchStats
 from attnrb.hosts.transformers.routine import Routine
 from attnrb.ops import functional
+from attnrb.ops.attention import attention_weights
+from attnrb.ops.edit import Edit
 from attnrb.ops.outliers import Outliers
-from attnrb.ops.weights import attention_weights
 from attnrb.policies.rebalance import RebalanceConfig
 
 if TYPE_CHECKING:
@@ -348,8 +349,12 @@ def attention(
         plan.observer(AttentionCall(layer, query, key, value, again, scores, gain, forward.outliers, plan.normalize))
     weights = None
     if forward.weights:
-        strengthened = None if is_source or plan.boost_all else forward.outliers
-        weights = attention_weights(query, key, strengthened, gain, normalize=plan.normalize, **scores)
+        edit = None
+        if gain is not None and not is_source and not plan.boost_all:
+            edit = Edit(forward.outliers, gain, "row" if plan.normalize else "none")
+        weights = attention_weights(query, key, edit=edit, **scores)
+        if gain is not None and plan.boost_all and not plan.normalize:
+            weights = (weights * (1 + gain)[:, None, None]).to(weights.dtype)
     return output.transpose(1, 2), weights
 
 
