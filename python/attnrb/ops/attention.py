@@ -1,16 +1,42 @@
-"""Attention with an edit: `torch.ops.attnrb.attention` and the function that calls it."""
+"""Attention with an edit: `torch.ops.attnrb.attention`, its gradient, and the functions that call it."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from attnrb.ops import dense
-from attnrb.ops.edit import Attended, Edit, edit_arguments
-from attnrb.ops.operands import check_shapes, check_threshold, operands
-from attnrb.ops.scores import score_arguments
-from attnrb.ops.visibility import Visibility, visibility_arguments
+from attnrb import _C
+from attnrb.ops import dense, training
+from attnrb.ops.edit import Attended, Edit, EditArguments, edit_arguments
+from attnrb.ops.operands import (
+    check_one_device,
+    check_shapes,
+    check_threshold,
+    native,
+    operands,
+    records_gradient,
+)
+from attnrb.ops.outliers import Outliers
+from attnrb.ops.scores import Scores, score_arguments
+from attnrb.ops.visibility import Visibility, VisibilityArguments, visibility_arguments
 
-__all__ = ["attention", "attention_weights"]
+__all__ = ["OPTIONS", "attend", "attention", "attention_fake", "attention_weights"]
+
+# Looked up once: torch.ops resolves overloads at every call.
+_attention = torch.ops.attnrb.attention.default
+_attention_training = torch.ops.attnrb.attention_training.default
+_attention_backward = torch.ops.attnrb.attention_backward.default
+
+# The options of the op in the order of its schema, and what they are where they are left out.
+_DEFAULTS = {
+    **EditArguments._field_defaults,
+    "emit": None,
+    **VisibilityArguments._field_defaults,
+    **Scores._field_defaults,
+}
+OPTIONS = tuple(_DEFAULTS)
 
 
 def attention(
@@ -32,6 +58,8 @@ def attention(
     ``[M, N]`` matrix is built.
 
     Differentiable in query, key, value, sinks, and the edit's gain and key bias, through output and log-sum-exp.
+    ``torch.ops.attnrb.attention``, which this calls, is not: a gradient registered for it would slow every decoded
+    token, so ``torch.ops.attnrb.attention_training`` has it, with the same options by position.
 
     Args:
         query: ``[B, H, M, D]``, float32, bfloat16, float16 or float64, any strides.
@@ -58,9 +86,29 @@ def attention(
         check_threshold(emit, "emit")
     editing = edit_arguments(edit, query.size(0), query.device, query.dtype)
     seeing = visibility_arguments(visibility, query.size(2), key.size(2))
-    scoring = score_arguments(query, scale, softcap, sinks)
-    check_shapes(query, key, value, editing, seeing, scoring)
-    return Attended(*dense.attention(query, key, value, editing, emit, seeing, scoring))
+    return attend(query, key, value, editing, emit, seeing, score_arguments(query, scale, softcap, sinks))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    edit: EditArguments,
+    emit: float | None,
+    visibility: VisibilityArguments,
+    scores: Scores,
+) -> Attended:
+    """:func:`attention` of checked operands, with its options as the op takes them."""
+    if not native(query):
+        check_shapes(query, key, value, edit, visibility, scores)
+        return Attended(*dense.attention(query, key, value, edit, emit, visibility, scores))
+    options = (*edit, emit, *visibility, *scores)
+    if records_gradient(query, key, value, edit.gain, edit.key_bias, scores.sinks):
+        output, lse, indices, counts = _attention_training(query, key, value, *options)
+    else:
+        named = dict(zip(OPTIONS, options, strict=True))
+        output, lse, indices, counts = _attention(query, key, value, **named)
+    return Attended(output, lse, None if emit is None else Outliers(indices, counts))
 
 
 def attention_weights(
@@ -96,3 +144,76 @@ def attention_weights(
     scoring = score_arguments(query, scale, softcap, sinks)
     check_shapes(query, key, key, editing, seeing, scoring)
     return dense.attention_weights(query, key, editing, seeing, scoring)
+
+
+# ------------------------------------------------------------------------------------------------ as torch knows it
+
+
+def _named(positional: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """The options of a call, all of them: torch leaves out what is at its default."""
+    return {**_DEFAULTS, **dict(zip(OPTIONS, positional, strict=False)), **keywords}
+
+
+def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> tuple[Tensor, ...]:
+    """What the op returns, of the right shapes, dtypes and strides."""
+    options = _named(positional, keywords)
+    check_one_device(query=query, key=key, value=value, **options)
+    rows, emit = query.shape[:3], options["emit"]
+    capacity = 0
+    if emit is not None:
+        capacity = torch.sym_min(_C.outlier_capacity(emit), key.shape[2])  # type: ignore[no-untyped-call]
+    return (
+        training.like_rows(query.new_empty((1,)).expand(*rows, value.shape[3])),
+        query.new_empty(rows, dtype=torch.float32),
+        query.new_empty((*rows, capacity), dtype=torch.int32),
+        query.new_empty(rows, dtype=torch.int32),
+    )
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *positional: Any,
+    **keywords: Any,
+) -> tuple[Tensor, ...]:
+    rows = (training.like_rows(each) for each in (query, key, value))
+    bias = training.like_bias(query, _named(positional, keywords)["key_bias"])
+    return (*rows, training.like_heads(query), bias, training.like_heads(query))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, *options = inputs
+    attended, lse, indices, counts = output
+    training.keep(ctx, dict(zip(OPTIONS, options, strict=True)), query, key, value, attended, lse)
+    ctx.mark_non_differentiable(indices, counts)
+
+
+def _gradient(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_output is None and grad_lse is None:
+        return (None,) * (3 + len(OPTIONS))
+    (query, key, value, output, lse), options = training.kept(ctx)
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    options["emit"] = None
+    *rows, gain, key_bias, sinks = _attention_backward(
+        grad_output, grad_lse, query, key, value, output, lse, *(options[name] for name in OPTIONS)
+    )
+    found: dict[str, Tensor] = {}
+    if options["gain"] is not None:
+        found["gain"] = gain.sum(0, keepdim=True) if options["gain"].shape[0] == 1 else gain
+    if options["key_bias"] is not None:
+        found["key_bias"] = key_bias
+    if options["sinks"] is not None:
+        found["sinks"] = sinks.to(options["sinks"].dtype)
+    return (*rows, *(found.get(name) for name in OPTIONS))
+
+
+torch.library.register_fake("attnrb::attention", attention_fake)
+torch.library.register_fake("attnrb::attention_training", attention_fake)
+torch.library.register_autograd("attnrb::attention_training", _gradient, setup_context=_setup)
+training.register_backward("attnrb::attention_backward", _backward_fake)

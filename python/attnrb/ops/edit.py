@@ -96,7 +96,8 @@ class EditArguments(NamedTuple):
     indices: Tensor | None = None
     counts: Tensor | None = None
     gain: Tensor | None = None
-    rule: str = "none"
+    rule: int = 0
+    """Index in `RULES`."""
     key_bias: Tensor | None = None
     first_query: Tensor | None = None
 
@@ -126,7 +127,7 @@ def edit_arguments(edit: Edit | None, batch: int, device: torch.device, dtype: t
         indices,
         counts,
         None if edit.gain is None else gain_tensor(edit.gain, device, wide),
-        edit.rule,
+        RULES.index(edit.rule),
         None if edit.key_bias is None else edit.key_bias.to(wide),
         first,
     )

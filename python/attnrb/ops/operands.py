@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrb.ops.edit import EditArguments
+from attnrb.ops.edit import RULES, EditArguments
 from attnrb.ops.scores import Scores
 from attnrb.ops.visibility import VisibilityArguments, describe
 
@@ -17,12 +17,18 @@ __all__ = [
     "check_operand",
     "check_shapes",
     "check_threshold",
+    "native",
     "operands",
     "records_gradient",
 ]
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*NATIVE_DTYPES, torch.float64)
+
+
+def native(query: Tensor) -> bool:
+    """Whether native ops serve such operands; `attnrb.ops.dense` serves all others."""
+    return query.dtype in NATIVE_DTYPES
 
 
 def operands(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,8 +131,10 @@ def _check_edit(batch: int, heads: int, queries: int, edit: EditArguments) -> No
         if edit.gain.device.type == "cpu" and not torch.compiler.is_compiling():
             if not bool(edit.gain.isfinite().all()):
                 raise ValueError(f"gain: expected finite numbers, got {edit.gain.tolist()}")
-            if edit.rule != "none" and bool((edit.gain < -1).any()):
-                raise ValueError(f"gain: expected at least -1 with the rule {edit.rule!r}, got {edit.gain.tolist()}")
+            if edit.rule and bool((edit.gain < -1).any()):
+                raise ValueError(
+                    f"gain: expected at least -1 with the rule {RULES[edit.rule]!r}, got {edit.gain.tolist()}"
+                )
     bias, first = edit.key_bias, edit.first_query
     if bias is not None and (bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads)):
         raise ValueError(

@@ -9,13 +9,20 @@ from torch import Tensor
 
 from attnrb.ops.visibility import describe
 
-__all__ = ["Scores", "score_arguments"]
+__all__ = ["OLDER_OPTIONS", "Scores", "promoted", "score_arguments"]
+
+# What the ops of the first release take by position, after arguments of their own.
+OLDER_OPTIONS = (
+    *("causal", "query_offset", "key_offset", "window", "key_start", "key_end", "mask"),
+    *("scale", "softcap", "sinks"),
+)
 
 
 class Scores(NamedTuple):
     """As the ops take it, under the names of their arguments: ``softcap · tanh(scale · query · key / softcap)``."""
 
-    scale: float
+    scale: float | None = None
+    """None: ``1 / sqrt(D)``."""
     softcap: float = 0.0
     """0: none."""
     sinks: Tensor | None = None

@@ -68,8 +68,8 @@ class VisibilityArguments(NamedTuple):
     """A visibility as the ops take it, under the names of their arguments."""
 
     causal: bool = True
-    query_offset: int = 0
-    """Slot of the first query of every sequence; unused where there are ``query_offsets``."""
+    query_offset: int | None = None
+    """Slot of the first query of every sequence; None where there are ``query_offsets``."""
     query_offsets: torch.Tensor | None = None
     key_offset: int = 0
     window: int = 0
@@ -81,14 +81,14 @@ class VisibilityArguments(NamedTuple):
     mask: torch.Tensor | None = None
 
     @property
-    def beyond_old_ops(self) -> bool:
-        """Whether the ops of re-balancing have no argument for it."""
+    def beyond_older_ops(self) -> bool:
+        """Whether the ops `source_attention` and `rebalanced_attention` have no argument for it."""
         return self.query_offsets is not None or self.chunk != 0
 
-    def for_old_ops(self) -> tuple[Any, ...]:
-        """In the order of the ops of re-balancing."""
+    def for_older_ops(self) -> tuple[Any, ...]:
+        """In the order of those ops and of `received_attention`."""
         return (
-            *(self.causal, self.query_offset, self.key_offset, self.window),
+            *(self.causal, self.query_offset or 0, self.key_offset, self.window),
             *(self.key_start, self.key_end, self.mask),
         )
 
@@ -111,10 +111,14 @@ def visibility_arguments(visibility: Visibility | torch.Tensor | None, queries: 
         return VisibilityArguments(causal=False, query_offset=keys - queries, mask=visibility)
     if not isinstance(visibility, Visibility):
         raise TypeError(f"visibility: expected a Visibility, a bool tensor or None, got {describe(visibility)}")
-    first = visibility.query_offset
-    offsets = first if isinstance(first, torch.Tensor) else None
-    if first is None or isinstance(first, torch.Tensor):
+    first: int | None
+    first, offsets = None, None
+    if isinstance(visibility.query_offset, torch.Tensor):
+        offsets = visibility.query_offset
+    elif visibility.query_offset is None:
         first = visibility.key_offset + keys - queries
+    else:
+        first = visibility.query_offset
     return VisibilityArguments(
         causal=visibility.mask is None if visibility.causal is None else visibility.causal,
         query_offset=first,

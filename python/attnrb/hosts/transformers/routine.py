@@ -59,8 +59,8 @@ class Routine:
             return None
         geometry = geometry.on(device)
         visibility = visibility_arguments(geometry.visibility, shape[2], 0)
-        routine = Routine(mask, geometry, shape, dtype, device, device.type, visibility.for_old_ops())
-        return routine if routine.serves(query) and not visibility.beyond_old_ops else None
+        routine = Routine(mask, geometry, shape, dtype, device, device.type, visibility.for_older_ops())
+        return routine if routine.serves(query) and not visibility.beyond_older_ops else None
 
     def serves(self, query: torch.Tensor) -> bool:
         """Whether a layer with this query is alike, and neither gradients nor casts are asked for."""
