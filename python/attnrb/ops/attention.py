@@ -106,7 +106,8 @@ def attend(
     if records_gradient(query, key, value, edit.gain, edit.key_bias, scores.sinks):
         output, lse, indices, counts = _attention_training(query, key, value, *options)
     else:
-        named = dict(zip(OPTIONS, options, strict=True))
+        # Each option that is passed costs a quarter of a microsecond.
+        named = {name: option for name, option in zip(OPTIONS, options, strict=True) if option is not _DEFAULTS[name]}
         output, lse, indices, counts = _attention(query, key, value, **named)
     return Attended(output, lse, None if emit is None else Outliers(indices, counts))
 
