@@ -9,8 +9,9 @@ from torch import Tensor
 
 from attnrb import _C
 from attnrb.ops import dense, training
-from attnrb.ops.edit import Attended, Edit, EditArguments, edit_arguments
+from attnrb.ops.edit import NO_EDIT, RULES, Attended, Edit, EditArguments, edit_arguments
 from attnrb.ops.operands import (
+    check_gain_values,
     check_one_device,
     check_shapes,
     check_threshold,
@@ -19,24 +20,19 @@ from attnrb.ops.operands import (
     records_gradient,
 )
 from attnrb.ops.outliers import Outliers
-from attnrb.ops.scores import Scores, score_arguments
-from attnrb.ops.visibility import Visibility, VisibilityArguments, visibility_arguments
+from attnrb.ops.scores import DEFAULT_SCORES, Scores, score_arguments
+from attnrb.ops.visibility import DEFAULT_VISIBILITY, Visibility, VisibilityArguments, visibility_arguments
 
-__all__ = ["OPTIONS", "attend", "attention", "attention_fake", "attention_weights"]
+__all__ = ["OPTIONS", "attend", "attention", "attention_fake", "attention_weights", "dispatch"]
 
 # Looked up once: torch.ops resolves overloads at every call.
 _attention = torch.ops.attnrb.attention.default
 _attention_training = torch.ops.attnrb.attention_training.default
 _attention_backward = torch.ops.attnrb.attention_backward.default
 
-# The options of the op in the order of its schema, and what they are where they are left out.
-_DEFAULTS = {
-    **EditArguments._field_defaults,
-    "emit": None,
-    **VisibilityArguments._field_defaults,
-    **Scores._field_defaults,
-}
-OPTIONS = tuple(_DEFAULTS)
+# The options of the op in the order of its schema.
+OPTIONS = (*EditArguments._fields, "emit", *VisibilityArguments._fields, *Scores._fields)
+_DEFAULTS = (*NO_EDIT, None, *DEFAULT_VISIBILITY, *DEFAULT_SCORES)
 
 
 def attention(
@@ -84,12 +80,31 @@ def attention(
     query, key, value = operands(query, key, value)
     if emit is not None:
         check_threshold(emit, "emit")
-    editing = edit_arguments(edit, query.size(0), query.device, query.dtype)
-    seeing = visibility_arguments(visibility, query.size(2), key.size(2))
-    return attend(query, key, value, editing, emit, seeing, score_arguments(query, scale, softcap, sinks))
+    editing = edit_arguments(edit, query)
+    return dispatch(
+        query, key, value, editing, emit, visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
+    )
 
 
 def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    edit: Edit | None,
+    emit: float | None,
+    visibility: Visibility,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Outliers | None]:
+    """Output and outliers of :func:`attention`, which are what a model's layers need."""
+    options: dict[str, Any] = {"visibility": visibility, "scale": scale, "softcap": softcap, "sinks": sinks}
+    output, _, outliers = attention(query, key, value, edit=edit, emit=emit, **options)
+    return output, outliers
+
+
+def dispatch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -102,14 +117,51 @@ def attend(
     if not native(query):
         check_shapes(query, key, value, edit, visibility, scores)
         return Attended(*dense.attention(query, key, value, edit, emit, visibility, scores))
-    options = (*edit, emit, *visibility, *scores)
+    if (
+        edit.gain is not None and edit.indices is None
+    ):  # every key is one: a scale of the output, and no kernel's matter
+        attended = dispatch(query, key, value, edit._replace(gain=None), emit, visibility, scores)
+        return _strengthen_everything(attended, edit, scores.sinks)
     if records_gradient(query, key, value, edit.gain, edit.key_bias, scores.sinks):
-        output, lse, indices, counts = _attention_training(query, key, value, *options)
+        output, lse, indices, counts = _attention_training(query, key, value, *edit, emit, *visibility, *scores)
     else:
-        # Each option that is passed costs a quarter of a microsecond.
-        named = {name: option for name, option in zip(OPTIONS, options, strict=True) if option is not _DEFAULTS[name]}
-        output, lse, indices, counts = _attention(query, key, value, **named)
+        output, lse, indices, counts = _attention(query, key, value, **_given(edit, emit, visibility, scores))
     return Attended(output, lse, None if emit is None else Outliers(indices, counts))
+
+
+def _given(edit: EditArguments, emit: float | None, visibility: VisibilityArguments, scores: Scores) -> dict[str, Any]:
+    """The options that are not at their defaults: each that is passed costs a call a quarter of a microsecond."""
+    given: dict[str, Any] = {} if emit is None else {"emit": emit}
+    for options, nothing in ((edit, NO_EDIT), (visibility, DEFAULT_VISIBILITY), (scores, DEFAULT_SCORES)):
+        if options is not nothing:
+            for name, option, default in zip(options._fields, options, nothing, strict=True):
+                if option is not default:
+                    given[name] = option
+    return given
+
+
+def _strengthen_everything(attended: Attended, edit: EditArguments, sinks: Tensor | None) -> Attended:
+    """What the rules of Note: [Edited attention] come to where every visible key is an outlier.
+
+    The rest of a row is its sink, so that m is 1 less the sink's share.
+    """
+    assert edit.gain is not None
+    check_gain_values(edit)
+    output, lse, _ = attended
+    more = 1 + edit.gain[:, None]
+    share = torch.zeros_like(lse)
+    if sinks is not None:
+        share = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.to(lse.dtype)[:, None] - lse))
+    factor = more.expand_as(lse)
+    rule = RULES[edit.rule]
+    if rule == "row":
+        total = share + more * (1 - share)
+        factor = torch.where(total == 0, 0.0, more / total)
+        lse = lse + torch.log(total)
+    elif rule == "rest":
+        factor = torch.where(share == 0, 1.0, more)
+    # Not in place: a backward may need the output.
+    return attended._replace(output=(output * factor[..., None]).to(output.dtype), lse=lse)
 
 
 def attention_weights(
@@ -140,9 +192,8 @@ def attention_weights(
     Returns:
         ``[B, H, M, N]`` in the dtype of ``query``; a query that sees no key has zeros.
     """
-    editing = edit_arguments(edit, query.size(0), query.device, query.dtype)
-    seeing = visibility_arguments(visibility, query.size(2), key.size(2))
-    scoring = score_arguments(query, scale, softcap, sinks)
+    editing, seeing = edit_arguments(edit, query), visibility_arguments(visibility)
+    scoring = score_arguments(scale, softcap, sinks)
     check_shapes(query, key, key, editing, seeing, scoring)
     return dense.attention_weights(query, key, editing, seeing, scoring)
 
@@ -152,7 +203,7 @@ def attention_weights(
 
 def _named(positional: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     """The options of a call, all of them: torch leaves out what is at its default."""
-    return {**_DEFAULTS, **dict(zip(OPTIONS, positional, strict=False)), **keywords}
+    return dict(zip(OPTIONS, _DEFAULTS, strict=True)) | dict(zip(OPTIONS, positional, strict=False)) | keywords
 
 
 def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> tuple[Tensor, ...]:

@@ -122,7 +122,7 @@ class Layer:
     def edited(self, block: Block) -> tuple[Tensor, Tensor]:
         """The block's weights as applied, ``[B, H, rows, N]``, and their log-sum-exp ``[B, H, rows]``."""
         weights, lse = block.weights, block.lse[..., 0]
-        if self.edit.indices is not None:
+        if self._gain is not None:
             weights, grown = self._strengthened(block)
             if grown is not None:
                 removed = grown == 0  # every visible key was an outlier, and a gain of -1 took them all
@@ -181,7 +181,8 @@ class Layer:
     def _strengthened(self, block: Block) -> tuple[Tensor, Tensor | None]:
         """The weights after the rule, and what the sum of a row's exponentials grew by, where the rule counts that."""
         assert self._gain is not None
-        weights, held = block.weights, self.held(block.rows)
+        weights = block.weights
+        held = block.seen if self.edit.indices is None else self.held(block.rows)
         if self._rule == "none":
             return torch.where(held, weights * (1 + self._gain), weights), None
         # The rest is summed itself: as 1 - mass it would cancel.

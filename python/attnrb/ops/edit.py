@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from attnrb.ops.outliers import Outliers
+from attnrb.ops.scores import promoted
 from attnrb.ops.visibility import check_slots, describe
 
-__all__ = ["RULES", "Attended", "Edit", "EditArguments", "edit_arguments", "gain_tensor"]
+__all__ = ["NO_EDIT", "RULES", "Attended", "Edit", "EditArguments", "edit_arguments", "gain_tensor"]
 
 RULES = ("none", "row", "rest")
 
@@ -40,8 +41,8 @@ class Edit:
         outliers: the entries that ``gain`` is for, as :func:`attnrb.functional.attention` finds them: indices int32
             ``[B, H, M, C]`` and counts int32 ``[B, H, M]``; or ``[B, H, 1, C]`` and ``[B, H, 1]``: one list for all
             queries of a head. Slots must ascend in each row.
-        gain: a number, or one for each head: a sequence, or a floating tensor ``[H]`` or ``[1]``. Given exactly where
-            ``outliers`` are. At least -1 with the rules ``row`` and ``rest``, below which weights would change sign.
+        gain: a number, or one for each head: a sequence, or a floating tensor ``[H]`` or ``[1]``. Without ``outliers``
+            every visible key is one. At least -1 with the rules ``row`` and ``rest``: below, weights would change sign.
         rule: ``"none"``, ``"row"`` or ``"rest"``.
         key_bias: floating ``[B, H, N']``, B and H being 1 where all share it: added to the scores of the key at each
             slot, after the softcap. Keys at slots from N' on have none. -inf removes a key. Computed with in float32.
@@ -50,8 +51,8 @@ class Edit:
 
     Raises:
         TypeError: an attribute has the wrong type or dtype.
-        ValueError: the rule is unknown, a rank is wrong, a gain is not finite or below its range, or one of
-            ``outliers`` and ``gain``, or ``first_query`` without ``key_bias``, stands alone.
+        ValueError: the rule is unknown, a rank is wrong, a gain is not finite or below its range, or ``outliers``
+            stand without ``gain`` or ``first_query`` without ``key_bias``.
     """
 
     outliers: Outliers | tuple[Tensor, Tensor] | None = None
@@ -63,11 +64,11 @@ class Edit:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule: expected one of {', '.join(map(repr, RULES))}, got {self.rule!r}")
-        if (self.outliers is None) != (self.gain is None):
-            missing, other = ("outliers", "gain") if self.outliers is None else ("gain", "outliers")
-            raise ValueError(f"{missing}: expected where there is {other}, got None")
         if self.outliers is not None:
+            if self.gain is None:
+                raise ValueError("gain: expected where there are outliers, got None")
             _check_outliers(self.outliers)
+        if self.gain is not None:
             check_gain(self.gain, self.rule)
         if self.key_bias is not None:
             _check_key_bias(self.key_bias)
@@ -102,27 +103,29 @@ class EditArguments(NamedTuple):
     first_query: Tensor | None = None
 
 
-def edit_arguments(edit: Edit | None, batch: int, device: torch.device, dtype: torch.dtype) -> EditArguments:
-    """What an op is told for ``edit``.
+NO_EDIT = EditArguments()
+
+
+def edit_arguments(edit: Edit | None, query: Tensor) -> EditArguments:
+    """What an op is told for ``edit``; `NO_EDIT` where there is none.
 
     Args:
         edit: None changes nothing.
-        batch: B, over which a single ``first_query`` is repeated.
-        device: where numbers become tensors.
-        dtype: of the query: float64 keeps gain and bias in float64, everything else takes float32.
+        query: ``[B, H, M, D]``. Numbers become tensors on its device; a gain and a bias become float64 where it is,
+            else float32.
 
     Raises:
         TypeError: ``edit`` is something else.
     """
     if edit is None:
-        return EditArguments()
+        return NO_EDIT
     if not isinstance(edit, Edit):
         raise TypeError(f"edit: expected an Edit or None, got {describe(edit)}")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    device, wide = query.device, promoted(query.dtype)
     indices, counts = (None, None) if edit.outliers is None else edit.outliers
     first = edit.first_query
     if first is not None and not isinstance(first, Tensor):
-        first = torch.full((batch,), first, dtype=torch.int64, device=device)
+        first = torch.full((query.size(0),), first, dtype=torch.int64, device=device)
     return EditArguments(
         indices,
         counts,

@@ -13,6 +13,7 @@ from attnrb.ops.visibility import VisibilityArguments, describe
 
 __all__ = [
     "NATIVE_DTYPES",
+    "check_gain_values",
     "check_one_device",
     "check_operand",
     "check_shapes",
@@ -117,7 +118,11 @@ def _check_options(
 
 
 def _check_edit(batch: int, heads: int, queries: int, edit: EditArguments) -> None:
-    if edit.indices is not None and edit.counts is not None and edit.gain is not None:
+    if edit.gain is not None:
+        if edit.gain.shape not in ((1,), (heads,)):
+            raise ValueError(f"gain: expected the shape [1] or [H] = [{heads}], got {tuple(edit.gain.shape)}")
+        check_gain_values(edit)
+    if edit.indices is not None and edit.counts is not None:
         shape, rows = edit.indices.shape, edit.counts.shape
         if shape[:2] != (batch, heads) or shape[2] not in (1, queries):
             raise ValueError(
@@ -126,15 +131,6 @@ def _check_edit(batch: int, heads: int, queries: int, edit: EditArguments) -> No
             )
         if rows != shape[:3]:
             raise ValueError(f"counts: expected the shape of indices without C, {tuple(shape[:3])}, got {tuple(rows)}")
-        if edit.gain.shape not in ((1,), (heads,)):
-            raise ValueError(f"gain: expected the shape [1] or [H] = [{heads}], got {tuple(edit.gain.shape)}")
-        if edit.gain.device.type == "cpu" and not torch.compiler.is_compiling():
-            if not bool(edit.gain.isfinite().all()):
-                raise ValueError(f"gain: expected finite numbers, got {edit.gain.tolist()}")
-            if edit.rule and bool((edit.gain < -1).any()):
-                raise ValueError(
-                    f"gain: expected at least -1 with the rule {RULES[edit.rule]!r}, got {edit.gain.tolist()}"
-                )
     bias, first = edit.key_bias, edit.first_query
     if bias is not None and (bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads)):
         raise ValueError(
@@ -143,6 +139,16 @@ def _check_edit(batch: int, heads: int, queries: int, edit: EditArguments) -> No
         )
     if first is not None and first.shape != (batch,):
         raise ValueError(f"first_query: expected the shape [B] = [{batch}], got {tuple(first.shape)}")
+
+
+def check_gain_values(edit: EditArguments) -> None:
+    """Refuse a gain whose numbers are not finite, or below what its rule allows, where they are on the host."""
+    if edit.gain is None or edit.gain.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not bool(edit.gain.isfinite().all()):
+        raise ValueError(f"gain: expected finite numbers, got {edit.gain.tolist()}")
+    if edit.rule and bool((edit.gain < -1).any()):
+        raise ValueError(f"gain: expected at least -1 with the rule {RULES[edit.rule]!r}, got {edit.gain.tolist()}")
 
 
 def check_one_device(**arguments: Any) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrb.ops.attention import attend, attention_fake
-from attnrb.ops.edit import RULES, EditArguments, gain_tensor
+from attnrb.ops.attention import attention_fake, dispatch
+from attnrb.ops.edit import NO_EDIT, RULES, EditArguments, gain_tensor
 from attnrb.ops.operands import check_threshold, operands
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import OLDER_OPTIONS, promoted, score_arguments
@@ -56,9 +56,8 @@ def source_attention(
     """
     query, key, value = operands(query, key, value)
     check_threshold(threshold)
-    seeing = visibility_arguments(visibility, query.size(2), key.size(2))
-    scoring = score_arguments(query, scale, softcap, sinks)
-    output, lse, outliers = attend(query, key, value, EditArguments(), threshold, seeing, scoring)
+    seeing, scoring = visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
+    output, lse, outliers = dispatch(query, key, value, NO_EDIT, threshold, seeing, scoring)
     assert outliers is not None
     return output, lse, outliers
 
@@ -109,8 +108,8 @@ def rebalanced_attention(
     indices, counts = outliers
     gain = gain_tensor(gain, query.device, promoted(query.dtype))
     edit = EditArguments(indices, counts, gain, RULES.index("row" if normalize else "none"))
-    seeing = visibility_arguments(visibility, query.size(2), key.size(2))
-    return attend(query, key, value, edit, None, seeing, score_arguments(query, scale, softcap, sinks)).output
+    seeing, scoring = visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
+    return dispatch(query, key, value, edit, None, seeing, scoring).output
 
 
 # The native ops of these names are for callers of torch.ops; the functions above call `attention`.

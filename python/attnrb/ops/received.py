@@ -58,13 +58,12 @@ def received_attention(
         ValueError: shapes, devices or numbers do not fit.
     """
     query, key, _ = operands(query, key, key)
-    edit = edit_arguments(Edit(key_bias=key_bias, first_query=first_query), query.size(0), query.device, query.dtype)
-    seeing = visibility_arguments(visibility, query.size(2), key.size(2))
-    scoring = score_arguments(query, scale, softcap, sinks)
+    edit = edit_arguments(Edit(key_bias=key_bias, first_query=first_query), query)
+    seeing, scoring = visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
     if not native(query):
         check_shapes(query, key, key, edit, seeing, scoring)
         return dense.received_attention(query, key, edit, seeing, scoring)
-    older = (*seeing.for_older_ops(), *scoring)
+    older = (*seeing.for_older_ops(query.size(2), key.size(2)), *scoring.for_older_ops(query.size(3)))
     later = (edit.key_bias, edit.first_query, seeing.query_offsets, seeing.chunk)
     result: Tensor
     if records_gradient(query, key, edit.key_bias, sinks):

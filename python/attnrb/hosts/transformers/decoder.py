@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from attnrb.hosts.transformers.configurations import IMPLEMENTATION, NAME
+from attnrb.policies.base import ModelShape, register_shape_reader
 
 # What configurations call a layer of softmax attention, where they name the kinds of their layers.
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "hybrid_sliding"}
@@ -16,29 +18,56 @@ _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", 
 _SUPPORTED = "attnrb serves decoder-only models that use transformers' AttentionInterface"
 
 
+def decoder_of(model: Any) -> Any:
+    """The module of a model whose forward hands keyword arguments to each decoder layer, served or not.
+
+    Raises:
+        TypeError: ``model`` is no model of transformers.
+    """
+    from transformers import PreTrainedModel
+
+    whole = _whole_model(model)
+    decoder: Any = whole.get_decoder()
+    if decoder is whole or not isinstance(decoder, PreTrainedModel):  # some call their last projection a decoder
+        decoder = whole.base_model
+    return decoder
+
+
+def _whole_model(model: Any) -> Any:
+    """The model of transformers that ``model`` is, or wraps."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, torch.nn.Module):
+        # Adapters and other wrappers hold the model somewhere within.
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return module
+    raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}{_hint(model)}")
+
+
+def _hint(model: Any) -> str:
+    """What somebody may have meant who passed something else."""
+    if isinstance(model, (str, os.PathLike)):
+        return ": load it first, with attnrb.models.load(name) or transformers"
+    if isinstance(model, tuple):
+        return ": pass the model alone, without its tokenizer"
+    if isinstance(getattr(model, "model", None), torch.nn.Module):
+        return ": pass its model, as .model"
+    return ""
+
+
 def find_decoder(model: Any) -> Any:
-    """The module whose forward hands keyword arguments to each decoder layer.
+    """The decoder of a model that can be served: see `decoder_of`.
 
     Raises:
         TypeError: ``model`` is no model of transformers.
         NotImplementedError: it is one that cannot be served, as far as one can tell before a forward.
         RuntimeError: it is patched already.
     """
-    from transformers import PreTrainedModel
-
-    whole = None
-    if isinstance(model, torch.nn.Module):
-        # Adapters and other wrappers hold the model somewhere within.
-        whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if whole is None:
-        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    whole, decoder = _whole_model(model), decoder_of(model)
     name = type(whole).__name__
     if getattr(whole.config, "is_encoder_decoder", False) or getattr(whole.config, "add_cross_attention", False):
         raise NotImplementedError(f"model: {name} attends to an encoder; {_SUPPORTED}")
-
-    decoder: Any = whole.get_decoder()  # type: ignore[no-untyped-call]
-    if decoder is whole or not isinstance(decoder, PreTrainedModel):  # some call their last projection a decoder
-        decoder = whole.base_model
     if decoder.config.__dict__.get(IMPLEMENTATION) == NAME:
         raise RuntimeError(f"model: this {name} is patched already; remove that patch first")
 
@@ -118,3 +147,48 @@ def kinds(sizes: Any, layers: int) -> list[str] | None:
         if isinstance(named, (list, tuple)) and len(named) >= layers:
             return [str(kind) for kind in named[:layers]]
     return None
+
+
+def decoder_shape(decoder: Any, shard: tuple[int, int] = (0, 1)) -> ModelShape:
+    """The layers and heads of a decoder, as its configuration names them.
+
+    Raises:
+        NotImplementedError: the configuration gives no one number of them, or no layer has softmax attention.
+    """
+    sizes = decoder.config.get_text_config(decoder=True)
+    layers = size(sizes, "decoder_layers", "num_hidden_layers")
+    heads = size(sizes, "decoder_attention_heads", "num_attention_heads")
+    for what, value in (("layers (num_hidden_layers)", layers), ("heads (num_attention_heads)", heads)):
+        if not isinstance(value, int):
+            raise NotImplementedError(
+                f"model: the configuration of {type(decoder).__name__} gives no one number of {what}, but {value!r}; "
+                "attnrb supports models whose layers have equally many heads"
+            )
+    has_attention = layers_with_attention(sizes, layers)
+    if True not in has_attention:
+        raise NotImplementedError(
+            f"model: none of the layers of {type(decoder).__name__} has softmax attention over all keys or a window of "
+            f"them; their kinds are {', '.join(sorted(set(kinds(sizes, layers) or [])))}"
+        )
+    return ModelShape(layers, heads, tuple(has_attention), shard, _devices(decoder, layers))
+
+
+def _devices(decoder: torch.nn.Module, layers: int) -> tuple[torch.device, ...] | None:
+    """Where each layer is, by its weights; None where all are on the CPU."""
+    found: dict[int, torch.device] = {}
+    for module in decoder.modules():
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and layer not in found:
+            weight = next(module.parameters(), None)
+            if weight is not None and weight.device.type != "meta":
+                found[layer] = weight.device
+    devices = tuple(found.get(layer, torch.device("cpu")) for layer in range(layers))
+    return None if all(device.type == "cpu" for device in devices) else devices
+
+
+def model_shape(model: Any) -> ModelShape:
+    """The shape of a whole model that is not split: see `attnrb.policies.model_shape`."""
+    return decoder_shape(find_decoder(model))
+
+
+register_shape_reader(model_shape)

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import masking_utils
 
-from attnrb.hosts.transformers.attention import GEOMETRY, current_forward
+from attnrb.hosts.session import current_forward
+from attnrb.hosts.transformers.attention import GEOMETRY
 from attnrb.ops.visibility import Visibility
 
 _CAUSAL, _NOT_CAUSAL = 5, 6  # columns
