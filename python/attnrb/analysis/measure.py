@@ -35,7 +35,7 @@ from torch import Tensor
 
 from attnrb.hosts.session import AttentionCall
 from attnrb.ops import dense, functional
-from attnrb.ops.edit import EditArguments
+from attnrb.ops.edit import NO_EDIT
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import score_arguments
 from attnrb.ops.visibility import Visibility, visibility_arguments
@@ -310,9 +310,9 @@ class _Layer:
 
     def _dense(self) -> dense.Layer:
         """The layer's softmax weights, a few rows of them at a time."""
-        visibility = visibility_arguments(self.scores["visibility"], self.length, self.length)
-        scores = score_arguments(self.query, self.scale, self.softcap, self.scores["sinks"])
-        return dense.Layer(self.query, self.key, EditArguments(), visibility, scores)
+        visibility = visibility_arguments(self.scores["visibility"])
+        scores = score_arguments(self.scale, self.softcap, self.scores["sinks"])
+        return dense.Layer(self.query, self.key, NO_EDIT, visibility, scores)
 
 
 class _Strengthened(NamedTuple):
