@@ -82,14 +82,15 @@ def decode_offsets(tokenizer: Any, ids: Sequence[int], name: str = "inputs") -> 
 
 def _group(tokenizer: Any, window: list[int], count: int, known: str, gained: str) -> list[tuple[int, int]]:
     """Which of the characters `gained` each of the last `count` tokens of the window holds."""
+    if not gained and known.endswith(_UNFINISHED):  # the other bytes of a real U+FFFD
+        return [(-1, 0)] * count
     if count == 1:
-        again = not gained and known.endswith(_UNFINISHED)  # the second byte of a real U+FFFD
-        return [(-1 if again else 0, len(gained))]
+        return [(0, len(gained))]
     offsets, finished = [], 0
     for end in range(len(window) - count + 1, len(window) + 1):
         start = finished
-        part = decode(tokenizer, window[:end])[len(known) :]
-        finished = max(start, _common(part, gained))
+        part = decode(tokenizer, window[:end])
+        finished = max(start, _common(part, known + gained) - len(known))
         offsets.append((start, min(max(finished, start + 1), len(gained))))
     return offsets
 

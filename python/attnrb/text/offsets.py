@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,23 +142,50 @@ def encode(
 
 def _encoded(encoding: Any, text: str) -> RowOffsets:
     """From the offsets of an encoding of the library ``tokenizers``."""
-    offsets = _own_offsets(encoding, text)
-    cut = [_own_offsets(part, text) for part in encoding.overflowing]
-    return RowOffsets(offsets[:, 0], offsets[:, 1], np.concatenate([np.zeros((0, 2), np.int64), *cut]))
+    parts = [_own_offsets(part) for part in (encoding, *encoding.overflowing)]
+    offsets = np.concatenate(parts)
+    if not text.isascii():
+        _join_composed(offsets, text)
+    kept = len(parts[0])
+    return RowOffsets(offsets[:kept, 0], offsets[:kept, 1], offsets[kept:])
 
 
-def _own_offsets(encoding: Any, text: str) -> Offsets:
+def _own_offsets(encoding: Any) -> Offsets:
     offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     of_text = np.array([sequence is not None for sequence in encoding.sequence_ids], dtype=np.bool_)
     offsets[~of_text] = 0
     # A space put before the text, or behind a special token in it, claims the character of the next token.
     for slot, token in enumerate(encoding.tokens[:-1]):
-        if of_text[slot] and not token.strip(_SPACES):
-            start, end = offsets[slot]
-            spaces = any(character.isspace() or character in _SPACES for character in text[start:end])
-            if not spaces and offsets[slot + 1][0] == start:
-                offsets[slot] = start
+        if of_text[slot] and not token.strip(_SPACES) and offsets[slot + 1, 0] == offsets[slot, 0]:
+            offsets[slot, 1] = offsets[slot, 0]
     return offsets
+
+
+def _join_composed(offsets: Offsets, text: str) -> None:
+    """Give tokens the marks that a normaliser joined with the letters before them, changing `offsets` in place.
+
+    The library says that such a token (an e and an acute accent made into one é) holds the letter alone, and leaves the
+    mark to no token.
+    """
+    steps = np.zeros(len(text) + 1, dtype=np.int64)
+    np.add.at(steps, offsets[:, 0], 1)
+    np.add.at(steps, offsets[:, 1], -1)
+    held = np.cumsum(steps[:-1]) > 0
+    place = 1
+    while place < len(text):
+        end = place
+        if held[place - 1]:
+            while end < len(text) and not held[end] and _continues(text, place, end):
+                end += 1
+        if end > place:
+            offsets[offsets[:, 1] == place, 1] = end
+        place = end + 1
+
+
+def _continues(text: str, place: int, end: int) -> bool:
+    """Whether the character at `end` belongs to the one before `place`: a mark, or a part that it is composed with."""
+    is_mark = unicodedata.category(text[end]).startswith("M")
+    return is_mark or len(unicodedata.normalize("NFC", text[place - 1 : end + 1])) == 1
 
 
 def _decoded(

@@ -65,7 +65,7 @@ class Span:
             object.__setattr__(self, "strength", check_strength("strength", self.strength))
 
     def __repr__(self) -> str:
-        strength = "" if self.strength is None else f", ×{self.strength:g}"
+        strength = "" if self.strength is None else f" ×{self.strength:g}"
         return f"Span({self.start}:{self.end}{strength})"
 
 
@@ -260,7 +260,7 @@ class Spans:
         shown = [_row_repr(row) for row in self.rows[:_SHOWN_ROWS]]
         if len(self) > _SHOWN_ROWS:
             shown.append(f"and {len(self) - _SHOWN_ROWS} rows more")
-        return f"Spans({'; '.join(shown)})"
+        return f"Spans({' | '.join(shown)})"
 
     def _indexed(self) -> Iterator[tuple[int, Span]]:
         return ((index, span) for index, row in enumerate(self.rows) for span in row)
@@ -278,7 +278,7 @@ def _row_repr(row: tuple[Span, ...]) -> str:
     shown = [repr(span)[5:-1] for span in row[:_SHOWN_SPANS]]
     if len(row) > _SHOWN_SPANS:
         shown.append(f"and {len(row) - _SHOWN_SPANS} more")
-    return " | ".join(shown) or "none"
+    return ", ".join(shown) or "none"
 
 
 def _log(strength: float) -> float:
