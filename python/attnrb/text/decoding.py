@@ -90,8 +90,10 @@ def _group(tokenizer: Any, window: list[int], count: int, known: str, gained: st
     for end in range(len(window) - count + 1, len(window) + 1):
         start = finished
         part = decode(tokenizer, window[:end])
-        finished = max(start, _common(part, known + gained) - len(known))
-        offsets.append((start, min(max(finished, start + 1), len(gained))))
+        surely = part if end == len(window) else part.rstrip(_UNFINISHED)
+        finished = max(start, _common(surely, known + gained) - len(known))
+        begun = finished == start or len(part) > len(known) + finished
+        offsets.append((start, min(finished + begun, len(gained))))
     return offsets
 
 

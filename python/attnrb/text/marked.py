@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,9 +88,10 @@ class Marked:
 
     def to(self, device: torch.device | str) -> Marked:
         """The same with the tensors of `inputs` on a device."""
-        moved = type(self.inputs)(
-            {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in self.inputs.items()}
-        )
+        moved = copy.copy(self.inputs)
+        for key, value in self.inputs.items():
+            if isinstance(value, torch.Tensor):
+                moved[key] = value.to(device)
         return replace(self, inputs=moved)
 
     def show(self, file: TextIO | None = None) -> None:
