@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from attnrb.printable import printable
+from attnrb.reports.printable import printable
 from attnrb.text.decoding import decode, decode_offsets
 from attnrb.text.spans import Span, SpanError
 
