@@ -8,8 +8,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 CMAKE := $(BIN)/cmake
 # CMake keeps the compiler that it found first; everything here builds without torch.
 CORE_BUILD := -G Ninja -D CMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -D ATTNRB_BUILD_PACKAGE=OFF -D ATTNRB_WERROR=ON
-NATIVE_SOURCES := $(shell find csrc cmake build_backend cuda -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml \
-  $(wildcard python/_attnrb_lm_eval.*)
+NATIVE_SOURCES := $(shell find csrc cmake build_backend cuda -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 CPP_FILES := $(shell find csrc cuda tests/cpp tests/cuda_host tests/cuda_gpu bench/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_FILES := CMakeLists.txt tests/cpp/CMakeLists.txt $(wildcard cmake/*.cmake)
 CUDA_FILES := $(filter-out bench/% csrc/core/kernels/% tests/cuda_gpu/%,$(CPP_FILES)) $(CMAKE_FILES) cuda/sources.cmake \

@@ -180,7 +180,7 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness' own command, which knows the model `attnrb`: the same as `lm_eval`.
+    """Run lm-evaluation-harness' own command, with its own arguments; it knows the model `attnrb`.
 
     attnrb lm-eval --model attnrb --model_args pretrained=FOLDER,alpha=0.2 --tasks hellaswag
     """
@@ -188,7 +188,7 @@ def lm_eval(context: typer.Context) -> None:
         try:
             from lm_eval.__main__ import cli_evaluate
 
-            from attnrb.evaluation import model  # noqa: F401 (registers the model)
+            from attnrb.hosts.lm_eval import model  # noqa: F401 (registers the model)
         except ModuleNotFoundError as error:
             raise ImportError(f"this needs the package {error.name}: run `pip install 'attnrb[eval]'`") from error
         sys.argv = ["lm-eval", *context.args]
