@@ -17,7 +17,15 @@ from typing import Any, NamedTuple
 import torch
 
 from attnrb.models.adapters import add_adapter, add_delta
-from attnrb.models.checkpoint import Checkpoint, ModelError, failures, read_config, read_model, read_tokenizer
+from attnrb.models.checkpoint import (
+    Checkpoint,
+    ModelError,
+    UnknownOptionError,
+    failures,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
 from attnrb.models.gguf import Progress, cache_folder, converted
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "LoadedModel",
     "ModelError",
     "Progress",
+    "UnknownOptionError",
     "cache_folder",
     "default_model_path",
     "load",
@@ -83,7 +92,8 @@ def load(
         gguf_file: name of a GGUF file in the folder or the hub's repository.
         tokenizer: another one: a folder or hub id, or a loaded tokenizer.
         tokenizer_options: more arguments of ``AutoTokenizer.from_pretrained``.
-        options: more arguments of ``AutoModelForCausalLM.from_pretrained``.
+        options: more arguments of ``AutoModelForCausalLM.from_pretrained``, fields of the model's configuration among
+            them.
         adapter: folder or hub id of a PEFT adapter that is put on the model.
         delta: folder or hub id of weights that are added to the model's.
         allow_missing: let weights that the checkpoint lacks, or has in other shapes, be random. Default: refuse them.

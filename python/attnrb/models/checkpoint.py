@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+_MODEL_OPTIONS = (
+    "attn_implementation",
+    "device_map",
+    "key_mapping",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "quantization_config",
+    "use_kernels",
+    "variant",
+)
+"""What ``from_pretrained`` takes of a model beside the fields of its configuration."""
 _NAMED = 6  # weights that an error names before it counts the rest
 
 
 class ModelError(RuntimeError):
     """A model or its tokenizer could not be loaded. The message is one sentence that says what to do."""
+
+
+class UnknownOptionError(ModelError):
+    """An option of loading that neither transformers nor the model's configuration has."""
+
+    def __init__(self, option: str, known: Iterable[str]) -> None:
+        self.option = option
+        self.known = tuple(known)
+        """What would have been taken."""
+        super().__init__(f"options: neither from_pretrained nor the model's configuration has {option!r}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,7 @@ class Checkpoint:
         """Of every ``from_pretrained``."""
         named = {"gguf_file": self.gguf_file, "revision": self.revision, "subfolder": self.subfolder}
         given = {name: value for name, value in named.items() if value}
+        given |= {name: value for name, value in self.options.items() if name in _HUB_OPTIONS}
         return {"pretrained_model_name_or_path": self.place, "trust_remote_code": False, **given}
 
 
@@ -70,11 +94,13 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
         dtype = torch.float32
     # GGUF is no pickle, but transformers counts it out when use_safetensors is set.
     weights: dict[str, Any] = {} if checkpoint.gguf_file is not None else {"use_safetensors": True}
+    own = {name: value for name, value in checkpoint.options.items() if name not in _HUB_OPTIONS}
+    _check_options(checkpoint, own)
     with failures(f"model: {checkpoint.name!r} could not be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **checkpoint.arguments(),
             **weights,
-            **checkpoint.options,
+            **own,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, with their names
@@ -83,6 +109,18 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
         if not checkpoint.allow_missing:
             _check_report(report, checkpoint.name)
     return model
+
+
+def _check_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
+    """Raise `UnknownOptionError` for one that would be dropped, or end in the words of some constructor."""
+    if all(name in _MODEL_OPTIONS for name in options):
+        return
+    with failures(f"model: the configuration of {checkpoint.name!r} could not be read"):
+        config = read_config(checkpoint)
+    known = (*_MODEL_OPTIONS, *_HUB_OPTIONS, *config.to_dict(), *getattr(config, "attribute_map", {}))
+    for name in options:
+        if name not in known:
+            raise UnknownOptionError(name, known)
 
 
 def _check_report(report: Mapping[str, Any], name: str) -> None:
