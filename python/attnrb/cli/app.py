@@ -10,13 +10,15 @@ import typer
 from attnrb.cli import eval as eval_commands
 from attnrb.cli import options, render
 from attnrb.cli.analyze import analyze
-from attnrb.cli.console import output, print_json, steps, user_errors
+from attnrb.cli.console import OneSentence, output, print_json, steps, user_errors
+from attnrb.cli.files import standard_input
 from attnrb.cli.loading import load_model, set_threads
 from attnrb.cli.search import search
 from attnrb.reports.printable import printable
 
 app = typer.Typer(
     help="Re-balance the attention of a language model while it runs.",
+    cls=OneSentence,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -196,7 +198,7 @@ def bench(
 
 
 def _prompt(prompt: str | None) -> str | None:
-    return sys.stdin.read().strip() if prompt == "-" else prompt
+    return standard_input().strip() if prompt == "-" else prompt
 
 
 def _about(loaded: Any, model: str | None, temperature: float, seed: int) -> dict[str, Any]:

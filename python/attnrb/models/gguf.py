@@ -131,7 +131,7 @@ def _make_copy(path: Path, direct: Checkpoint, folder: Path, say: Progress) -> b
         warnings.warn(
             f"the copy of {path.name} could not be kept in {str(folder.parent)!r} ({reason}): later starts are as slow "
             "as this one; ATTNRB_CACHE names another folder",
-            stacklevel=2,
+            stacklevel=1,
         )
         return False
     return _is_whole(folder)  # one that is damaged and may not be removed still stands there

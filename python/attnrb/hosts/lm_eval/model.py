@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -272,6 +273,22 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         if any(not each.args[0] and not each.args[1] for each in requests):
             raise RequestError("request: expected a context or a continuation, got two empty texts")
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both; those of a continuation that merges into the context's last token are its own.
+
+        The harness takes what stands behind the context's tokens in the whole: nothing at all for "The sky i" and "s".
+        Its own model stops there.
+        """
+        before, after = super()._encode_pair(context, continuation)
+        rest = context[len(context.rstrip()) :] + continuation
+        if after or not rest:
+            return before, after
+        warnings.warn(
+            f"the continuation {rest!r} merges into the last token of its context, and is scored by tokens of its own",
+            stacklevel=1,
+        )
+        return before, self.tok_encode(rest, add_special_tokens=False)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         check_token_ids(self.model, context.flatten().tolist())

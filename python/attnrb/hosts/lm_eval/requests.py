@@ -28,8 +28,7 @@ def check_requests(requests: Sequence[tuple[Any, list[int], list[int]]], window:
     for texts, context, continuation in requests:
         if not continuation:
             raise RequestError(
-                f"request: the continuation{_shown(texts, 1)} has no token of its own after the context"
-                f"{_shown(texts, 0)}: it is empty, or merges into the context's last token"
+                f"request: the continuation{_shown(texts, 1)} of the context{_shown(texts, 0)} has no token"
             )
         if not context:
             raise RequestError(f"request: the context{_shown(texts, 0)} has no token")

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-__all__ = ["GREEDY", "RefuseNaN"]
+__all__ = ["GREEDY", "ONE_TEXT", "RefuseNaN"]
+
+ONE_TEXT: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+"""Settings of ``generate`` under which it returns one row of tokens for each prompt, whatever a model's own say."""
 
 GREEDY: dict[str, Any] = {
+    **ONE_TEXT,
     "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "return_dict_in_generate": False,
     "temperature": None,
     "top_p": None,
     "top_k": None,
@@ -22,7 +23,7 @@ GREEDY: dict[str, Any] = {
     "min_new_tokens": None,
     "min_length": None,
 }
-"""Settings of ``generate`` that take the likeliest token of one row each time, whatever a model's own settings say."""
+"""`ONE_TEXT`, and the likeliest token each time."""
 
 
 class RefuseNaN(LogitsProcessor):
