@@ -105,7 +105,7 @@ def test_every_option_of_hf_is_honoured_or_refused_by_name(folder: Path) -> None
 def test_plain_and_a_policy_contradict(folder: Path) -> None:
     with pytest.raises(ValueError, match="alpha: plain leaves the model as it is"):
         made("attnrb", f"pretrained={folder},plain=True,alpha=0.5")
-    with pytest.raises(ValueError, match="alpha: config stands in place"):
+    with pytest.raises(ValueError, match="alpha: a whole policy stands in place"):
         AttnrbLM(str(folder), config=RebalanceConfig(), alpha=0.5)
 
 

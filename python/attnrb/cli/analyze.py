@@ -113,6 +113,7 @@ def analyze(
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
 ) -> None:
     """Measure where attention goes, in every layer and head."""
     with user_errors():
@@ -121,10 +122,10 @@ def analyze(
         _check_outputs(html, json, png)
         words = None if function_words is None else read_text(function_words).split()
         with steps() as step:
-            loaded, tokenizer = load_model(model, dtype, threads, step)
+            loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
             base = None
             if baseline is not None:
-                base, base_tokenizer = load_model(baseline, dtype, threads, step)
+                base, base_tokenizer = load_model(baseline, dtype, threads, step, allow_missing=allow_missing)
                 _check_tokenizers(tokenizer, base_tokenizer, texts)
         from attnrb.analysis import analyze as run
 

@@ -51,6 +51,7 @@ def compare(
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
     json: options.Json = False,
     policy: options.PolicyChoice,
     max_new_tokens: options.MaxNewTokens = 64,
@@ -62,7 +63,7 @@ def compare(
     with user_errors(), steps() as step:
         chosen = policy.policy()
         text = _prompt(prompt)
-        loaded, tokenizer = load_model(model, dtype, threads, step)
+        loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
         from attnrb.studies.compare import DEFAULT_PROMPT
         from attnrb.studies.compare import compare as run
 
@@ -93,6 +94,7 @@ def generate(
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
     json: options.Json = False,
     policy: options.PolicyChoice,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -105,7 +107,7 @@ def generate(
         chosen = policy.policy()
         text = _prompt(prompt)
         with steps() as step:
-            loaded, tokenizer = load_model(model, dtype, threads, step)
+            loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
         from attnrb.hosts.transformers.patch import patch
         from attnrb.studies.compare import DEFAULT_PROMPT
         from attnrb.studies.generation import encode

@@ -69,6 +69,7 @@ def evaluate(
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
     seed: running.Seed = 0,
     batch_size: running.BatchSize = "auto",
     run: running.RunOption = None,
@@ -112,7 +113,7 @@ def evaluate(
         if html is not None:
             check_installed()
         place.append(running.run_file(run, json, plan, model))
-        lm, selected = running.start(plan, model, dtype, threads, rows)
+        lm, selected = running.start(plan, model, dtype, threads, rows, allow_missing=allow_missing)
         with running.progress() as progress:
             report = go(lm, plan, place[0], model=running.model_name(model), selected=selected, progress=progress)
     if report is None:

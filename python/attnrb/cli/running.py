@@ -109,7 +109,7 @@ def model_name(model: str | None) -> str:
 
 
 def start(
-    plan: TaskPlan, model: str | None, dtype: str, threads: int | None, rows: int | str
+    plan: TaskPlan, model: str | None, dtype: str, threads: int | None, rows: int | str, *, allow_missing: bool
 ) -> tuple[Any, tuple[Selected, ...]]:
     """The harness' model, plain, and the tasks, which are read first: what is wrong with a file is known at once."""
     with steps() as step:
@@ -124,7 +124,7 @@ def start(
         from attnrb.hosts.lm_eval.model import AttnrbLM
 
         step(f"Loading {model or 'the embedded model'}")
-        return AttnrbLM(model, plain=True, dtype=dtype, batch_size=rows), selected
+        return AttnrbLM(model, plain=True, dtype=dtype, batch_size=rows, allow_missing=allow_missing), selected
 
 
 def write(reports: Mapping[Path | None, Callable[[], str]]) -> None:

@@ -235,7 +235,7 @@ def _number_item(where: str, index: int, row: dict[str, Any]) -> Item:
     answer = row.get("answer")
     text = str(answer).strip()
     if _NUMBER.fullmatch(text) is None or not math.isfinite(float(text.replace(",", ""))):
-        raise DataError(f"{where}: answer: expected a number like 12 or 1,200.5, got {answer!r}")
+        raise DataError(f"{where}: answer: expected a number, got {answer!r}")
     text = text.replace(",", "")
     return Item(index, question, f"Question: {question}\nAnswer:", (), None, text)
 
