@@ -94,7 +94,7 @@ def step_times(model: Any, seconds: float) -> dict[str, Any]:
     """Seconds of a step: unpatched, and of the three models whose attention does nothing."""
     import attnrb
     import torch
-    from attnrb.hosts.transformers import routine
+    from attnrb.hosts.transformers import attention as attention_module
     from timing import interleaved
     from transformers import AttentionInterface, AttentionMaskInterface
 

@@ -294,8 +294,12 @@ def test_a_model_that_is_none() -> None:
 
 
 def test_other_arguments() -> None:
-    with pytest.raises(TypeError, match=r"config: expected .*LearnedGains or None, got dict"):
-        attnrb.patch(tiny("llama"), {"alpha": 0.1})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"policy: expected an attnrb\.Policy .*, a mapping or None, got float"):
+        attnrb.patch(tiny("llama"), 0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="policy: expected it once"):
+        attnrb.patch(tiny("llama"), attnrb.Rebalance(), alpha=0.1)
+    with pytest.raises(ValueError, match="unknown 'apha'; known are alpha"):
+        attnrb.patch(tiny("llama"), apha=0.1)
     with pytest.raises(TypeError, match="observer: expected a function or None, got int"):
         attnrb.patch(tiny("llama"), observer=3)  # type: ignore[arg-type]
 

@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnrb.hosts.transformers.attention import AttentionCall
+from attnrb.hosts.session import AttentionCall
 from attnrb.ops import functional, reference
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.visibility import Visibility

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["rebalanced_attention", "received_attention", "records_gradient", "second_derivative", "source_attention"]
+__all__ = ["rebalanced_attention", "received_attention", "second_derivative", "source_attention"]
 
 source_attention = torch.ops.attnrb.source_attention_training.default
 rebalanced_attention = torch.ops.attnrb.rebalanced_attention_training.default
@@ -27,11 +27,6 @@ _received_backward = torch.ops.attnrb.received_attention_backward.default
 
 # How many arguments say what is visible (key_start, key_end and mask last) and how scores are made (sinks last).
 _VISIBILITY, _SCORING = 7, 3
-
-
-def records_gradient(*inputs: Tensor | None) -> bool:
-    """Whether autograd records this call: gradients are enabled and some input requires one."""
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
 
 
 def _save(ctx: Any, options: tuple[Any, ...], *tensors: Tensor) -> None:

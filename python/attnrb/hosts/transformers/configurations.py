@@ -76,6 +76,11 @@ class Hook:
         self._function = function
         self._configurations = configurations
 
+    @property
+    def owner(self) -> Any:
+        """What the hook's function is a method of."""
+        return getattr(self._function, "__self__", None)
+
     def __call__(self, *arguments: Any) -> Any:
         return self._function(*arguments)
 

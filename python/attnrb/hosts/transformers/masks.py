@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import masking_utils
 
+from attnrb.hosts.session import current_forward
 from attnrb.hosts.stats import warn_of_general_mask
-from attnrb.hosts.transformers.attention import GEOMETRY, current_forward
+from attnrb.hosts.transformers.attention import GEOMETRY
 from attnrb.hosts.transformers.geometry import Geometry, from_numbers, integer, queries_at_tokens, to_numbers
 from attnrb.hosts.transformers.patterns import Pattern, recognise
 from attnrb.ops.visibility import Visibility, describe
