@@ -133,9 +133,9 @@ def attention_weights(
 ) -> Tensor:
     """The weights of `attention` as a matrix, for those who ask to see them.
 
-    Note: [Weights on request]
-    Models return their weights with ``output_attentions=True``. The ops never have them, so they are computed again,
-    in plain PyTorch: ``4 B H M N`` bytes for a few copies. Output and weights of a layer agree up to rounding.
+    Models return their weights with ``output_attentions=True``. No op has them: they are computed again here, in
+    float32 (float64 for float64), ``4 B H M N`` bytes, and as many of ``query``'s dtype for every layer that a model
+    keeps. Output and weights of a layer agree up to rounding.
 
     Args:
         query: ``[B, H, M, D]``.
@@ -155,6 +155,7 @@ def attention_weights(
         editing = editing._replace(gain=None)
     seeing = visibility_arguments(visibility, query.size(2), key.size(2))
     scoring = score_arguments(query, scale, softcap, sinks)
+    check_shapes(query, key, key, editing, seeing, scoring)
     weights = dense.attention_weights(query, key, editing, seeing, scoring)
     if everything is None:
         return weights

@@ -70,13 +70,8 @@ def received_attention(
 ) -> Tensor:
     """``[B, H, N]``: the mean weight, as applied, that each key receives from the queries that see it; 0 for none."""
     layer = Layer(query, key, edit, visibility, scores)
-    total: Tensor | float = 0.0
-    onlookers: Tensor | int = 0
-    for block in layer.blocks():
-        total = total + layer.edited(block)[0].sum(2)
-        onlookers = onlookers + block.seen.sum(2)
-    assert isinstance(total, Tensor) and isinstance(onlookers, Tensor)
-    return total / onlookers.clamp(min=1)
+    sums = torch.stack([layer.edited(block)[0].sum(2) for block in layer.blocks()])
+    return sums.sum(0) / layer.onlookers().clamp(min=1)
 
 
 class Block(NamedTuple):
@@ -113,9 +108,11 @@ class Layer:
 
     def blocks(self) -> Iterator[Block]:
         """All rows in turn; one empty block where there are no queries."""
-        step = max(1, _BLOCK // max(1, self.batch * self.heads * self.keys))
-        for first in range(0, max(self.queries, 1), step):
-            yield self._block(slice(first, min(first + step, self.queries)))
+        return map(self._block, self._row_blocks())
+
+    def onlookers(self) -> Tensor:
+        """How many queries see each key: int64 ``[B|1, H|1, N]``."""
+        return torch.stack([self._visible(rows)[0].sum(2) for rows in self._row_blocks()]).sum(0)
 
     def edited(self, block: Block) -> tuple[Tensor, Tensor]:
         """The block's weights as applied, ``[B, H, rows, N]``, and their log-sum-exp ``[B, H, rows]``."""
@@ -161,13 +158,9 @@ class Layer:
         if self.scores.softcap:
             scores = self.scores.softcap * torch.tanh(scores / self.scores.softcap)
         scores = scores.masked_fill(self._bad_query[:, :, rows, None] | self._bad_key[:, :, None], torch.nan)
-        seen = self._seen(rows)
-        if self._bias is not None:
-            bias = self._bias[:, :, None]
-            holds = self._has_bias(rows)
-            removed = holds & (bias == -torch.inf)
-            seen = seen & ~removed
-            scores = scores + torch.where(holds & ~removed, bias, 0.0)
+        seen, bias = self._visible(rows)
+        if bias is not None:
+            scores = scores + bias
         sees_any = seen.any(-1, keepdim=True)
         # A row without keys is computed as one of zeros and hidden later: its own softmax has no gradient but NaN.
         scores = torch.where(sees_any, torch.where(seen, scores, -torch.inf), 0.0)
@@ -201,6 +194,20 @@ class Layer:
         others = 1 - self._gain * mass / torch.where(alone, 1.0, rest)
         return weights * torch.where(alone, 1.0, torch.where(held, 1 + self._gain, others)), None
 
+    def _row_blocks(self) -> list[slice]:
+        step = max(1, _BLOCK // max(1, self.batch * self.heads * self.keys))
+        return [slice(row, min(row + step, self.queries)) for row in range(0, max(self.queries, 1), step)]
+
+    def _visible(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """What the rows see, bool ``[B|1, H|1, rows, N]``, and what their scores gain by the bias, finite or NaN."""
+        seen = self._seen(rows)
+        if self._bias is None:
+            return seen, None
+        first, own, bias = self.edit.first_query, self._query_slots[:, :, rows], self._bias[:, :, None]
+        holds = torch.ones_like(own, dtype=torch.bool) if first is None else own >= first.view(-1, 1, 1, 1)
+        removed = holds & (bias == -torch.inf)
+        return seen & ~removed, torch.where(holds & ~removed, bias, 0.0)
+
     def _seen(self, rows: slice) -> Tensor:
         """What the rows see by position and mask: bool ``[B|1, H|1, rows, N]``."""
         see, slot, own = self.visibility, self.key_slots, self._query_slots[:, :, rows]
@@ -222,12 +229,6 @@ class Layer:
             seen = seen & (see.mask[..., rows, :] if per_row else see.mask)
         return seen
 
-    def _has_bias(self, rows: slice) -> Tensor:
-        """Whether the bias holds for a query: bool ``[B|1, 1, rows, 1]``."""
-        first = self.edit.first_query
-        own = self._query_slots[:, :, rows]
-        return torch.ones_like(own, dtype=torch.bool) if first is None else own >= first.view(-1, 1, 1, 1)
-
     def _bias_of_keys(self, bias: Tensor) -> Tensor:
         """The bias of the keys that this layer holds, ``[B|1, H|1, N]``: 0 at slots that it does not reach."""
         beyond = bias.shape[2]
@@ -237,7 +238,9 @@ class Layer:
         """``[B, H, rows, X] @ [B, Hk, X, Y]``: each head's rows by the matrix of its key head."""
         batch, heads, count, inner = rows.shape
         grouped = rows.reshape(batch, self.key_heads, heads // self.key_heads * count, inner)
-        return (grouped @ matrix).reshape(batch, heads, count, matrix.shape[-1])
+        with torch.autocast(rows.device.type, enabled=False):  # which would round the operands
+            product = grouped @ matrix
+        return product.reshape(batch, heads, count, matrix.shape[-1])
 
 
 def outlier_rows(chosen: Tensor, threshold: float, slots: Tensor) -> Outliers:

@@ -45,8 +45,8 @@ class Edit:
         rule: ``"none"``, ``"row"`` or ``"rest"``.
         key_bias: floating ``[B, H, N']``, B and H being 1 where all share it: added to the scores of the key at each
             slot, after the softcap. Keys at slots from N' on have none. -inf removes a key. Computed with in float32.
-        first_query: the slot from which on queries have the bias: an int, or int64 ``[B]``, one for each batch row. The
-            default, None, is all queries.
+        first_query: the slot from which on queries have the bias: an int, or int64 or int32 ``[B]``, one for each batch
+            row. The default, None, is all queries.
 
     Raises:
         TypeError: an attribute has the wrong type or dtype.
@@ -202,6 +202,6 @@ def _check_first_query(first: Any, bias: Any) -> None:
     if bias is None:
         raise ValueError("key_bias: expected where there is first_query, got None")
     if isinstance(first, Tensor):
-        check_slots("first_query", first, (torch.int64,))
+        check_slots("first_query", first)
     elif not isinstance(first, (int, torch.SymInt)) or isinstance(first, bool):
         raise TypeError(f"first_query: expected an int, an int64 tensor [B] or None, got {describe(first)}")

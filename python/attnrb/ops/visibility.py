@@ -18,8 +18,8 @@ class Visibility:
 
     Attributes:
         causal: a key's slot must not exceed the query's. The default, None, is True without a mask and False with one.
-        query_offset: slot of the first query: one number for all sequences, or int64 ``[B]``, one for each. The
-            default, None, puts the last query on the last key: ``key_offset + N - M``.
+        query_offset: slot of the first query: one number for all sequences, or int64 or int32 ``[B]``, one for
+            each. The default, None, puts the last query on the last key: ``key_offset + N - M``.
         key_offset: slot of the first key, at least 0. Not 0 in windowed layers, which cache only their last keys.
         window: how many slots back a query sees, its own included (slot of key > slot of query - window). At least 1;
             None: no limit.
@@ -47,7 +47,7 @@ class Visibility:
         if self.causal is not None and not isinstance(self.causal, bool):
             raise TypeError(f"causal: expected True, False or None, got {self.causal!r}")
         if isinstance(self.query_offset, torch.Tensor):
-            check_slots("query_offset", self.query_offset, (torch.int64,))
+            check_slots("query_offset", self.query_offset)
         else:
             _check_integer("query_offset", self.query_offset, "an int, an int64 tensor [B] or None", optional=True)
         _check_integer("key_offset", self.key_offset, "an int", optional=False)
@@ -59,7 +59,7 @@ class Visibility:
                 raise ValueError(f"{name}: expected at least 1, or None for no limit, got {value}")
         for name, bounds in (("key_start", self.key_start), ("key_end", self.key_end)):
             if bounds is not None:
-                check_slots(name, bounds, (torch.int64, torch.int32))
+                check_slots(name, bounds)
         if self.mask is not None:
             check_mask("mask", self.mask)
 
@@ -136,11 +136,10 @@ def check_mask(name: str, mask: Any) -> None:
         raise ValueError(f"{name}: expected at most 4 dimensions [B, H, M, N], got {tuple(mask.shape)}")
 
 
-def check_slots(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Refuse anything but a tensor ``[B]`` of one of the dtypes."""
-    if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected an {kinds} tensor [B], got {describe(value)}")
+def check_slots(name: str, value: Any) -> None:
+    """Refuse anything but an int64 or int32 tensor ``[B]``."""
+    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected an int64 or int32 tensor [B], got {describe(value)}")
     if value.dim() != 1:
         raise ValueError(f"{name}: expected one slot for each batch row, [B], got the shape {tuple(value.shape)}")
 
