@@ -62,21 +62,15 @@ STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
   library.impl("attention_training", &boxed<&attention<Processor>>);
   library.impl("attention_backward", &boxed<&attention_backward<Processor>>);
   library.impl("source_attention", &boxed<&source_attention<Processor>>);
-  library.impl("source_attention_training", &boxed<&source_attention<Processor>>);
   library.impl("rebalanced_attention", &boxed<&rebalanced_attention<Processor>>);
-  library.impl("rebalanced_attention_training", &boxed<&rebalanced_attention_training<Processor>>);
   library.impl("received_attention", &boxed<&received_attention<Processor>>);
   library.impl("received_attention_training", &boxed<&received_attention_training<Processor>>);
   library.impl("received_attention.edited", &boxed<&received_attention<Processor>>);
-  library.impl("received_attention_training.edited", &boxed<&received_attention_training<Processor>>);
   library.impl("outlier_mask", TORCH_BOX(&outlier_mask<Processor>));
   library.impl("rebalance", TORCH_BOX(&rebalance_uniform<Processor>));
   library.impl("rebalance.per_head", TORCH_BOX(&rebalance_per_head<Processor>));
   library.impl("rebalance_backward", TORCH_BOX(&rebalance_backward<Processor>));
-  library.impl("source_attention_backward", &boxed<&source_attention_backward<Processor>>);
-  library.impl("rebalanced_attention_backward", &boxed<&rebalanced_attention_backward<Processor>>);
   library.impl("received_attention_backward", &boxed<&received_attention_backward<Processor>>);
-  library.impl("received_attention_backward.edited", &boxed<&received_attention_backward_edited<Processor>>);
 }
 
 }  // namespace attnrb::ops

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from attnrb.hosts.session import AttentionCall
 from attnrb.ops import dense, functional
-from attnrb.ops.edit import EditArguments
+from attnrb.ops.edit import NO_EDIT
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import score_arguments
 from attnrb.ops.visibility import Visibility, visibility_arguments
@@ -301,7 +301,8 @@ class _Layer:
     def _seen_by(self) -> Tensor:
         """How many queries see each key, at least 1: float64 ``[1 or H, n]``."""
         visibility: Visibility = self.scores["visibility"]
-        if visibility.mask is None and visibility.key_start is None and visibility.key_end is None:
+        named = (visibility.mask, visibility.chunk, visibility.key_start, visibility.key_end)
+        if all(each is None for each in named):
             first = self.slots if visibility.causal else torch.zeros_like(self.slots)
             beyond = (self.slots + (visibility.window or self.length)).clamp(max=self.length)
             return (beyond - first).double()[None]
@@ -309,9 +310,9 @@ class _Layer:
 
     def _dense(self) -> dense.Layer:
         """The layer's softmax weights, a few rows of them at a time."""
-        visibility = visibility_arguments(self.scores["visibility"], self.length, self.length)
-        scores = score_arguments(self.query, self.scale, self.softcap, self.scores["sinks"])
-        return dense.Layer(self.query, self.key, EditArguments(), visibility, scores)
+        visibility = visibility_arguments(self.scores["visibility"])
+        scores = score_arguments(self.scale, self.softcap, self.scores["sinks"])
+        return dense.Layer(self.query, self.key, NO_EDIT, visibility, scores)
 
 
 class _Strengthened(NamedTuple):

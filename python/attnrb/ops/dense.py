@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from attnrb import _C
-from attnrb.ops.edit import EditArguments
+from attnrb.ops.edit import RULES, EditArguments
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import Scores, promoted
 from attnrb.ops.visibility import VisibilityArguments
@@ -95,12 +95,17 @@ class Layer:
         self.key_heads, self.keys = key.shape[1], key.shape[2]
         self.dtype, device = promoted(query.dtype), query.device
         self.edit, self.visibility, self.scores = edit, visibility, scores
+        self._rule = RULES[edit.rule]
+        self._scale = query.shape[3] ** -0.5 if scores.scale is None else scores.scale
         self.query, self._bad_query = _finite_rows(query.to(self.dtype))
         key, bad_key = _finite_rows(key.to(self.dtype))
         self._key = key.transpose(2, 3)
         self._bad_key = bad_key.repeat_interleave(self.heads // self.key_heads, 1)
-        offsets = visibility.query_offsets
-        first = visibility.query_offset if offsets is None else offsets.view(-1, 1, 1, 1)
+        first: Tensor | int | None = visibility.query_offset
+        if visibility.query_offsets is not None:
+            first = visibility.query_offsets.view(-1, 1, 1, 1)
+        elif first is None:
+            first = visibility.key_offset + self.keys - self.queries
         self._query_slots = torch.arange(self.queries, device=device).view(1, 1, -1, 1) + first
         self.key_slots = torch.arange(self.keys, device=device) + visibility.key_offset
         self._bias = None if edit.key_bias is None else self._bias_of_keys(edit.key_bias)
@@ -117,7 +122,7 @@ class Layer:
     def edited(self, block: Block) -> tuple[Tensor, Tensor]:
         """The block's weights as applied, ``[B, H, rows, N]``, and their log-sum-exp ``[B, H, rows]``."""
         weights, lse = block.weights, block.lse[..., 0]
-        if self.edit.indices is not None:
+        if self._gain is not None:
             weights, grown = self._strengthened(block)
             if grown is not None:
                 removed = grown == 0  # every visible key was an outlier, and a gain of -1 took them all
@@ -154,7 +159,7 @@ class Layer:
         return held.scatter(3, places, True)[..., : self.keys]
 
     def _block(self, rows: slice) -> Block:
-        scores = self._product(self.query[:, :, rows], self._key) * self.scores.scale
+        scores = self._product(self.query[:, :, rows], self._key) * self._scale
         if self.scores.softcap:
             scores = self.scores.softcap * torch.tanh(scores / self.scores.softcap)
         scores = scores.masked_fill(self._bad_query[:, :, rows, None] | self._bad_key[:, :, None], torch.nan)
@@ -176,15 +181,16 @@ class Layer:
     def _strengthened(self, block: Block) -> tuple[Tensor, Tensor | None]:
         """The weights after the rule, and what the sum of a row's exponentials grew by, where the rule counts that."""
         assert self._gain is not None
-        weights, held = block.weights, self.held(block.rows)
-        if self.edit.rule == "none":
+        weights = block.weights
+        held = block.seen if self.edit.indices is None else self.held(block.rows)
+        if self._rule == "none":
             return torch.where(held, weights * (1 + self._gain), weights), None
         # The rest is summed itself: as 1 - mass it would cancel.
         mass = torch.where(held, weights, 0.0).sum(-1, keepdim=True)
         rest = torch.where(held, 0.0, weights).sum(-1, keepdim=True)
         if block.sink is not None:
             rest = rest + block.sink
-        if self.edit.rule == "row":
+        if self._rule == "row":
             total = rest + (1 + self._gain) * mass
             total = torch.where(block.seen.any(-1, keepdim=True), total, 1.0)
             boosted = torch.where(held, weights * (1 + self._gain), weights)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from attnrb.ops.outliers import Outliers
+from attnrb.ops.scores import promoted
 from attnrb.ops.visibility import check_slots, describe
 
-__all__ = ["RULES", "Attended", "Edit", "EditArguments", "edit_arguments", "gain_tensor"]
+__all__ = ["NO_EDIT", "RULES", "Attended", "Edit", "EditArguments", "edit_arguments", "gain_tensor"]
 
 RULES = ("none", "row", "rest")
 
@@ -41,7 +42,7 @@ class Edit:
             ``[B, H, M, C]`` and counts int32 ``[B, H, M]``; or ``[B, H, 1, C]`` and ``[B, H, 1]``: one list for all
             queries of a head. Slots must ascend in each row.
         gain: a number, or one for each head: a sequence, or a floating tensor ``[H]`` or ``[1]``. Without ``outliers``
-            every visible key is one. At least -1 with the rules ``row`` and ``rest``: below, weights would change sign.
+            every visible key is one. At least -1 with the rule ``rest``: below, weights would change sign.
         rule: ``"none"``, ``"row"`` or ``"rest"``.
         key_bias: floating ``[B, H, N']``, B and H being 1 where all share it: added to the scores of the key at each
             slot, after the softcap. Keys at slots from N' on have none. -inf removes a key. Computed with in float32.
@@ -96,37 +97,40 @@ class EditArguments(NamedTuple):
     indices: Tensor | None = None
     counts: Tensor | None = None
     gain: Tensor | None = None
-    rule: str = "none"
+    rule: int = 0
+    """Index in `RULES`."""
     key_bias: Tensor | None = None
     first_query: Tensor | None = None
 
 
-def edit_arguments(edit: Edit | None, batch: int, device: torch.device, dtype: torch.dtype) -> EditArguments:
-    """What an op is told for ``edit``.
+NO_EDIT = EditArguments()
+
+
+def edit_arguments(edit: Edit | None, query: Tensor) -> EditArguments:
+    """What an op is told for ``edit``; `NO_EDIT` where there is none.
 
     Args:
         edit: None changes nothing.
-        batch: B, over which a single ``first_query`` is repeated.
-        device: where numbers become tensors.
-        dtype: of the query: float64 keeps gain and bias in float64, everything else takes float32.
+        query: ``[B, H, M, D]``. Numbers become tensors on its device; a gain and a bias become float64 where it is,
+            else float32.
 
     Raises:
         TypeError: ``edit`` is something else.
     """
     if edit is None:
-        return EditArguments()
+        return NO_EDIT
     if not isinstance(edit, Edit):
         raise TypeError(f"edit: expected an Edit or None, got {describe(edit)}")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    device, wide = query.device, promoted(query.dtype)
     indices, counts = (None, None) if edit.outliers is None else edit.outliers
     first = edit.first_query
     if first is not None and not isinstance(first, Tensor):
-        first = torch.full((batch,), first, dtype=torch.int64, device=device)
+        first = torch.full((query.size(0),), first, dtype=torch.int64, device=device)
     return EditArguments(
         indices,
         counts,
         None if edit.gain is None else gain_tensor(edit.gain, device, wide),
-        edit.rule,
+        RULES.index(edit.rule),
         None if edit.key_bias is None else edit.key_bias.to(wide),
         first,
     )
@@ -160,7 +164,7 @@ def check_gain(gain: Any, rule: str) -> None:
             raise ValueError(f"gain: expected one number or one for each head, [H], got the shape {tuple(gain.shape)}")
         return
     for each in _numbers(gain):
-        if rule != "none" and each < -1.0:
+        if rule == "rest" and each < -1.0:
             raise ValueError(f"gain: expected at least -1 with the rule {rule!r}, got {each}")
 
 

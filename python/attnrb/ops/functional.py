@@ -9,7 +9,6 @@ the attention functions compute in its dtype, as PyTorch's own attention does. f
 PyTorch (`attnrb.ops.dense`): slow, and good for ``torch.autograd.gradcheck``.
 """
 
-from attnrb.ops import rebalancing, received, training
 from attnrb.ops.attention import attention
 from attnrb.ops.rebalancing import rebalanced_attention, source_attention
 from attnrb.ops.received import received_attention
@@ -23,7 +22,3 @@ __all__ = [
     "received_attention",
     "source_attention",
 ]
-
-training.register(
-    rebalancing._source_attention_fake, rebalancing._rebalanced_attention_fake, received._received_attention_fake
-)

@@ -7,22 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrb.ops.edit import EditArguments
+from attnrb.ops.edit import RULES, EditArguments
 from attnrb.ops.scores import Scores
 from attnrb.ops.visibility import VisibilityArguments, describe
 
 __all__ = [
     "NATIVE_DTYPES",
+    "check_gain_values",
     "check_one_device",
     "check_operand",
     "check_shapes",
     "check_threshold",
+    "native",
     "operands",
     "records_gradient",
 ]
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*NATIVE_DTYPES, torch.float64)
+
+
+def native(query: Tensor) -> bool:
+    """Whether native ops serve such operands; `attnrb.ops.dense` serves all others."""
+    return query.dtype in NATIVE_DTYPES
 
 
 def operands(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +118,11 @@ def _check_options(
 
 
 def _check_edit(batch: int, heads: int, queries: int, edit: EditArguments) -> None:
-    if edit.indices is not None and edit.counts is not None and edit.gain is not None:
+    if edit.gain is not None:
+        if edit.gain.shape not in ((1,), (heads,)):
+            raise ValueError(f"gain: expected the shape [1] or [H] = [{heads}], got {tuple(edit.gain.shape)}")
+        check_gain_values(edit)
+    if edit.indices is not None and edit.counts is not None:
         shape, rows = edit.indices.shape, edit.counts.shape
         if shape[:2] != (batch, heads) or shape[2] not in (1, queries):
             raise ValueError(
@@ -120,13 +131,6 @@ def _check_edit(batch: int, heads: int, queries: int, edit: EditArguments) -> No
             )
         if rows != shape[:3]:
             raise ValueError(f"counts: expected the shape of indices without C, {tuple(shape[:3])}, got {tuple(rows)}")
-        if edit.gain.shape not in ((1,), (heads,)):
-            raise ValueError(f"gain: expected the shape [1] or [H] = [{heads}], got {tuple(edit.gain.shape)}")
-        if edit.gain.device.type == "cpu" and not torch.compiler.is_compiling():
-            if not bool(edit.gain.isfinite().all()):
-                raise ValueError(f"gain: expected finite numbers, got {edit.gain.tolist()}")
-            if edit.rule != "none" and bool((edit.gain < -1).any()):
-                raise ValueError(f"gain: expected at least -1 with the rule {edit.rule!r}, got {edit.gain.tolist()}")
     bias, first = edit.key_bias, edit.first_query
     if bias is not None and (bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads)):
         raise ValueError(
@@ -135,6 +139,16 @@ def _check_edit(batch: int, heads: int, queries: int, edit: EditArguments) -> No
         )
     if first is not None and first.shape != (batch,):
         raise ValueError(f"first_query: expected the shape [B] = [{batch}], got {tuple(first.shape)}")
+
+
+def check_gain_values(edit: EditArguments) -> None:
+    """Refuse a gain whose numbers are not finite, or below what its rule allows, where they are on the host."""
+    if edit.gain is None or edit.gain.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not bool(edit.gain.isfinite().all()):
+        raise ValueError(f"gain: expected finite numbers, got {edit.gain.tolist()}")
+    if RULES[edit.rule] == "rest" and bool((edit.gain < -1).any()):
+        raise ValueError(f"gain: expected at least -1 with the rule {RULES[edit.rule]!r}, got {edit.gain.tolist()}")
 
 
 def check_one_device(**arguments: Any) -> None:

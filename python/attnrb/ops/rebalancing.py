@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnrb import _C
-from attnrb.ops import dense, training
-from attnrb.ops.edit import EditArguments, gain_tensor
-from attnrb.ops.operands import check_one_device, check_shapes, check_threshold, operands, records_gradient
+from attnrb.ops.attention import attention_fake, dispatch
+from attnrb.ops.edit import NO_EDIT, RULES, EditArguments, gain_tensor
+from attnrb.ops.operands import check_threshold, operands
 from attnrb.ops.outliers import Outliers
-from attnrb.ops.scores import promoted, score_arguments
+from attnrb.ops.scores import OLDER_OPTIONS, promoted, score_arguments
 from attnrb.ops.visibility import Visibility, describe, visibility_arguments
 
 __all__ = ["rebalanced_attention", "source_attention"]
-
-_source_attention = torch.ops.attnrb.source_attention.default
-_rebalanced_attention = torch.ops.attnrb.rebalanced_attention.default
 
 
 def source_attention(
@@ -59,50 +56,10 @@ def source_attention(
     """
     query, key, value = operands(query, key, value)
     check_threshold(threshold)
-    seeing = visibility_arguments(visibility, query.size(2), key.size(2))
-    scoring = score_arguments(query, scale, softcap, sinks)
-    if query.dtype == torch.float64 or seeing.beyond_old_ops:
-        check_shapes(query, key, value, EditArguments(), seeing, scoring)
-        output, lse, found = dense.attention(query, key, value, EditArguments(), threshold, seeing, scoring)
-        assert found is not None
-        return output, lse, found
-    options = (*seeing.for_old_ops(), *scoring)
-    op = training.source_attention if records_gradient(query, key, value, sinks) else _source_attention
-    output, lse, indices, counts = op(query, key, value, threshold, *options)
-    return output, lse, Outliers(indices, counts)
-
-
-def _source_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    threshold: float,
-    causal: bool,
-    query_offset: int,
-    key_offset: int,
-    window: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_one_device(query=query, key=key, value=value, key_start=key_start, key_end=key_end, mask=mask, sinks=sinks)
-    rows = query.shape[:3]
-    capacity = torch.sym_min(_C.outlier_capacity(threshold), key.shape[2])  # type: ignore[no-untyped-call]
-    return (
-        _attention_output(query, value),
-        query.new_empty(rows, dtype=torch.float32),
-        query.new_empty((*rows, capacity), dtype=torch.int32),
-        query.new_empty(rows, dtype=torch.int32),
-    )
-
-
-torch.library.register_fake("attnrb::source_attention", _source_attention_fake)
-
-
-# -------------------------------------------------------------------------------------------- rebalanced_attention
+    seeing, scoring = visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
+    output, lse, outliers = dispatch(query, key, value, NO_EDIT, threshold, seeing, scoring)
+    assert outliers is not None
+    return output, lse, outliers
 
 
 def rebalanced_attention(
@@ -149,20 +106,19 @@ def rebalanced_attention(
     if not isinstance(outliers, tuple) or len(outliers) != 2:
         raise TypeError(f"outliers: expected a tuple (indices, counts), got {describe(outliers)}")
     indices, counts = outliers
-    seeing = visibility_arguments(visibility, query.size(2), key.size(2))
-    scoring = score_arguments(query, scale, softcap, sinks)
     gain = gain_tensor(gain, query.device, promoted(query.dtype))
-    if query.dtype == torch.float64 or seeing.beyond_old_ops:
-        edit = EditArguments(indices, counts, gain, "row" if normalize else "none")
-        check_shapes(query, key, value, edit, seeing, scoring)
-        return dense.attention(query, key, value, edit, None, seeing, scoring)[0]
-    options = (*seeing.for_old_ops(), *scoring)
-    result: Tensor
-    if records_gradient(query, key, value, sinks, gain):
-        result, _ = training.rebalanced_attention(query, key, value, indices, counts, gain, normalize, *options)
-    else:
-        result = _rebalanced_attention(query, key, value, indices, counts, gain, normalize, *options)
-    return result
+    edit = EditArguments(indices, counts, gain, RULES.index("row" if normalize else "none"))
+    seeing, scoring = visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
+    return dispatch(query, key, value, edit, None, seeing, scoring).output
+
+
+# The native ops of these names are for callers of torch.ops; the functions above call `attention`.
+
+
+def _source_attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, threshold: float, *options: Any
+) -> tuple[Tensor, ...]:
+    return attention_fake(query, key, value, emit=threshold, **_older(options))
 
 
 def _rebalanced_attention_fake(
@@ -173,26 +129,16 @@ def _rebalanced_attention_fake(
     counts: Tensor,
     gain: Tensor,
     normalize: bool,
-    causal: bool,
-    query_offset: int,
-    key_offset: int,
-    window: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
+    *options: Any,
 ) -> Tensor:
-    check_one_device(query=query, key=key, value=value, indices=indices, counts=counts, gain=gain)
-    check_one_device(query=query, key_start=key_start, key_end=key_end, mask=mask, sinks=sinks)
-    return _attention_output(query, value)
+    lists = {"indices": indices, "counts": counts, "gain": gain}
+    return attention_fake(query, key, value, **lists, **_older(options))[0]
 
 
+def _older(options: tuple[Any, ...]) -> dict[str, Any]:
+    """The options that these ops have by position."""
+    return dict(zip(OLDER_OPTIONS, options, strict=True))
+
+
+torch.library.register_fake("attnrb::source_attention", _source_attention_fake)
 torch.library.register_fake("attnrb::rebalanced_attention", _rebalanced_attention_fake)
-
-
-def _attention_output(query: Tensor, value: Tensor) -> Tensor:
-    """Like the output of the attention ops: [B, H, M, Dv] in memory laid out as [B, M, H, Dv]."""
-    batch, heads, queries, _ = query.shape
-    return query.new_empty((batch, queries, heads, value.shape[3])).transpose(1, 2)

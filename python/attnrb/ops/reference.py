@@ -376,12 +376,13 @@ def edited_attention_weights(
     edit = ResolvedEdit() if edit is None else edit
     scores: dict[str, Any] = {"scale": scale, "visibility": visibility, "softcap": softcap, "sinks": sinks}
     weights, lse = attention_weights(query, key, key_bias=edit.key_bias, first_query=edit.first_query, **scores)
-    if edit.outliers is None:
+    if edit.gain is None:
         return weights, lse
-    seen = _seen(weights, visibility, edit)
-    queries, keys = weights.shape[2:]
-    indices, counts = edit.outliers
-    mask = held_mask(indices, counts, seen, resolve_visibility(queries, keys, visibility).key_offset)
+    mask = seen = _seen(weights, visibility, edit)  # without outliers every visible key is one
+    if edit.outliers is not None:
+        queries, keys = weights.shape[2:]
+        indices, counts = edit.outliers
+        mask = held_mask(indices, counts, seen, resolve_visibility(queries, keys, visibility).key_offset)
     sink = np.zeros((*lse.shape, 1))
     if sinks is not None:
         with np.errstate(over="ignore"):

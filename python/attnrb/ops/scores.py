@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnrb.ops.visibility import describe
 
-__all__ = ["Scores", "score_arguments"]
+__all__ = ["DEFAULT_SCORES", "OLDER_OPTIONS", "Scores", "promoted", "score_arguments"]
+
+# What the ops of the first release take by position, after arguments of their own.
+OLDER_OPTIONS = (
+    *("causal", "query_offset", "key_offset", "window", "key_start", "key_end", "mask"),
+    *("scale", "softcap", "sinks"),
+)
 
 
 class Scores(NamedTuple):
     """As the ops take it, under the names of their arguments: ``softcap · tanh(scale · query · key / softcap)``."""
 
-    scale: float
+    scale: float | None = None
+    """None: ``1 / sqrt(D)``."""
     softcap: float = 0.0
     """0: none."""
     sinks: Tensor | None = None
     """``[H]``: one more score of each row, in the softmax denominator only."""
 
+    def for_older_ops(self, width: int) -> tuple[Any, ...]:
+        """In the order of the ops of the first release, for queries of this width."""
+        return width**-0.5 if self.scale is None else self.scale, self.softcap, self.sinks
 
-def score_arguments(query: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None) -> Scores:
-    """The scores of ``query [B, H, M, D]``; a ``scale`` of None is ``1 / sqrt(D)``.
+
+DEFAULT_SCORES = Scores()
+
+
+def score_arguments(scale: float | None, softcap: float | None, sinks: Tensor | None) -> Scores:
+    """What an op is told; `DEFAULT_SCORES` where nothing is given.
 
     Raises:
         TypeError: ``sinks`` is no floating-point tensor.
     """
-    if sinks is not None and not (isinstance(sinks, Tensor) and sinks.is_floating_point()):
+    if sinks is None:
+        return DEFAULT_SCORES if scale is None and not softcap else Scores(scale, softcap or 0.0)
+    if not (isinstance(sinks, Tensor) and sinks.is_floating_point()):
         raise TypeError(f"sinks: expected a floating-point tensor [H], got {describe(sinks)}")
-    if scale is None:
-        width = query.size(-1)
-        scale = width**-0.5 if width > 0 else 1.0  # the op refuses a width of 0 by name
     return Scores(scale, softcap or 0.0, sinks)
 
 

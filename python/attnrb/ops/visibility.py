@@ -68,8 +68,8 @@ class VisibilityArguments(NamedTuple):
     """A visibility as the ops take it, under the names of their arguments."""
 
     causal: bool = True
-    query_offset: int = 0
-    """Slot of the first query of every sequence; unused where there are ``query_offsets``."""
+    query_offset: int | None = None
+    """Slot of the first query of every sequence; None: ``key_offset + N - M``, or ``query_offsets`` has them."""
     query_offsets: torch.Tensor | None = None
     key_offset: int = 0
     window: int = 0
@@ -80,51 +80,44 @@ class VisibilityArguments(NamedTuple):
     key_end: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
-    @property
-    def beyond_old_ops(self) -> bool:
-        """Whether the ops of re-balancing have no argument for it."""
-        return self.query_offsets is not None or self.chunk != 0
-
-    def for_old_ops(self) -> tuple[Any, ...]:
-        """In the order of the ops of re-balancing."""
-        return (
-            *(self.causal, self.query_offset, self.key_offset, self.window),
-            *(self.key_start, self.key_end, self.mask),
-        )
+    def for_older_ops(self, queries: int, keys: int) -> tuple[Any, ...]:
+        """In the order of the ops of the first release, for so many queries and keys; offsets and chunks left out."""
+        offset = self.key_offset + keys - queries if self.query_offset is None else self.query_offset
+        return self.causal, offset, self.key_offset, self.window, self.key_start, self.key_end, self.mask
 
 
-def visibility_arguments(visibility: Visibility | torch.Tensor | None, queries: int, keys: int) -> VisibilityArguments:
+DEFAULT_VISIBILITY = VisibilityArguments()
+
+
+def visibility_arguments(visibility: Visibility | torch.Tensor | None) -> VisibilityArguments:
     """What an op is told for ``visibility``.
 
     Args:
         visibility: a :class:`Visibility`, a bool mask, or None: causal, with the last query on the last key.
-        queries: M, for the default of ``query_offset``.
-        keys: N, likewise.
 
     Raises:
         TypeError: ``visibility`` is something else, or a mask that is not boolean.
     """
     if visibility is None:
-        return VisibilityArguments(query_offset=keys - queries)
+        return DEFAULT_VISIBILITY
     if isinstance(visibility, torch.Tensor):
         check_mask("visibility", visibility)
-        return VisibilityArguments(causal=False, query_offset=keys - queries, mask=visibility)
+        return VisibilityArguments(causal=False, mask=visibility)
     if not isinstance(visibility, Visibility):
         raise TypeError(f"visibility: expected a Visibility, a bool tensor or None, got {describe(visibility)}")
-    first = visibility.query_offset
-    offsets = first if isinstance(first, torch.Tensor) else None
-    if first is None or isinstance(first, torch.Tensor):
-        first = visibility.key_offset + keys - queries
+    offset, offsets = visibility.query_offset, None
+    if isinstance(offset, torch.Tensor):
+        offset, offsets = None, offset
     return VisibilityArguments(
-        causal=visibility.mask is None if visibility.causal is None else visibility.causal,
-        query_offset=first,
-        query_offsets=offsets,
-        key_offset=visibility.key_offset,
-        window=visibility.window or 0,
-        chunk=visibility.chunk or 0,
-        key_start=visibility.key_start,
-        key_end=visibility.key_end,
-        mask=visibility.mask,
+        visibility.mask is None if visibility.causal is None else visibility.causal,
+        offset,
+        offsets,
+        visibility.key_offset,
+        visibility.window or 0,
+        visibility.chunk or 0,
+        visibility.key_start,
+        visibility.key_end,
+        visibility.mask,
     )
 
 
