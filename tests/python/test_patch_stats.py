@@ -29,7 +29,6 @@ def test_counts_are_the_oracles() -> None:
             assert patched.stats.to_dict() == {
                 "forwards": 0,
                 "rebalanced_layers": [],
-                "general_masks": 0,
                 "rows": 0,
                 "outliers": 0,
                 "outliers_per_row": 0.0,
