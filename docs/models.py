@@ -52,7 +52,8 @@ handful of layers, and must give
 {works} are served, {refused} are refused with the reason given, {untried} could not be tried. A model that is refused
 is left as it was: nothing runs without re-balancing in silence. Attention that does not go through transformers'
 interface, and attention modules that do not know their layer, raise when the model is patched or at its first
-forward. A mask of a pattern that nobody recognises is used as it is, as a boolean matrix.
+forward. A mask of a pattern that is none of transformers' own is used as it is, as a boolean matrix; `general_masks` of
+the patch's `stats` counts such masks, and a warning says why.
 
 A patch tells the layers which forward they belong to by a keyword argument of the model's call. Where layers drop the
 arguments that they do not know, as those of `stablelm` do, they are served by the forward that runs in their thread.

@@ -76,8 +76,10 @@ class Forward:
         weights: whether the layers are to return their weights.
         packed: whether positions may tell that several texts share a row.
         unpadded: whether there is no padding, whatever mask transformers is given.
+        left_out: what the host knows of layers that are left out; None: it leaves out none.
         called: the layers that came by.
         found: the outliers that a layer reported last.
+        settled: the layers that were left out and of which the session knows that they found nothing.
         common: what layers that share a mask have in common, by the id of the mask.
     """
 
@@ -87,10 +89,12 @@ class Forward:
         "common",
         "first_slot",
         "found",
+        "left_out",
         "observer",
         "packed",
         "plan",
         "session",
+        "settled",
         "stats",
         "unpadded",
         "weights",
@@ -107,6 +111,7 @@ class Forward:
         weights: bool = False,
         packed: bool = False,
         unpadded: bool = False,
+        left_out: Any = None,
     ) -> None:
         self.plan = plan
         self.session = session
@@ -116,7 +121,9 @@ class Forward:
         self.weights = weights
         self.packed = packed
         self.unpadded = unpadded
+        self.left_out = left_out
         self.called: set[int] = set()
+        self.settled: set[int] = set()
         self.found: Outliers | None = None
         self.common: dict[int, Common] = {}
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnrb.hosts.session import AttentionCall, Forward, current_forward
+from attnrb.hosts.transformers.caches import check_keys
 from attnrb.ops.attention import attend, attention_weights
 from attnrb.ops.edit import Edit
 from attnrb.ops.outliers import Outliers
@@ -111,6 +112,8 @@ def attention(
         _check_heads(forward, module, layer, query.shape[1])
         emit = plan.emits.get(layer)
         if layer in plan.edited:
+            if forward.left_out is not None:
+                forward.left_out.settle(forward, layer, query)
             edit = forward.session.edit(LayerView(layer, query, key, scores.named))
     output, outliers = common.attend(query, key, value, scores, edit, emit)
     if outliers is not None:
@@ -174,14 +177,17 @@ class Common:
     ) -> Common:
         """Find out what a mask means for such queries, and for the layers after this one."""
         geometry: Geometry | None = getattr(mask, GEOMETRY, None)
-        keys = None
-        if geometry is None:
-            keys = key.size(2)
+        keys: int | None = key.size(2)
+        if geometry is not None and torch.compiler.is_compiling():
+            keys = None  # a graph would be one for this number of keys
+        elif geometry is not None:
+            check_keys(module, geometry.keys, key.size(2), query.size(2))
+        else:
             before = forward.common.get(id(mask))
             if before is not None and before.mask is mask and before.keys == keys:
                 geometry = before.geometry
             else:
-                geometry = _read_mask(forward, module, mask, query, keys, is_causal, sliding_window)
+                geometry = _read_mask(forward, module, mask, query, key.size(2), is_causal, sliding_window)
         return Common(mask, geometry.on(query.device), query, keys)
 
     def serves(self, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> bool:

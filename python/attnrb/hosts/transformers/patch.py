@@ -23,8 +23,10 @@ import torch
 from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward
 from attnrb.hosts.stats import PatchStats
 from attnrb.hosts.transformers.attention import FORWARD, attention
+from attnrb.hosts.transformers.caches import Caches
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, shard_of
+from attnrb.hosts.transformers.left_out import LeftOut
 from attnrb.policies.base import Policy
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.rebalance import Rebalance
@@ -138,9 +140,11 @@ class Patch:
         self._shape = decoder_shape(decoder, shard_of(model))
         self.update(policy)
         self._configurations = Configurations(model, decoder)
+        self._left_out, self._caches = LeftOut(decoder), Caches()
         self._hooks = [
             decoder.register_forward_pre_hook(Hook(self._before_forward, self._configurations), with_kwargs=True),
             decoder.register_forward_hook(Hook(self._after_forward, self._configurations), with_kwargs=True),
+            *self._left_out.register(lambda function: Hook(function, self._configurations)),
         ]
 
     def update(self, policy: Policy) -> None:
@@ -208,6 +212,7 @@ class Patch:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         inputs = _Inputs(decoder, args, kwargs)
         unpadded = inputs.rule_out_packing()
+        self._caches.check(kwargs.get("past_key_values"), kwargs.get("position_ids"), inputs.queries())
         forward = Forward(
             self._plan,
             self._plan.begin(),
@@ -217,6 +222,7 @@ class Patch:
             weights=inputs.weights_wanted(),
             packed=inputs.maybe_packed(),
             unpadded=unpadded,
+            left_out=self._left_out if self._left_out.at_random else None,
         )
         kwargs[FORWARD] = forward
         enter_forward(forward)
@@ -229,12 +235,15 @@ class Patch:
         enter_forward(None)
         plan = forward.plan
         if not plan.required <= forward.called:
-            missing = sorted(plan.required - forward.called)
-            raise NotImplementedError(
-                f"{type(decoder).__name__}: the attention of layers {missing} did not go through transformers' "
-                "AttentionInterface, so attnrb could not reach it. If these layers have no attention, name those to "
-                "re-balance with RebalanceConfig(layers=...)"
-            )
+            missing = plan.required - forward.called
+            missing -= self._left_out.among(forward, missing)
+            if missing:
+                raise NotImplementedError(
+                    f"{type(decoder).__name__}: the attention of layers {sorted(missing)} did not go through "
+                    "transformers' AttentionInterface, so attnrb could not reach it. If these layers have no "
+                    "attention, name those to re-balance with RebalanceConfig(layers=...). If they did not run at all: "
+                    "a model may leave out layers by lowering num_hidden_layers in its configuration, or by layerdrop"
+                )
         if not torch.compiler.is_compiling():  # a graph counts nothing
             self.stats.add_forward(forward.called & plan.edited)
 
@@ -250,6 +259,16 @@ class _Inputs:
     def weights_wanted(self) -> bool:
         wanted = self.kwargs.get("output_attentions")
         return bool(getattr(self.decoder.config, "output_attentions", False) if wanted is None else wanted)
+
+    def queries(self) -> int:
+        """M, the number of tokens."""
+        tokens = self.tokens()
+        return 0 if tokens is None else tokens.shape[1]
+
+    def tokens(self) -> torch.Tensor | None:
+        """Their ids ``[B, M]`` or embeddings ``[B, M, width]``."""
+        given = (*self.args[:1], self.kwargs.get("input_ids"), self.kwargs.get("inputs_embeds"))
+        return next((each for each in given if isinstance(each, torch.Tensor)), None)
 
     def first_slot(self) -> int | None:
         """Slot of the first query, where a finished mask of the user's makes it needed: it does not say itself."""
@@ -283,8 +302,7 @@ class _Inputs:
             return False
         if any(given(name) is not None for name in ("attention_mask", "past_key_values", "position_ids")):
             return False
-        inputs = (*self.args, given("input_ids"), given("inputs_embeds"))
-        tokens = next((each for each in inputs if isinstance(each, torch.Tensor)), None)
+        tokens = self.tokens()
         if tokens is None:
             return False
         self.kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -162,7 +162,8 @@ def _blocks(block_sequence_ids: torch.Tensor) -> Pattern | str:
 
 
 def _several_texts(packed_sequence_mask: torch.Tensor) -> Pattern | str:
-    return PACKED
+    # Before 5.4 transformers adds this also where each row has one text.
+    return _EVERYTHING if bool((packed_sequence_mask == packed_sequence_mask[:, :1]).all()) else PACKED
 
 
 def _other_positions(mask_function: Callable[..., Any], position_ids: torch.Tensor) -> Pattern | str:
