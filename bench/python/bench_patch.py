@@ -119,7 +119,7 @@ def step_times(model: Any, seconds: float) -> dict[str, Any]:
         native = stepper(rebalanced)
         contenders = {
             "unpatched sdpa": stepper(twin("sdpa")),
-            "patched, ops empty": returning_at_once(native, routine, "_source_attention", "_rebalanced_attention"),
+            "patched, ops empty": returning_at_once(native, attention_module, "attend"),
             "unpatched, op empty": returning_at_once(
                 stepper(twin("sdpa")), torch.nn.functional, "scaled_dot_product_attention"
             ),

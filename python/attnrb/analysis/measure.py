@@ -301,7 +301,8 @@ class _Layer:
     def _seen_by(self) -> Tensor:
         """How many queries see each key, at least 1: float64 ``[1 or H, n]``."""
         visibility: Visibility = self.scores["visibility"]
-        if visibility.mask is None and visibility.key_start is None and visibility.key_end is None:
+        named = (visibility.mask, visibility.chunk, visibility.key_start, visibility.key_end)
+        if all(each is None for each in named):
             first = self.slots if visibility.causal else torch.zeros_like(self.slots)
             beyond = (self.slots + (visibility.window or self.length)).clamp(max=self.length)
             return (beyond - first).double()[None]

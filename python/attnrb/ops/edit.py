@@ -42,7 +42,7 @@ class Edit:
             ``[B, H, M, C]`` and counts int32 ``[B, H, M]``; or ``[B, H, 1, C]`` and ``[B, H, 1]``: one list for all
             queries of a head. Slots must ascend in each row.
         gain: a number, or one for each head: a sequence, or a floating tensor ``[H]`` or ``[1]``. Without ``outliers``
-            every visible key is one. At least -1 with the rules ``row`` and ``rest``: below, weights would change sign.
+            every visible key is one. At least -1 with the rule ``rest``: below, weights would change sign.
         rule: ``"none"``, ``"row"`` or ``"rest"``.
         key_bias: floating ``[B, H, N']``, B and H being 1 where all share it: added to the scores of the key at each
             slot, after the softcap. Keys at slots from N' on have none. -inf removes a key. Computed with in float32.
@@ -164,7 +164,7 @@ def check_gain(gain: Any, rule: str) -> None:
             raise ValueError(f"gain: expected one number or one for each head, [H], got the shape {tuple(gain.shape)}")
         return
     for each in _numbers(gain):
-        if rule != "none" and each < -1.0:
+        if rule == "rest" and each < -1.0:
             raise ValueError(f"gain: expected at least -1 with the rule {rule!r}, got {each}")
 
 

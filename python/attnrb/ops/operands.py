@@ -147,7 +147,7 @@ def check_gain_values(edit: EditArguments) -> None:
         return
     if not bool(edit.gain.isfinite().all()):
         raise ValueError(f"gain: expected finite numbers, got {edit.gain.tolist()}")
-    if edit.rule and bool((edit.gain < -1).any()):
+    if RULES[edit.rule] == "rest" and bool((edit.gain < -1).any()):
         raise ValueError(f"gain: expected at least -1 with the rule {RULES[edit.rule]!r}, got {edit.gain.tolist()}")
 
 

@@ -27,7 +27,7 @@ from attnrb.ops.outliers import Outliers
 from attnrb.policies.base import LayerView
 
 if TYPE_CHECKING:
-    from attnrb.hosts.transformers.masks import Geometry
+    from attnrb.hosts.transformers.geometry import Geometry
 
 __all__ = ["FORWARD", "GEOMETRY", "Common", "attention"]
 
