@@ -14,7 +14,8 @@ their roundings scale with is
     rest   A = 1 + |g| m / r   B = |1+g| + A
 
 since a = 1 - g m / r is a difference, and z may be one. The magnitudes of the two notes hold with A + [j in S] B in the
-place of the factors, and with the gradient of a weight
+place of the factors, with |dp_ij| = sum_d |dy_id v_jd|, since dp is a sum that may cancel, and with the gradient of a
+weight
 
     |dA_ij| = A |dp_ij| + [j in S] (B |dp_ij| + C_i),    C_i = |a'| sum_j P_ij |dp_ij| + |b'| sum_{j in S} P_ij |dp_ij|.
 """
@@ -214,7 +215,7 @@ class EditedProblem:
         held, weights, parts = self.held, dense.weights.detach(), _Rule(self, dense)
         scale = self.query.shape[3] ** -0.5 if self.options["scale"] is None else self.options["scale"]
         query, key, value, upstream = (x.double() for x in (self.query, self.key, self.value, self.upstream))
-        slopes = (upstream @ value.repeat_interleave(groups, 1).transpose(2, 3)).abs()
+        slopes = upstream.abs() @ value.abs().repeat_interleave(groups, 1).transpose(2, 3)
         dot0 = (weights * slopes).sum(-1, keepdim=True)
         dot_u = (weights * slopes * held).sum(-1, keepdim=True)
         curve = parts.da.abs() * dot0 + parts.db.abs() * dot_u

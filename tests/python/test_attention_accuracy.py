@@ -67,7 +67,9 @@ def own_errors(problem: EditedProblem) -> dict[str, float]:
     found = [gradients, problem.from_stored(dtype)]
     return {
         "output": error(low.output.detach(), dense.output.detach().numpy(), magnitudes["output"].numpy()),
-        "lse": error(low.lse.detach()[seeing], lse, lse_magnitude(problem, dense, dense.lse.detach().numpy())[seeing]),
+        "lse": error(
+            low.lse.detach()[seeing], lse, lse_magnitude(problem, dense, dense.lse.detach().numpy())[seeing.numpy()]
+        ),
         "gradients": max(
             error(each, truth[name].numpy(), magnitudes[name].numpy()) for own in found for name, each in own.items()
         ),
@@ -100,8 +102,8 @@ def check(problem: EditedProblem, own: dict[str, float]) -> None:
     assert_within("output", error(output.detach(), expected[0], size), own["output"], output.dtype)
     seeing = problem.seen.any(-1)
     assert (lse[~seeing] == -torch.inf).all()
-    size = lse_magnitude(problem, dense, expected[1])[seeing]
-    assert_within("lse", error(lse.detach()[seeing], expected[1][seeing], size), own["lse"], lse.dtype)
+    size = lse_magnitude(problem, dense, expected[1])[seeing.numpy()]
+    assert_within("lse", error(lse.detach()[seeing], expected[1][seeing.numpy()], size), own["lse"], lse.dtype)
     if problem.emit is None:
         assert outliers is None
     else:
