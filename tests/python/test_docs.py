@@ -151,3 +151,10 @@ def test_the_site_asks_no_other_host_for_anything(site: Path) -> None:
     )
     found = {page.name: asks.findall(page.read_text(encoding="utf-8")) for page in site.rglob("*.html")}
     assert {page: what for page, what in found.items() if what} == {}
+
+
+def test_the_reference_shows_no_markup_of_another_tool(site: Path) -> None:
+    found = {
+        page.name: re.findall(r":(?:func|class|mod|meth|attr):", page.read_text("utf-8")) for page in site.glob("api/*")
+    }
+    assert {page: roles for page, roles in found.items() if roles} == {}
