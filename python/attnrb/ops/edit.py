@@ -38,7 +38,7 @@ class Edit:
     nothing where there are no outliers.
 
     Attributes:
-        outliers: the entries that ``gain`` is for, as :func:`attnrb.functional.attention` finds them: indices int32
+        outliers: the entries that ``gain`` is for, as `attnrb.functional.attention` finds them: indices int32
             ``[B, H, M, C]`` and counts int32 ``[B, H, M]``; or ``[B, H, 1, C]`` and ``[B, H, 1]``: one list for all
             queries of a head. Slots must ascend in each row.
         gain: a number, or one for each head: a sequence, or a floating tensor ``[H]`` or ``[1]``. Without ``outliers``
@@ -77,7 +77,7 @@ class Edit:
 
 
 class Attended(NamedTuple):
-    """What :func:`attnrb.functional.attention` returns.
+    """What `attnrb.functional.attention` returns.
 
     Attributes:
         output: ``[B, H, M, Dv]`` in the dtype of the query, laid out in memory as ``[B, M, H, Dv]``.
