@@ -58,8 +58,8 @@ It builds each architecture with random weights and a handful of layers. A model
 
 A refused model is left as it was: nothing runs without re-balancing in silence. Two kinds of attention raise when the
 model is patched or at its first forward: attention that does not go through transformers' interface, and attention
-modules that do not know their layer. A mask of a pattern that attnrb does not recognise is used as it is, as a boolean
-matrix.
+modules that do not know their layer. A mask of a pattern that is none of transformers' own is used as it is, as a
+boolean matrix. `general_masks` of the patch's `stats` counts such masks, and a warning says why.
 
 A patch tells the layers which forward they belong to, by a keyword argument of the model's call. Some layers, such as
 those of `stablelm`, drop arguments that they do not know. They use the forward that runs in their thread. Such a layer

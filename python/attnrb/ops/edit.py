@@ -26,13 +26,11 @@ class Edit:
     With ``t`` the scores plus ``key_bias`` and ``P`` their softmax, ``S_i`` the outliers of row i, ``m_i`` the sum of
     their weights and ``g`` the gain, the rule says what becomes of a row:
 
-    ========  ===============================  ==========================================
-    rule      weight of an outlier             weight of any other key
-    ========  ===============================  ==========================================
-    ``none``  ``(1 + g) P``                    ``P``: the row sums to ``1 + g m``
-    ``row``   ``(1 + g) P / (1 + g m)``        ``P / (1 + g m)``: the row sums to 1
-    ``rest``  ``(1 + g) P``                    ``P (1 - (1 + g) m) / (1 - m)``: likewise
-    ========  ===============================  ==========================================
+    | rule | weight of an outlier | weight of any other key |
+    | --- | --- | --- |
+    | ``none`` | ``(1 + g) P`` | ``P``: the row sums to ``1 + g m`` |
+    | ``row`` | ``(1 + g) P / (1 + g m)`` | ``P / (1 + g m)``: the row sums to 1 |
+    | ``rest`` | ``(1 + g) P`` | ``P (1 - (1 + g) m) / (1 - m)``: likewise |
 
     A sink counts among the other keys. With ``rest``, a row that sees outliers only stays as it is. The rule does
     nothing where there are no outliers.
