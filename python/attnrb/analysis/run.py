@@ -91,7 +91,7 @@ def analyze(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, no text holds two tokens, or the baseline does not fit the model.
-        Whatever `attnrb.patch` raises for a model it cannot serve.
+        Exception: whatever `attnrb.patch` raises for a model it cannot serve.
     """
     if compare is not None and not isinstance(compare, Policy):
         raise TypeError(f"compare: expected an attnrb.Policy or None, got {type(compare).__name__}")
