@@ -44,7 +44,7 @@ from attnrb.policies.profile import HeadProfile
 if TYPE_CHECKING:
     from attnrb.text.spans import Spans
 
-__all__ = ["ROWS", "Emphasis"]
+__all__ = ["ROWS", "Emphasis", "first_queries"]
 
 ROWS = ("after", "all", "last")
 
@@ -196,12 +196,7 @@ class _Prepared:
         else:
             per_key = torch.where(self.spans.union(slots), 0.0, -math.inf)
         bias = per_key[:, None]
-        if policy.rows == "all":
-            first = None
-        elif policy.rows == "after":
-            first = self.spans.ends()
-        else:
-            first = prompt - 1
+        first = first_queries(policy.rows, self.spans, prompt)
         times = self._times(view)
         if times > 1:
             bias = bias.repeat_interleave(times, 0)
@@ -251,6 +246,19 @@ def _floor(inside: torch.Tensor, first: torch.Tensor | None, heed: torch.Tensor 
         return sigma, 1 - sigma
 
     return Mixture(edits, weigh)
+
+
+def first_queries(rows: str, spans: Spans, prompt: torch.Tensor) -> torch.Tensor | None:
+    """The slot of the first query in each row that heeds its spans: int64 ``[B]``; None: all queries do.
+
+    Args:
+        rows: one of `ROWS`.
+        spans: of each row.
+        prompt: one past the slot of each prompt's last token.
+    """
+    if rows == "all":
+        return None
+    return spans.ends() if rows == "after" else prompt - 1
 
 
 class _EmphasisSession(Session):
