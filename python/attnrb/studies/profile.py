@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,9 +97,7 @@ def _checked_policy(policy: Any) -> Emphasis:
         raise TypeError(f"policy: expected an attnrb.Emphasis or None, got {type(policy).__name__}")
     for each in fields(policy):
         if each.name not in ("strength", "rows") and getattr(policy, each.name) is not None:
-            raise ValueError(
-                f"policy: expected one without {each.name}, since a profile ranks all heads at no strength"
-            )
+            raise ValueError(f"policy: expected one without {each.name}, which has no part in a ranking")
     return policy
 
 
@@ -112,7 +111,8 @@ def _rows(model: Any, tokenizer: Any, examples: Any) -> list[AnswerRow]:
         name = f"examples[{index}]"
         if not isinstance(example, (tuple, list)) or len(example) != 2:
             raise TypeError(f"{name}: expected a pair of an attnrb.Marked and the answer's text, got {example!r:.80}")
-        row = answer_row(model, tokenizer, *example, name)
+        marked, answer = example
+        row = answer_row(model, tokenizer, marked, answer, name)
         if all(span.strength is not None for span in row.spans):
             raise ValueError(f"{name}: expected a span without a strength of its own, whose gain can be measured")
         rows.append(row)
@@ -120,7 +120,8 @@ def _rows(model: Any, tokenizer: Any, examples: Any) -> list[AnswerRow]:
 
 
 def _name(model: Any) -> str:
-    return str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    return Path(name).name if Path(name).exists() else name  # folders of this machine are nobody else's matter
 
 
 class _Probe(Policy):
