@@ -48,6 +48,7 @@ help:
 
 demo: $(DONE)/cli $(DONE)/model
 	$(BIN)/attnrb compare
+	$(BIN)/attnrb demo
 
 install: $(DONE)/test $(DONE)/model $(DONE)/gemma
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,13 +16,16 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL
 @pytest.mark.usefixtures("smollm2_folder")
 def test_model_example(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    exec(EXAMPLES[0], {})
+    names: dict[str, Any] = {}
+    exec(EXAMPLES[0], names)
     out = capsys.readouterr().out
     assert out.startswith("Three reasons to sleep well:")
     assert "rows=" in out
+    exec(EXAMPLES[1], names)
+    assert "blue" in names["tokenizer"].decode(names["output"][0, names["marked"].inputs["input_ids"].shape[1] :])
 
 
 def test_tensor_example() -> None:
     names: dict[str, object] = {}
-    exec(EXAMPLES[1], names)
+    exec(EXAMPLES[2], names)
     assert getattr(names["output"], "shape", None) == (1, 8, 256, 64)
