@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 import attnrb
-from attnrb.studies.conflict import MARKUPS, SPLITS, conflict_examples, conflict_items, score_items
+from attnrb.studies.conflict import MARKUPS, conflict_examples, conflict_items, score_items
 from saved_tiny_model import tiny_model, tiny_tokenizer
 
 STRENGTH = 16.0
