@@ -17,7 +17,6 @@ struct Processor {
 
   static Tensor attend(AttentionProblem& problem, const Operand& query, const AttentionTensors& /*tensors*/,
                        const GainRow* /*gain*/) {
-    refuse_unserved(problem.shape, problem.visibility, problem.edit, &problem.emit);
     const OutputLayout layout(problem.shape);
     Tensor output = empty_output(layout, query);
     set_output(problem, layout, output);
@@ -27,14 +26,12 @@ struct Processor {
   }
 
   static void receive(const ReceivedProblem& problem, const Operand& /*query*/) {
-    refuse_unserved(problem.shape, problem.visibility, problem.edit, nullptr);
     ScratchLease scratch;
     kernels().received_attention(problem, torch_threads(), *scratch);
   }
 
   static void differentiate(const GradientProblem& problem, const Operand& /*query*/, const GainRow* /*gain*/,
                             const BackwardTensors* /*tensors*/) {
-    refuse_unserved(problem.shape, problem.visibility, problem.edit, nullptr);
     ScratchLease scratch;
     check_status(kernels().gradient(problem, torch_threads(), *scratch), problem.edit.capacity);
   }

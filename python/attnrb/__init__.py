@@ -4,8 +4,8 @@
     with attnrb.patch(model, attnrb.Rebalance(alpha=0.2, threshold=0.01)):
         model.generate(**inputs)
 
-:func:`patch` serves Hugging Face models, :mod:`attnrb.functional` has the operations on plain tensors, and
-:mod:`attnrb.reference` is their definition in NumPy.
+`patch` serves Hugging Face models, `attnrb.functional` has the operations on plain tensors, and
+`attnrb.reference` is their definition in NumPy.
 """
 
 from attnrb.ops import _native  # noqa: F401 (registers the native ops, which what follows needs)

@@ -46,6 +46,7 @@ def search(
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
     seed: running.Seed = 0,
     batch_size: running.BatchSize = "auto",
     run: running.RunOption = None,
@@ -81,7 +82,7 @@ def search(
         if html is not None:
             check_installed()
         place.append(running.run_file(run, json, plan, model))
-        lm, selected = running.start(plan, model, dtype, threads, rows)
+        lm, selected = running.start(plan, model, dtype, threads, rows, allow_missing=allow_missing)
         with running.progress() as progress:
             result = go(
                 lm,

@@ -50,7 +50,7 @@ def attention(
     """Attention whose weights are edited, and which may find its own outliers.
 
     With ``s`` the scores ``scale · query · keyᵀ`` after the softcap, ``β`` the edit's key bias and ``P = softmax(s +
-    β)`` over the visible keys, :class:`attnrb.Edit` says what becomes of ``P`` before it weighs the values. No
+    β)`` over the visible keys, `attnrb.Edit` says what becomes of ``P`` before it weighs the values. No
     ``[M, N]`` matrix is built.
 
     Differentiable in query, key, value, sinks, and the edit's gain and key bias, through output and log-sum-exp.
@@ -64,14 +64,14 @@ def attention(
         edit: what is done to the weights. The default is nothing.
         emit: return the outliers too: the keys of each row, other than the query's own, with ``P`` above this number,
             between 0 and 1, both excluded. ``P`` includes the bias, not the gain. The default is not to.
-        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+        visibility: which keys a query may see: a `attnrb.Visibility`, or a bool mask broadcastable to
             ``[B, H, M, N]``. The default is causal, with the last query on the last key.
         scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
         softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
         sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
 
     Returns:
-        :class:`attnrb.Attended`.
+        `attnrb.Attended`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -98,7 +98,7 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Outliers | None]:
-    """Output and outliers of :func:`attention`, which are what a model's layers need."""
+    """Output and outliers of `attention`, which are what a model's layers need."""
     options: dict[str, Any] = {"visibility": visibility, "scale": scale, "softcap": softcap, "sinks": sinks}
     output, _, outliers = attention(query, key, value, edit=edit, emit=emit, **options)
     return output, outliers
@@ -113,7 +113,7 @@ def dispatch(
     visibility: VisibilityArguments,
     scores: Scores,
 ) -> Attended:
-    """:func:`attention` of checked operands, with its options as the op takes them."""
+    """`attention` of checked operands, with its options as the op takes them."""
     if not native(query):
         check_shapes(query, key, value, edit, visibility, scores)
         return Attended(*dense.attention(query, key, value, edit, emit, visibility, scores))
@@ -174,7 +174,7 @@ def attention_weights(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The weights of :func:`attention` as a matrix, for those who ask to see them.
+    """The weights of `attention` as a matrix, for those who ask to see them.
 
     Models return their weights with ``output_attentions=True``. No op has them: they are computed again here, in
     float32 (float64 for float64), ``4 B H M N`` bytes, and as many of ``query``'s dtype for every layer that a model
@@ -184,7 +184,7 @@ def attention_weights(
         query: ``[B, H, M, D]``.
         key: ``[B, Hk, N, D]``.
         edit: what is done to the weights.
-        visibility: as for :func:`attention`, like the rest.
+        visibility: as for `attention`, like the rest.
         scale: likewise.
         softcap: likewise.
         sinks: likewise.

@@ -41,14 +41,14 @@ def source_attention(
         value: ``[B, Hk, N, Dv]``, likewise.
         threshold: between 0 and 1, both excluded.
         scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
-        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+        visibility: which keys a query may see: a `attnrb.Visibility`, or a bool mask broadcastable to
             ``[B, H, M, N]``. The default is causal, with the last query on the last key.
         softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
         sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
 
     Returns:
         ``(output, lse, outliers)``: output ``[B, H, M, Dv]`` in the dtype of ``query``, laid out in memory as
-        ``[B, M, H, Dv]``; the log-sum-exp of each row, float32 ``[B, H, M]``; :class:`attnrb.Outliers`.
+        ``[B, M, H, Dv]``; the log-sum-exp of each row, float32 ``[B, H, M]``; `attnrb.Outliers`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -85,11 +85,11 @@ def rebalanced_attention(
         query: ``[B, H, M, D]``, float32, bfloat16, float16 or float64, any strides.
         key: ``[B, Hk, N, D]``, dtype and device of ``query``.
         value: ``[B, Hk, N, Dv]``, likewise.
-        outliers: ``(indices, counts)`` of :func:`source_attention` for the same queries and heads; rows must ascend.
+        outliers: ``(indices, counts)`` of `source_attention` for the same queries and heads; rows must ascend.
         gain: a number, or one for each head: a sequence or a tensor ``[H]``. A float32 tensor costs nothing to pass.
         normalize: whether the weights of a row sum to 1 again.
         scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
-        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+        visibility: which keys a query may see: a `attnrb.Visibility`, or a bool mask broadcastable to
             ``[B, H, M, N]``. The default is causal, with the last query on the last key.
         softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
         sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.

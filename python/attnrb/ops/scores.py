@@ -30,7 +30,10 @@ class Scores(NamedTuple):
 
     def for_older_ops(self, width: int) -> tuple[Any, ...]:
         """In the order of the ops of the first release, for queries of this width."""
-        return width**-0.5 if self.scale is None else self.scale, self.softcap, self.sinks
+        scale = self.scale
+        if scale is None:
+            scale = width**-0.5 if width > 0 else 1.0  # the op refuses a width of 0 by name
+        return scale, self.softcap, self.sinks
 
 
 DEFAULT_SCORES = Scores()

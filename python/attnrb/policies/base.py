@@ -295,7 +295,7 @@ class Policy:
         names = (POLICY_FILE, policy_class("rebalance").file) if not hasattr(cls, "name") else (cls.file,)
         path = _find_file(str(model), names)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8-sig")))
         except TypeError as error:
             raise TypeError(f"{path}: {error}") from error
         except ValueError as error:  # that of JSON has arguments of its own
