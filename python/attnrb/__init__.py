@@ -19,27 +19,36 @@ from attnrb.hosts.transformers.patch import Patch, patch, patched, unpatch
 from attnrb.ops.edit import Attended, Edit
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.visibility import Visibility
-from attnrb.policies import Compose, LearnedGains, Policy, Rebalance, register_policy
+from attnrb.policies import Compose, Emphasis, HeadProfile, LearnedGains, Policy, Rebalance, register_policy
 from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.text import Marked, Span, Spans, find_spans, mark, spans
 
 __all__ = [
     "Attended",
     "AttentionCall",
     "Compose",
     "Edit",
+    "Emphasis",
+    "HeadProfile",
     "LearnedGains",
+    "Marked",
     "Outliers",
     "Patch",
     "Policy",
     "Rebalance",
     "RebalanceConfig",
+    "Span",
+    "Spans",
     "Visibility",
     "__version__",
     "clear_scratch",
+    "find_spans",
     "functional",
+    "mark",
     "patch",
     "patched",
     "register_policy",
+    "spans",
     "unpatch",
 ]
 

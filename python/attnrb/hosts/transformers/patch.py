@@ -14,12 +14,14 @@ A patch belongs to one model. Copies of a patched model, made with ``copy.deepco
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from attnrb.hosts.requests import Requests
 from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward
 from attnrb.hosts.stats import PatchStats
 from attnrb.hosts.transformers.attention import FORWARD, attention
@@ -27,9 +29,11 @@ from attnrb.hosts.transformers.caches import Caches
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, shard_of
 from attnrb.hosts.transformers.left_out import LeftOut
-from attnrb.policies.base import Policy
+from attnrb.policies.base import Policy, Request
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.rebalance import Rebalance
+from attnrb.text.marked import Marked
+from attnrb.text.spans import Spans
 
 __all__ = ["AttentionCall", "Patch", "patch", "patched", "unpatch"]
 
@@ -127,6 +131,7 @@ class Patch:
         policy: what is edited, as given.
         stats: what was done so far. It stays readable after `remove`. Forwards inside a graph of ``torch.compile`` are
             not counted.
+        model: what was patched.
         decoder: the part of the model that holds its layers. Called by itself, it computes no logits.
     """
 
@@ -136,7 +141,9 @@ class Patch:
         decoder = find_decoder(model)
         self.stats = PatchStats()
         self.decoder = decoder
+        self.model = model
         self._observer = observer
+        self._request = Requests()
         self._shape = decoder_shape(decoder, shard_of(model))
         self.update(policy)
         self._configurations = Configurations(model, decoder)
@@ -184,6 +191,51 @@ class Patch:
         """
         return self._plan.source_layer
 
+    @contextmanager
+    def spans(self, spans: Spans, *, prompt: int | torch.Tensor | None = None) -> Iterator[Patch]:
+        """Say which spans matter in all calls of the model in this thread, until the block ends.
+
+            marked = attnrb.mark(tokenizer, "((Read this.)) Then answer:")
+            with patched.spans(marked.spans):
+                model.generate(**marked.inputs)
+
+        Args:
+            spans: of each row of the batch, as `attnrb.mark` makes them. A call whose batch has a multiple of these
+                rows, such as one with beams, takes each row's spans as often.
+            prompt: one past the slot of the prompt's last token, for all rows or int64 ``[B]``. Default: where the
+                first call ends, which is wrong if a prompt is read in several calls.
+
+        Raises:
+            TypeError: ``spans`` are no `attnrb.Spans`.
+        """
+        if not isinstance(spans, Spans):
+            raise TypeError(f"spans: expected attnrb.Spans, such as marked.spans, got {type(spans).__name__}")
+        if isinstance(prompt, int):
+            prompt = torch.full((len(spans),), prompt, dtype=torch.int64)
+        with self._request.set(Request(spans, prompt)):
+            yield self
+
+    def generate(self, marked: Marked, **options: Any) -> Any:
+        """``model.generate`` on a marked prompt, whose spans matter throughout.
+
+        Args:
+            marked: of `attnrb.mark`.
+            options: of ``generate``.
+
+        Returns:
+            What ``generate`` returns.
+
+        Raises:
+            TypeError: ``marked`` is no `attnrb.Marked`, or the model has no ``generate``.
+        """
+        if not isinstance(marked, Marked):
+            raise TypeError(f"marked: expected what attnrb.mark returns, got {type(marked).__name__}")
+        if not callable(getattr(self.model, "generate", None)):
+            raise TypeError(f"model: {type(self.model).__name__} has no generate")
+        inputs = marked.to(self.model.device).inputs
+        with self.spans(marked.spans, prompt=inputs["input_ids"].shape[1]):
+            return self.model.generate(**inputs, **options)
+
     def remove(self) -> None:
         """Make the model what it was. A second call does nothing."""
         for hook in self._hooks:
@@ -215,7 +267,7 @@ class Patch:
         self._caches.check(kwargs.get("past_key_values"), kwargs.get("position_ids"), inputs.queries())
         forward = Forward(
             self._plan,
-            self._plan.begin(),
+            self._plan.begin(self._request.current(self._plan)),
             self.stats,
             observer=self._observer,
             first_slot=inputs.first_slot(),
