@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import DEFAULT_SCORES, Scores, score_arguments
 from attnrb.ops.visibility import DEFAULT_VISIBILITY, Visibility, VisibilityArguments, visibility_arguments
 
-__all__ = ["OPTIONS", "attend", "attention", "attention_fake", "attention_weights", "dispatch"]
+__all__ = ["OPTIONS", "attend", "attention", "attention_fake", "attention_weights", "dispatch", "gradients"]
 
 # Looked up once: torch.ops resolves overloads at every call.
 _attention = torch.ops.attnrb.attention.default
@@ -248,10 +249,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _gradient(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_output is None and grad_lse is None:
         return (None,) * (3 + len(OPTIONS))
-    (query, key, value, output, lse), options = training.kept(ctx)
+    tensors, options = training.kept(ctx)
+    rows, found = gradients(grad_output, grad_lse, tensors, options)
+    return (*rows, *(found.get(name) for name in OPTIONS))
+
+
+def gradients(
+    grad_output: Tensor | None, grad_lse: Tensor | None, tensors: Sequence[Tensor], options: dict[str, Any]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The gradients of an attention op.
+
+    Args:
+        grad_output: of the output; not None where ``grad_lse`` is.
+        grad_lse: of the log-sum-exp.
+        tensors: query, key, value, output and log-sum-exp.
+        options: the op's, by name; those left out have their defaults.
+
+    Returns:
+        Those of query, key and value, and those of the options that have one, by name.
+    """
+    query, key, value, output, lse = tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    options["emit"] = None
+    options = _named((), options) | {"emit": None}
     *rows, gain, key_bias, sinks = _attention_backward(
         grad_output, grad_lse, query, key, value, output, lse, *(options[name] for name in OPTIONS)
     )
@@ -262,7 +282,7 @@ def _gradient(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_:
         found["key_bias"] = key_bias
     if options["sinks"] is not None:
         found["sinks"] = sinks.to(options["sinks"].dtype)
-    return (*rows, *(found.get(name) for name in OPTIONS))
+    return rows, found
 
 
 torch.library.register_fake("attnrb::attention", attention_fake)
