@@ -100,10 +100,12 @@ def attention(
     assert forward is not None
     assert layer is not None
 
-    common = forward.common.get(id(attention_mask))
-    if common is None or not common.serves(attention_mask, query, key):
+    for common in forward.common:
+        if common.serves(attention_mask, query, key):
+            break
+    else:
         common = Common.of(forward, module, attention_mask, query, key, is_causal, sliding_window)
-        forward.common[id(attention_mask)] = common
+        forward.common.append(common)
     if isinstance(scaling, torch.Tensor):
         scaling = float(scaling)
     scores = _Scores(common.geometry, scaling, softcap, s_aux)
@@ -172,7 +174,7 @@ class Common:
         """Keep what a layer found.
 
         Args:
-            mask: what it was given; kept alive, since its id is what this is found by.
+            mask: what it was given; kept alive, since this is found by it.
             geometry: what the mask means, on the layer's device.
             query: ``[B, H, M, D]``.
             keys: N, where the meaning depends on it; None where it does not.
@@ -203,10 +205,9 @@ class Common:
         elif geometry is not None:
             check_keys(module, geometry.keys, key.size(2), query.size(2))
         else:
-            before = forward.common.get(id(mask))
-            if before is not None and before.mask is mask and before.keys == keys:
-                geometry = before.geometry
-            else:
+            read = (each.geometry for each in forward.common if each.mask is mask and each.keys == keys)
+            geometry = next(read, None)
+            if geometry is None:
                 geometry = _read_mask(forward, module, mask, query, key.size(2), is_causal, sliding_window)
         return Common(mask, geometry.on(query.device), query, keys)
 
