@@ -94,6 +94,7 @@ struct CudaDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
   library.impl("attention", &boxed<&attention<CudaDevice>>);
+  library.impl("attention.output", &boxed<&attention_output<CudaDevice>>);
   library.impl("attention_training", &boxed<&attention<CudaDevice>>);
   library.impl("attention_backward", &boxed<&attention_backward<CudaDevice>>);
   library.impl("source_attention", &boxed<&source_attention<CudaDevice>>);

@@ -39,6 +39,7 @@ __all__ = [
 
 # Looked up once: torch.ops resolves overloads at every call.
 _attention = torch.ops.attnrb.attention.default
+_attention_output = torch.ops.attnrb.attention.output
 _attention_training = torch.ops.attnrb.attention_training.default
 _attention_backward = torch.ops.attnrb.attention_backward.default
 
@@ -135,8 +136,6 @@ def attend_unchecked(
         emit: as `attention` has it.
         options: visibility and scores as `given_options` has them, to which those of the edit are added.
     """
-    if emit is not None:
-        options["emit"] = emit
     if edit is not None:
         if edit.outliers is not None:
             options["indices"], options["counts"] = edit.outliers
@@ -147,13 +146,15 @@ def attend_unchecked(
             options["key_bias"] = edit.key_bias
             if edit.first_query is not None:
                 options["first_query"] = edit.first_query
-    output, _, indices, counts = _attention(query, key, value, **options)
-    return output, None if emit is None else Outliers(indices, counts)
+    if emit is None:
+        return _attention_output(query, key, value, **options), None
+    output, _, indices, counts = _attention(query, key, value, emit=emit, **options)
+    return output, Outliers(indices, counts)
 
 
 def fits_unchecked(edit: Edit | None) -> bool:
     """Whether `attend_unchecked` may have this edit: tensors as the op takes them, and no gain for every key."""
-    if edit is None:
+    if edit is None or edit.as_the_op_takes_it:
         return True
     gain, bias, first = edit.gain, edit.key_bias, edit.first_query
     return (
@@ -286,6 +287,11 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
     )
 
 
+def _output_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> Tensor:
+    """The output of `attention_fake`."""
+    return attention_fake(query, key, value, *positional, **keywords)[0]
+
+
 def _backward_fake(
     grad_output: Tensor,
     grad_lse: Tensor | None,
@@ -349,6 +355,7 @@ def gradients(
 
 
 torch.library.register_fake("attnrb::attention", attention_fake)
+torch.library.register_fake("attnrb::attention.output", _output_fake)
 torch.library.register_fake("attnrb::attention_training", attention_fake)
 torch.library.register_autograd("attnrb::attention_training", _gradient, setup_context=_setup)
 training.register_backward("attnrb::attention_backward", _backward_fake)

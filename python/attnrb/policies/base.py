@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -69,6 +70,11 @@ class ModelShape:
         if not self.has_attention:
             object.__setattr__(self, "has_attention", (True,) * self.layers)
 
+    @cached_property
+    def heads_of_layers(self) -> frozenset[int]:
+        """How many heads a layer that takes part may have on this rank: all, or its part of a split layer."""
+        return frozenset((self.heads, self.local_heads))
+
     @property
     def local_heads(self) -> int:
         """How many heads of a split layer this rank computes; H where they cannot be split evenly."""
@@ -89,17 +95,18 @@ class ModelShape:
 class PerHead:
     """A tensor with the H heads along its first axis, ready for whole layers and for this rank's part of split ones."""
 
-    __slots__ = ("_by_heads",)
+    __slots__ = ("_by_heads", "_device")
 
     def __init__(self, per_head: torch.Tensor, shape: ModelShape, layer: int) -> None:
         """Put ``per_head`` where ``layer`` is."""
-        whole = per_head.to(shape.device(layer))
+        self._device = shape.device(layer)
+        whole = per_head.to(self._device)
         self._by_heads = {shape.heads: whole, shape.local_heads: shape.own(whole).contiguous()}
 
     def of(self, view: LayerView) -> torch.Tensor:
         """The part that belongs to the heads of this layer, on its device."""
-        part = self._by_heads[view.query.shape[1]]
-        return part if part.device == view.query.device else part.to(view.query.device)
+        part = self._by_heads[view.heads]
+        return part if view.device == self._device else part.to(view.device)
 
 
 class LayerView:
@@ -109,28 +116,34 @@ class LayerView:
         layer: which layer.
         query: ``[B, H, M, D]``.
         key: ``[B, Hk, N, D]``, cached keys included.
+        heads: H, of this layer on this rank.
+        device: where the layer computes.
         scores: how they become scores: ``visibility``, ``scale``, ``softcap`` and ``sinks``, as `attnrb.functional`
             takes them.
     """
 
-    __slots__ = ("_scores", "key", "layer", "query")
+    __slots__ = ("_scores", "device", "heads", "key", "layer", "query")
 
     def __init__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, scores: Callable[[], Mapping[str, Any]]
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scores: Callable[[], Mapping[str, Any]],
+        heads: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        """``heads`` and ``device`` are those of ``query``, where the caller knows them already."""
         self.layer = layer
         self.query = query
         self.key = key
+        self.heads = query.shape[1] if heads is None else heads
+        self.device = query.device if device is None else device
         self._scores = scores
 
     @property
     def scores(self) -> Mapping[str, Any]:
         return self._scores()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer computes."""
-        return self.query.device
 
     @property
     def rows(self) -> int:

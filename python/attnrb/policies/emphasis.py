@@ -220,7 +220,7 @@ class _Prepared:
 
     def _make(self, bias: torch.Tensor, first: torch.Tensor | None, view: LayerView) -> Edit | Mixture:
         if self.plan.policy.share is None:
-            return Edit(key_bias=bias, first_query=first)
+            return Edit.of_tensors(key_bias=bias, first_query=first)
         heed = self._own_heads(self.plan.chosen[view.layer], view)
         return _floor(bias, first, heed, self.plan.policy.share)
 

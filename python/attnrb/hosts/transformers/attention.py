@@ -111,10 +111,11 @@ def attention(
     scores = _Scores(common.geometry, scaling, softcap, s_aux)
 
     plan = forward.plan
-    view = LayerView(layer, query, key, scores.named)
+    view = LayerView(layer, query, key, scores.named, common.heads, common.device)
     edit, emit = None, None
     if layer in plan.required:
-        _check_heads(forward, module, layer, query.shape[1])
+        if common.heads not in plan.shape.heads_of_layers:
+            _refuse_heads(forward, module, layer, common.heads)
         emit = plan.emits.get(layer)
         if layer in plan.edited:
             if forward.left_out is not None:
@@ -168,7 +169,7 @@ class _Scores:
 class Common:
     """What the layers of one forward that share a mask have in common: see `Note: [Layers alike]`."""
 
-    __slots__ = ("device", "dtype", "geometry", "keys", "mask", "options", "shape")
+    __slots__ = ("device", "device_type", "dtype", "geometry", "heads", "keys", "mask", "options", "shape")
 
     def __init__(self, mask: torch.Tensor | None, geometry: Geometry, query: torch.Tensor, keys: int | None) -> None:
         """Keep what a layer found.
@@ -182,6 +183,7 @@ class Common:
         self.mask = mask
         self.geometry = geometry
         self.shape, self.dtype, self.device = query.shape, query.dtype, query.device
+        self.heads, self.device_type = query.shape[1], query.device.type
         self.keys = keys
         # Visibility as the op takes it; None where calls have to be checked, cast or traced.
         plain = native(query) and not torch.compiler.is_compiling()
@@ -213,7 +215,7 @@ class Common:
 
     def unrecorded(self) -> bool:
         """Whether neither gradients nor casts are asked for."""
-        return not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type)
+        return not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device_type)
 
     def serves(self, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> bool:
         """Whether a layer with this mask and query is alike."""
@@ -259,14 +261,12 @@ def _weights(view: LayerView, edit: Edit | Mixture | None) -> torch.Tensor:
     return mixed.to(view.query.dtype)
 
 
-def _check_heads(forward: Forward, module: torch.nn.Module, layer: int, heads: int) -> None:
-    shape = forward.plan.shape
-    if heads not in (shape.local_heads, shape.heads):
-        raise NotImplementedError(
-            f"layer {layer} ({type(module).__name__}) has {heads} query heads, others {shape.heads}. Outliers "
-            "pair by head index, so attnrb re-balances layers with as many heads as the model's configuration names; "
-            "leave this one out with RebalanceConfig(layers=...)"
-        )
+def _refuse_heads(forward: Forward, module: torch.nn.Module, layer: int, heads: int) -> None:
+    raise NotImplementedError(
+        f"layer {layer} ({type(module).__name__}) has {heads} query heads, others {forward.plan.shape.heads}. Outliers "
+        "pair by head index, so attnrb re-balances layers with as many heads as the model's configuration names; "
+        "leave this one out with RebalanceConfig(layers=...)"
+    )
 
 
 def _read_mask(
