@@ -8,8 +8,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 CMAKE := $(BIN)/cmake
 # CMake keeps the compiler that it found first; everything here builds without torch.
 CORE_BUILD := -G Ninja -D CMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -D ATTNRB_BUILD_PACKAGE=OFF -D ATTNRB_WERROR=ON
-NATIVE_SOURCES := $(shell find csrc cmake build_backend cuda -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml \
-  $(wildcard python/_attnrb_lm_eval.*)
+NATIVE_SOURCES := $(shell find csrc cmake build_backend cuda -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 CPP_FILES := $(shell find csrc cuda tests/cpp tests/cuda_host tests/cuda_gpu bench/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_FILES := CMakeLists.txt tests/cpp/CMakeLists.txt $(wildcard cmake/*.cmake)
 CUDA_FILES := $(filter-out bench/% csrc/core/kernels/% tests/cuda_gpu/%,$(CPP_FILES)) $(CMAKE_FILES) cuda/sources.cmake \
@@ -30,7 +29,7 @@ SANITIZED_CASES := 300
 .DEFAULT_GOAL := help
 # Stages follow each other, whatever -j says; each uses JOBS cores by itself.
 .NOTPARALLEL:
-.PHONY: help demo test bench install lint test-cpp cpp-verdict test-cuda cuda test-cuda-mutations test-gpu bench-gpu \
+.PHONY: help demo test bench docs install lint test-cpp cpp-verdict test-cuda cuda test-cuda-mutations test-gpu bench-gpu \
   test-python test-long test-oldest test-aarch64 clean
 
 help:
@@ -38,6 +37,7 @@ help:
 	@echo 'make test          C++ tests, also under sanitizers, linters, type checks and Python tests'
 	@echo 'make bench         C++ and Python benches; JSON in build/bench'
 	@echo 'make install       only the environment in .venv, with the package in it'
+	@echo 'make docs          the documentation site, in build/site'
 	@echo 'make test-long     what takes too long for make test: real models on 4,000 tokens, inductor on many'
 	@echo 'make test-oldest   the tests of patched models, with the oldest transformers that is served'
 	@echo 'make test-aarch64  the C++ tests for ARM, cross-compiled and run under qemu'
@@ -83,6 +83,10 @@ lint: $(DONE)/test
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
+# Strict: a warning is an error. MkDocs Material would print an advertisement of its successor.
+docs: $(DONE)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # ---------------------------------------------------------------------------------------------------- environment
 
 $(DONE)/venv:
@@ -107,6 +111,10 @@ $(DONE)/cli: $(DONE)/native
 
 $(DONE)/test: $(DONE)/cli
 	$(INSTALL) 'attnrb[test]'
+	@touch $@
+
+$(DONE)/docs: $(DONE)/native
+	$(INSTALL) 'attnrb[docs]'
 	@touch $@
 
 # Its own dependencies belong to a program around the model that is not used here.

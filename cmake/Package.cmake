@@ -33,7 +33,5 @@ target_compile_definitions(attnrb_module PRIVATE
   ATTNRB_TORCH_HEADERS="${ATTNRB_TORCH_VERSION}"
   ATTNRB_TORCH_TARGET="${ATTNRB_TORCH_TARGET}")
 
-# Beside the package: what tells lm-evaluation-harness of the model attnrb.
-install(FILES python/_attnrb_lm_eval.py python/_attnrb_lm_eval.pth DESTINATION .)
 # Not into lib/: both files stand beside the Python sources.
 install(TARGETS attnrb_ops attnrb_module LIBRARY DESTINATION attnrb)

@@ -36,32 +36,38 @@ DECIDABLE = 2e-6
 
 HEAD = """# Models
 
-Which decoders `attnrb.patch` serves: everything that `AutoModelForCausalLM` of transformers {version} offers,
-{count} architectures, tried one by one with `docs/models.py`. Written by
+This page lists which decoders `attnrb.patch` serves: everything that `AutoModelForCausalLM` of transformers {version}
+offers, {count} architectures.
+
+| | architectures |
+| --- | --- |
+| [served](#served) | {works} |
+| [refused](#refused), with the reason | {refused} |
+| [not tried](#not-tried) | {untried} |
+
+A program tries them one by one and writes the page. You can run it too, also with another version of transformers:
 
     .venv/bin/python docs/models.py
 
-which anyone can rerun, with another version of transformers too. Each architecture is built with random weights and a
-handful of layers, and must give
+It builds each architecture with random weights and a handful of layers. A model is served if it passes two tests:
 
-- the logits of a dense oracle of the method within {rounding:g} of the largest, in float32, and its greedy text through
-  the model's own cache, in a batch with padding. The oracle builds every matrix in float64 and shares no code with
-  attnrb;
-- with `alpha=0` the logits of the unpatched model within {unpatched:g} of the largest.
+- **With re-balancing**, its logits in float32 differ from those of a dense oracle by at most {rounding:g} of the
+  largest. Its greedy text equals the oracle's, through the model's own cache, in a batch with padding. The oracle
+  builds every matrix in float64 and shares no code with attnrb.
+- **With `alpha=0`**, its logits differ from those of the unpatched model by at most {unpatched:g} of the largest.
 
-{works} are served, {refused} are refused with the reason given, {untried} could not be tried. A model that is refused
-is left as it was: nothing runs without re-balancing in silence. Attention that does not go through transformers'
-interface, and attention modules that do not know their layer, raise when the model is patched or at its first
-forward. A mask of a pattern that nobody recognises is used as it is, as a boolean matrix.
+A refused model is left as it was: nothing runs without re-balancing in silence. Two kinds of attention raise when the
+model is patched or at its first forward: attention that does not go through transformers' interface, and attention
+modules that do not know their layer. A mask of a pattern that is none of transformers' own is used as it is, as a
+boolean matrix. `general_masks` of the patch's `stats` counts such masks, and a warning says why.
 
-A patch tells the layers which forward they belong to by a keyword argument of the model's call. Where layers drop the
-arguments that they do not know, as those of `stablelm` do, they are served by the forward that runs in their thread.
-Where there is none, because such a layer runs in a thread of its own or once more under gradient checkpointing, it
-raises.
+A patch tells the layers which forward they belong to, by a keyword argument of the model's call. Some layers, such as
+those of `stablelm`, drop arguments that they do not know. They use the forward that runs in their thread. Such a layer
+raises if there is none, because it runs in a thread of its own or once more under gradient checkpointing.
 
-Of a model with several parts, such as one for images and text, the text decoder is patched (`gemma3`, `llava`,
-`qwen2_5_vl` and their like). In a hybrid, layers without softmax attention stay as they are, and the source layer is by
-default the first that has it; layer numbers count all decoder layers.
+Some models have several parts, such as one for images and one for text (`gemma3`, `llava`, `qwen2_5_vl` and others).
+There the text decoder is patched. In a hybrid, layers without softmax attention stay as they are, and the source layer
+is by default the first layer that has it. Layer numbers count all decoder layers.
 """
 
 
@@ -200,9 +206,10 @@ def served(results: list[Result]) -> str:
     rows = [f"| {each.name} | {each.error:.0e} | {each.unpatched:.0e} | {each.remark} |" for each in results]
     return "\n".join(
         [
-            "Differences are shares of the largest logit.",
+            "Differences are shares of the largest logit. The last column names the layers that are re-balanced, where",
+            "that is not all of them.",
             "",
-            "| architecture | from the oracle | alpha = 0 from unpatched | |",
+            "| architecture | difference from the oracle | difference with alpha = 0 | layers |",
             "| --- | --- | --- | --- |",
             *rows,
             "",

@@ -126,61 +126,72 @@ def per_rank(models: tuple[Shape, ...]) -> str:
             cache = each.layers * cache_bytes(each, CONTEXTS["128k"]) / min(ranks, each.key_heads)
             outliers = outlier_bytes(each, CHUNK) / ranks
             rows.append([each.name, str(ranks), size(cache), size(outliers), "0 B"])
-    header = ["model", "ranks", "cache, each", "outliers of a chunk of 8k, each", "more sent between ranks"]
+    header = ["model", "ranks", "cache, each", "outliers of a chunk of 8k, each", "sent between ranks in addition"]
     return table(header, rows)
 
 
 PAGE = """# Scale
 
-What grows with what when a model is patched, and which engine to use when. The tables are computed, not measured, from
-the shapes of models of 8 and 70 billion parameters (32 layers and 32 heads, 80 layers and 64 heads; 8 key heads of
-width 128) in bfloat16, with a threshold of 0.01, by
+This page says what grows with what when a model is patched, and which engine to use when.
+
+The tables are computed and not measured. They take the shapes of models of 8 and 70 billion parameters, in bfloat16,
+with a threshold of 0.01:
+
+| model | layers | query heads | key heads | width of a head |
+| --- | --- | --- | --- | --- |
+| 8B | 32 | 32 | 8 | 128 |
+| 70B | 80 | 64 | 8 | 128 |
+
+This command writes the page:
 
     .venv/bin/python docs/scale.py
 
-and `docs/scale.py --model FOLDER` prints them for a model of your own.
+`docs/scale.py --model FOLDER` prints the tables for a model of your own.
 
 ## One token
 
 {per_token}
-Outliers are found once in a forward and used by all layers above the source: their number does not grow with the
-layers, nor with the context, since a row has at most 99 of them ([method](method.md), *Outlier rows are bounded*).
-Nothing about them is kept from one step to the next. The cache is the model's own, unchanged.
+Outliers are found once in a forward, and all layers above the source use them. Their number does not grow with the
+layers. It does not grow with the context either, since a row has at most 99 of them ([Outlier rows are
+bounded](method.md#outlier-rows-are-bounded)). Nothing about them is kept from one step to the next. The cache is the
+model's own, unchanged.
 
 ## A context
 
 {per_context}
-In a prefill of the whole text each token has its row of outliers at the same time. Where that is too much, prefill in
-chunks (`generate(prefill_chunk_size=8192)`): only the rows of one chunk exist at once. The matrices in the last column
-are what eager attention and its mask of outliers would take in a single layer; attnrb never builds them.
+In a prefill of the whole text, each token has its row of outliers at the same time. Where that is too much, prefill in
+chunks (`generate(prefill_chunk_size=8192)`); then only the rows of one chunk exist at once. The last column is what
+eager attention and its mask of outliers would take in a single layer. attnrb never builds these matrices.
 
 ## A step of decoding
 
 {per_step}
-Decoding reads every cached key and value of a layer with or without a patch, and in a re-balanced layer the outliers of
-one row in each head besides. Real rows have far fewer than the 99 that this table counts.
+With or without a patch, decoding reads every cached key and value of a layer. A re-balanced layer also reads the
+outliers of one row in each head. Real rows have far fewer than the 99 that this table counts.
 
 ## Ranks
 
 {per_rank}
-With heads split between ranks each rank finds and uses the outliers of its own heads, because outliers pair by head: a
-patch adds nothing to what ranks send each other. A test counts the collective operations of both and compares.
+When heads are split between ranks, each rank finds and uses the outliers of its own heads, because outliers pair by
+head. So a patch adds nothing to what ranks send each other. A test counts the collective operations of both and
+compares.
 
-Layers on different devices (`device_map`) do hand outliers on: once for each border between devices and forward, the
-size in the first table for every token in it.
+Layers on different devices (`device_map`) do hand outliers on, once for each border between devices in each forward.
+The first table gives the size for every token.
 
 ## Which engine
 
-| you have | use | re-balanced |
+| you have | use | what is re-balanced |
 | --- | --- | --- |
-| a model that fits one device | `attnrb.patch(model)` | as it stands |
+| a model that fits one device | `attnrb.patch(model)` | everything |
 | many prompts, several devices, a model that fits each | `accelerate launch` and one patched copy in each process | each process by itself |
 | a model larger than one device, to generate quickly | tensor parallelism of transformers (`tp_plan="auto"` under `torchrun`), then `attnrb.patch` | each rank its own heads |
 | the same, without a fast link, or with a disk to help out | `device_map="auto"`, then `attnrb.patch` | outliers follow the layers |
 | a forward of a model that FSDP shards | `fully_shard`, before or after `attnrb.patch` | each process its own rows |
-| an inference server with paged caches | not served: it brings attention of its own | |
+| an inference server with paged caches | not served: the server brings attention of its own | |
 
-The rows for several processes are tested with two processes on the CPU; logits and greedy text equal those of one.
+The rows for several processes are tested with two processes on the CPU. Logits and greedy text equal those of one
+process.
 """  # noqa: E501 (tables)
 
 

@@ -4,8 +4,8 @@
     with attnrb.patch(model, attnrb.Rebalance(alpha=0.2, threshold=0.01)):
         model.generate(**inputs)
 
-:func:`patch` serves Hugging Face models, :mod:`attnrb.functional` has the operations on plain tensors, and
-:mod:`attnrb.reference` is their definition in NumPy.
+`patch` serves Hugging Face models, `attnrb.functional` has the operations on plain tensors, and
+`attnrb.reference` is their definition in NumPy.
 """
 
 from attnrb.ops import _native  # noqa: F401 (registers the native ops, which what follows needs)
@@ -19,27 +19,36 @@ from attnrb.hosts.transformers.patch import Patch, patch, patched, unpatch
 from attnrb.ops.edit import Attended, Edit
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.visibility import Visibility
-from attnrb.policies import Compose, LearnedGains, Policy, Rebalance, register_policy
+from attnrb.policies import Compose, Emphasis, HeadProfile, LearnedGains, Policy, Rebalance, register_policy
 from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.text import Marked, Span, Spans, find_spans, mark, spans
 
 __all__ = [
     "Attended",
     "AttentionCall",
     "Compose",
     "Edit",
+    "Emphasis",
+    "HeadProfile",
     "LearnedGains",
+    "Marked",
     "Outliers",
     "Patch",
     "Policy",
     "Rebalance",
     "RebalanceConfig",
+    "Span",
+    "Spans",
     "Visibility",
     "__version__",
     "clear_scratch",
+    "find_spans",
     "functional",
+    "mark",
     "patch",
     "patched",
     "register_policy",
+    "spans",
     "unpatch",
 ]
 

@@ -106,7 +106,7 @@ def test_function_words_from_a_file(folder: Path, tmp_path: Path) -> None:
     [
         ([], "text: expected --text"),
         (["-t", "missing.txt"], "there is no file 'missing.txt'"),
-        (["-t", "x"], "fewer than two tokens"),
+        (["--text-string", "x"], "fewer than two tokens"),
         (["-t", TEXT, "--compare", "alpha"], "config: expected"),
         (["-t", TEXT, "--compare", "beta=1"], "unknown 'beta'"),
         (["-t", TEXT, "--compare", "missing.json"], "could not be read"),

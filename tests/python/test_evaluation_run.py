@@ -260,10 +260,8 @@ class TestRunFile:
 
 
 def test_lm_eval_arguments() -> None:
-    from attnrb.hosts.lm_eval.model import _batch_size, _layers
+    from attnrb.hosts.lm_eval.model import _batch_size
 
-    assert _layers("1-3+5") == (1, 2, 3, 5)
-    assert _layers("4") == (4,)
     assert (_batch_size("auto"), _batch_size("auto:4"), _batch_size("8"), _batch_size(2)) == (None, None, 8, 2)
     for wrong in (0, "-1", "many"):
         with pytest.raises(ValueError, match="batch_size: expected a number"):

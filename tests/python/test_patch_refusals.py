@@ -151,16 +151,20 @@ def test_a_trial_run_leaves_no_trace() -> None:
     assert dict(vars(model.config)) == configuration
 
 
-def test_a_trial_run_that_fails_says_nothing() -> None:
+class Failing(torch.nn.Module):
+    def forward(self, *_: Any) -> None:
+        raise ZeroDivisionError
+
+
+def test_a_trial_run_that_fails_says_what_it_saw() -> None:
     from attnrb.hosts.transformers.probe import probe
 
     model = tiny("llama")
-    model.model.embed_tokens.register_forward_pre_hook(lambda *_: None)
-    model.model.norm = None
+    model.model.norm = Failing()
     seen = probe(model.model)
     assert seen is not None
-    assert len(seen.reached) == 5, "what came by before it failed counts"
-    model.model.layers[0].input_layernorm = None
+    assert seen.reached == ["LlamaAttention"] * 5
+    model.model.layers[0].input_layernorm = Failing()
     assert probe(model.model) is None
 
 

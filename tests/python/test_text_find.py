@@ -134,6 +134,14 @@ def test_any_ids_decode_or_are_refused(ids: list[int]) -> None:
     assert held == set(range(len(decoded.text)))
 
 
+@pytest.mark.parametrize("name", ["byte-level", "Gemma"])
+def test_replacement_characters_of_the_text_hold_their_bytes(name: str) -> None:
+    text = "😀😀\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
+    encoding = TOKENIZERS[name](text, add_special_tokens=False).encodings[0]
+    decoded = decode_offsets(TOKENIZERS[name], encoding.ids)
+    assert list(zip(decoded.starts, decoded.ends, strict=True)) == encoding.offsets
+
+
 def test_slow_tokenizers_and_missing_mask() -> None:
     tokenizer = SlowTokenizer()
     ids = tokenizer("abcdefgh")["input_ids"]

@@ -102,6 +102,8 @@ def test_backslashes(markup: str, plain: str, spans: list[str]) -> None:
         ("((a) b))", "a) b", ["a) b"]),
         ("((f(x):4))", "f(x)", ["f(x)"]),
         ("f(g(x)) ((y))", "f(g(x)) y", ["y"]),
+        ("((a (((x)) y)))", "a (x y)", ["a (x y)", "x"]),
+        ("((((a :()) b)))", "a :( b)", ["a :( b", "a :("]),
         (":) ((y)) :)", ":) y :)", ["y"]),
     ],
 )

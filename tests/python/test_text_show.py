@@ -70,6 +70,12 @@ def test_characters_of_several_tokens_are_whole(capsys: pytest.CaptureFixture[st
     assert "a⟦😀⟧b" in shown(mark(TOKENIZERS["Gemma"], "a((😀))b"))
 
 
+def test_padding_is_not_shown() -> None:
+    tokenizer = TOKENIZERS["Llama"]
+    marked = mark(tokenizer, ["the cat sat on the mat", "((the)) cat"], padding_side="right")
+    assert shown(marked).endswith("row 1 (3 tokens, 1 marked)\n<s>⟦ the⟧ cat\n")
+
+
 def test_lists_and_tensors_alike() -> None:
     tokenizer = TOKENIZERS["Llama"]
     tensors, lists = mark(tokenizer, "((the)) cat"), mark(tokenizer, "((the)) cat", return_tensors=None)

@@ -94,6 +94,7 @@ def test_rows_follow_their_beams() -> None:
 def test_spans_move_with_their_tokens() -> None:
     assert TWO.shift(3).rows == ((Span(3, 5), Span(4, 7, 3.0)), ())
     assert TWO.shift([1, 5]).rows == ((Span(1, 3), Span(2, 5, 3.0)), ())
+    assert TWO.select([1, 0]).shift(2).rows == ((), (Span(2, 4), Span(3, 6, 3.0)))
     with pytest.raises(ValueError, match="start: expected a slot of at least 0, got -1"):
         TWO.shift(-1)
 

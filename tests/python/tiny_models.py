@@ -119,7 +119,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "shared_intermediate_size": 16,
     },
-    "llama4_text": {  # attention in chunks: a pattern without a name, so the general mask
+    "llama4_text": {  # attention in chunks
         "head_dim": 8,
         "intermediate_size_mlp": 48,
         "num_local_experts": 2,

@@ -238,7 +238,7 @@ class AttentionReport:
             ValueError: it is no such document.
             OSError: the file cannot be read.
         """
-        text = source if isinstance(source, str) and source.lstrip()[:1] == "{" else Path(source).read_text("utf-8")
+        text = source if isinstance(source, str) and source.lstrip()[:1] == "{" else Path(source).read_text("utf-8-sig")
         try:
             document = json.loads(text)
             if document["format"] != _FORMAT:

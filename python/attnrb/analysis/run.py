@@ -20,6 +20,7 @@ from attnrb.hosts.transformers.patch import Patch, patch
 from attnrb.policies import LearnedGains, Policy, Rebalance
 from attnrb.studies.generation import encode
 from attnrb.text.classes import TOKEN_CLASSES, Token, describe_tokens
+from attnrb.text.vocabulary import check_token_ids
 
 Floats = NDArray[np.float64]
 
@@ -90,7 +91,7 @@ def analyze(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, no text holds two tokens, or the baseline does not fit the model.
-        Whatever `attnrb.patch` raises for a model it cannot serve.
+        Exception: whatever `attnrb.patch` raises for a model it cannot serve.
     """
     if compare is not None and not isinstance(compare, Policy):
         raise TypeError(f"compare: expected an attnrb.Policy or None, got {type(compare).__name__}")
@@ -203,6 +204,7 @@ class _Run:
         layer_done: Callable[[float], None],
     ) -> None:
         """Measure one more text."""
+        check_token_ids(self.model, ids)
         observer = _Observer(classes, self.config, len(ids), layer_done)
         with (
             torch.inference_mode(),
@@ -219,6 +221,12 @@ class _Run:
         found = observer.result()
         self.source_layer = observer.source_layer
         self.layers = tuple(sorted(found))
+        broken = [layer for layer in self.layers if np.isnan(found[layer][0].entropy).any()]
+        if broken:
+            raise ValueError(
+                f"texts: the attention of layer {broken[0]} is not finite: the model's weights are damaged, or its "
+                "activations exceed the range of the dtype; try float32 (--dtype float32)"
+            )
         for layer, (sums, overlap) in found.items():
             self._sums.setdefault(layer, _Sums.zero(sums)).add(sums, overlap)
         received = [found[layer][0].received for layer in self.layers]

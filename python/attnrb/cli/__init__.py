@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
-def main() -> None:
-    """Run the command line with the arguments of the process."""
+def load() -> Any:
+    """Import the command line; calling what is returned runs it with the arguments of the process."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401
@@ -14,4 +15,9 @@ def main() -> None:
         sys.exit(f"attnrb: the command line needs the package {error.name}: run `pip install 'attnrb[cli]'`")
     from attnrb.cli.app import app
 
-    app()
+    return app
+
+
+def main() -> None:
+    """Run the command line with the arguments of the process."""
+    load()()

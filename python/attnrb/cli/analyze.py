@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json as json_module
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from attnrb.cli import files, options
 from attnrb.cli.console import errors, output, steps, user_errors
 from attnrb.cli.loading import load_model
 from attnrb.reports.printable import printable
+from attnrb.text.reading import check_text, read_text
 
 if TYPE_CHECKING:
     from attnrb.analysis import AttentionReport, AttentionRun
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from attnrb.policies import Policy
 
 _INPUT = "What to analyse"
+_TEXT_FILE = re.compile(r"\.(?:csv|htm|html|json|jsonl|log|md|py|rst|tex|text|tsv|txt|xml|yaml|yml)$", re.IGNORECASE)
 
 _SHOWN_SINKS = 8
 _COLUMNS = {
@@ -47,11 +50,15 @@ def analyze(
         typer.Option(
             "--text",
             "-t",
-            help="A file, a .jsonl file of objects with a field text, the text itself, or - for standard input. "
-            "May be given again.",
+            help="A file, a .jsonl file of objects with a field text, a text of several words, or - for standard "
+            "input. May be given again.",
             show_default=False,
             rich_help_panel=_INPUT,
         ),
+    ] = None,
+    text_string: Annotated[
+        list[str] | None,
+        typer.Option(help="The text itself. May be given again.", show_default=False, rich_help_panel=_INPUT),
     ] = None,
     compare: Annotated[
         str | None,
@@ -106,18 +113,19 @@ def analyze(
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
 ) -> None:
     """Measure where attention goes, in every layer and head."""
     with user_errors():
         chosen = _compared(compare, policy)
-        texts = read_texts(text or [])
+        texts = read_texts(text or [], text_string or [])
         _check_outputs(html, json, png)
-        words = None if function_words is None else _read(function_words).split()
+        words = None if function_words is None else read_text(function_words).split()
         with steps() as step:
-            loaded, tokenizer = load_model(model, dtype, threads, step)
+            loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
             base = None
             if baseline is not None:
-                base, base_tokenizer = load_model(baseline, dtype, threads, step)
+                base, base_tokenizer = load_model(baseline, dtype, threads, step, allow_missing=allow_missing)
                 _check_tokenizers(tokenizer, base_tokenizer, texts)
         from attnrb.analysis import analyze as run
 
@@ -174,43 +182,55 @@ class NamedText(NamedTuple):
     text: str
 
 
-def read_texts(given: list[str]) -> list[NamedText]:
-    """The texts that ``--text`` names. Raises ValueError where there is none, or a file cannot be read."""
+def read_texts(given: list[str], strings: list[str]) -> list[NamedText]:
+    """The texts of ``--text`` and ``--text-string``.
+
+    Raises:
+        ValueError: there is none, a file cannot be read, or a text holds what is no character.
+    """
     texts: list[NamedText] = []
     for each in given:
         if each == "-":
-            texts.append(NamedText("standard input", sys.stdin.read()))
-        elif _is_file(each):
+            texts.append(NamedText("standard input", files.standard_input()))
+        elif _is_there(each):
             path = Path(each)
-            texts += _json_lines(path) if path.suffix == ".jsonl" else [NamedText(path.name, _read(path))]
-        elif Path(each).suffix[1:].isalpha() and not any(character.isspace() for character in each):
-            raise ValueError(f"text: there is no file {each!r}")
+            texts += _json_lines(path) if path.suffix == ".jsonl" else [NamedText(path.name, read_text(path))]
+        elif names_a_file(each):
+            raise ValueError(f"text: there is no file {each!r}; --text-string takes a text as it is")
         else:
             texts.append(NamedText(f"text {len(texts) + 1}", each))
+    texts += [NamedText(f"text {len(texts) + number}", each) for number, each in enumerate(strings, 1)]
     if not texts:
-        raise ValueError("text: expected --text with a file, a text, or - for standard input")
+        raise ValueError("text: expected --text with a file, --text-string with a text, or --text - for standard input")
+    for named in texts:
+        check_text(named.name, named.text)
     return texts
 
 
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:  # a text longer than a name may be
+def names_a_file(text: str) -> bool:
+    """Whether a text that is no file here was meant as the name of one: it is never analysed as a word.
+
+    A word alone is taken for a name, unless its letters are of a script that puts no spaces between words; so is what
+    ends like a text file.
+    """
+    if "\n" in text:
         return False
+    if _TEXT_FILE.search(text) is not None:
+        return True
+    return (text.isascii() or "/" in text) and not any(character.isspace() for character in text)
 
 
-def _read(path: Path) -> str:
+def _is_there(name: str) -> bool:
+    """Whether a file or folder has this name; a folder is then refused as it is read."""
     try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no UTF-8 text: byte {error.start} cannot be read") from error
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} could not be read: {error.strerror}") from error
+        return Path(name).exists()
+    except (OSError, ValueError):  # a text longer than a name may be, or with a NUL in it
+        return False
 
 
 def _json_lines(path: Path) -> list[NamedText]:
     texts = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

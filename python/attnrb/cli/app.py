@@ -10,13 +10,15 @@ import typer
 from attnrb.cli import eval as eval_commands
 from attnrb.cli import options, render
 from attnrb.cli.analyze import analyze
-from attnrb.cli.console import output, print_json, steps, user_errors
+from attnrb.cli.console import OneSentence, output, print_json, steps, user_errors
+from attnrb.cli.files import standard_input
 from attnrb.cli.loading import load_model, set_threads
 from attnrb.cli.search import search
 from attnrb.reports.printable import printable
 
 app = typer.Typer(
     help="Re-balance the attention of a language model while it runs.",
+    cls=OneSentence,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,6 +51,7 @@ def compare(
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
     json: options.Json = False,
     policy: options.PolicyChoice,
     max_new_tokens: options.MaxNewTokens = 64,
@@ -60,7 +63,7 @@ def compare(
     with user_errors(), steps() as step:
         chosen = policy.policy()
         text = _prompt(prompt)
-        loaded, tokenizer = load_model(model, dtype, threads, step)
+        loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
         from attnrb.studies.compare import DEFAULT_PROMPT
         from attnrb.studies.compare import compare as run
 
@@ -91,6 +94,7 @@ def generate(
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
     json: options.Json = False,
     policy: options.PolicyChoice,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -103,7 +107,7 @@ def generate(
         chosen = policy.policy()
         text = _prompt(prompt)
         with steps() as step:
-            loaded, tokenizer = load_model(model, dtype, threads, step)
+            loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
         from attnrb.hosts.transformers.patch import patch
         from attnrb.studies.compare import DEFAULT_PROMPT
         from attnrb.studies.generation import encode
@@ -175,7 +179,10 @@ def info(json: options.Json = False) -> None:
 
 
 @app.command()
+@options.takes_policy
 def bench(
+    *,
+    policy: options.PolicyChoice,
     threads: options.Threads = None,
     dtype: options.DType = "float32",
     length: Annotated[int, typer.Option(min=16, help="Tokens in the sequence.")] = 1024,
@@ -187,8 +194,9 @@ def bench(
         from attnrb.cli.selfbench import run
         from attnrb.models import resolve_dtype
 
+        chosen = policy.policy() if policy.given else None
         set_threads(threads)
-        report = run(length=length, dtype=resolve_dtype(dtype), progress=step)
+        report = run(length=length, dtype=resolve_dtype(dtype), policy=chosen, progress=step)
     if json:
         print_json(report.to_dict())
     else:
@@ -196,7 +204,7 @@ def bench(
 
 
 def _prompt(prompt: str | None) -> str | None:
-    return sys.stdin.read().strip() if prompt == "-" else prompt
+    return standard_input().strip() if prompt == "-" else prompt
 
 
 def _about(loaded: Any, model: str | None, temperature: float, seed: int) -> dict[str, Any]:

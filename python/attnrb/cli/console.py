@@ -7,17 +7,24 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+from typer.core import TyperGroup
 
 from attnrb.reports.printable import printable
 
 DEBUG_VARIABLE = "ATTNRB_DEBUG"
+INTERRUPTED = 130  # as a shell has it for a program that an interrupt ended
+
+_FOR_MORE = f"and {DEBUG_VARIABLE}=1 shows where it came from"
+_PACKAGE = Path(__file__).parents[1]
 
 
 def output() -> Console:
@@ -38,9 +45,20 @@ def _tolerate(stream: Any) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document on stdout, in plain ASCII where the stream has no wider encoding."""
+    """Print one JSON document on stdout, in plain ASCII where the stream has no wider encoding.
+
+    Raises:
+        ValueError: it holds NaN or an infinity, which JSON has not.
+    """
     wide = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=not wide, allow_nan=False))
+    try:
+        document = json.dumps(value, indent=2, ensure_ascii=not wide, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(
+            "the result holds numbers that are not finite, which JSON has not: activations of the model may exceed the "
+            "range of its dtype; try --dtype float32"
+        ) from error
+    typer.echo(document)
 
 
 def fail(message: str) -> NoReturn:
@@ -50,18 +68,89 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
+class OneSentence(TyperGroup):
+    """The program, in which whatever a command raises, and wherever, ends as `user_errors` says."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with user_errors():
+            return super().invoke(ctx)
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what the library raises for bad input into one sentence. ``ATTNRB_DEBUG=1`` shows the traceback instead."""
-    from attnrb.cli.selfbench import WrongResultError
-    from attnrb.models import ModelError
+    """Turn any error into one sentence and exit code 1, an interrupt into a word and exit code 130.
 
+    ``ATTNRB_DEBUG=1`` shows the traceback instead.
+    """
+    try:
+        with _plain_warnings():
+            yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        if _debugging():
+            raise
+        stop()
+    except Exception as error:
+        # Bad usage is the parser's own to tell.
+        if hasattr(error, "exit_code") or _debugging():
+            raise
+        fail(explain(error))
+
+
+def stop(kept: str = "") -> NoReturn:
+    """Say that an interrupt ended the program, and what is kept, and end with a shell's code for that."""
+    errors().print(Text(f"attnrb: stopped{kept}.", style="red"), soft_wrap=True)
+    raise typer.Exit(INTERRUPTED) from None
+
+
+def explain(error: Exception) -> str:
+    """What happened, for a person, and what to do where that is known."""
+    text = str(error).strip()
+    # Errors of attnrb's own are sentences already.
+    ours = type(error).__module__.partition(".")[0] == "attnrb"
+    if ours or isinstance(error, (NotImplementedError, ImportError)):
+        return text or type(error).__name__
+    if isinstance(error, UnicodeError):
+        return f"a text cannot be read or written as it is: {text}"
+    if isinstance(error, (ValueError, TypeError)):
+        return text or f"{type(error).__name__}; {_FOR_MORE}"
+    if isinstance(error, OSError):
+        what = error.strerror or text or type(error).__name__
+        return f"{error.filename!r}: {what}" if error.filename is not None else what
+    first = next(iter(text.splitlines()), "")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "not enough memory" in first:
+        return f"memory is short ({first or 'no more could be had'}); try a shorter text, a smaller batch or model"
+    return f"{type(error).__name__}: {first}; attnrb did not foresee this error, {_FOR_MORE}"
+
+
+def _debugging() -> bool:
+    return bool(os.environ.get(DEBUG_VARIABLE))
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print warnings of attnrb's own as sentences, without the line of code that gave them."""
+    before = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if str(_PACKAGE) not in filename:
+            return before(message, category, filename, lineno, file, line)
+        return errors().print(Text(f"attnrb: {printable(str(message))}.", style="yellow"), soft_wrap=True)
+
+    warnings.showwarning = show
     try:
         yield
-    except (ModelError, WrongResultError, ValueError, TypeError, NotImplementedError, ImportError) as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        fail(str(error) or type(error).__name__)
+    finally:
+        warnings.showwarning = before
 
 
 def is_first_process() -> bool:

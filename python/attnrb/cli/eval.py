@@ -69,6 +69,7 @@ def evaluate(
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
     seed: running.Seed = 0,
     batch_size: running.BatchSize = "auto",
     run: running.RunOption = None,
@@ -112,7 +113,7 @@ def evaluate(
         if html is not None:
             check_installed()
         place.append(running.run_file(run, json, plan, model))
-        lm, selected = running.start(plan, model, dtype, threads, rows)
+        lm, selected = running.start(plan, model, dtype, threads, rows, allow_missing=allow_missing)
         with running.progress() as progress:
             report = go(lm, plan, place[0], model=running.model_name(model), selected=selected, progress=progress)
     if report is None:
@@ -180,7 +181,7 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness' own command, which knows the model `attnrb`: the same as `lm_eval`.
+    """Run lm-evaluation-harness' own command, with its own arguments; it knows the model `attnrb`.
 
     attnrb lm-eval --model attnrb --model_args pretrained=FOLDER,alpha=0.2 --tasks hellaswag
     """
@@ -188,7 +189,7 @@ def lm_eval(context: typer.Context) -> None:
         try:
             from lm_eval.__main__ import cli_evaluate
 
-            from attnrb.evaluation import model  # noqa: F401 (registers the model)
+            from attnrb.hosts.lm_eval import model  # noqa: F401 (registers the model)
         except ModuleNotFoundError as error:
             raise ImportError(f"this needs the package {error.name}: run `pip install 'attnrb[eval]'`") from error
         sys.argv = ["lm-eval", *context.args]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 
 from attnrb.cli.console import fail
 from attnrb.reports.printable import printable
+from attnrb.text.reading import BYTE_ORDER_MARK
 
 PANEL = "Files to write"
 
@@ -24,6 +26,11 @@ HtmlFile = Annotated[
     Path | None,
     typer.Option("--html", help="One self-contained page with plots.", show_default=False, rich_help_panel=PANEL),
 ]
+
+
+def standard_input() -> str:
+    """All of standard input, without a byte-order mark."""
+    return sys.stdin.read().removeprefix(BYTE_ORDER_MARK)
 
 
 def is_standard_output(path: Path | None) -> bool:

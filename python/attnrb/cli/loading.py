@@ -16,11 +16,13 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_model(model: str | None, dtype: str, threads: int | None, step: Callable[[str], None]) -> tuple[Any, Any]:
+def load_model(
+    model: str | None, dtype: str, threads: int | None, step: Callable[[str], None], *, allow_missing: bool
+) -> tuple[Any, Any]:
     """The model and tokenizer that ``--model`` and ``--dtype`` name."""
     step("Starting")
     from attnrb.models import load
 
     set_threads(threads)
     quiet_transformers()
-    return load(model, dtype, progress=step)
+    return load(model, dtype, allow_missing=allow_missing, progress=step)

@@ -37,6 +37,10 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, help="Threads to compute with.", show_default="all cores", rich_help_panel=_RUN),
 ]
+AllowMissing = Annotated[
+    bool,
+    typer.Option("--allow-missing", help="Let weights that the checkpoint lacks be random.", rich_help_panel=_RUN),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.", rich_help_panel=_RUN)]
 
 MaxNewTokens = Annotated[

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from attnrb.cli.console import errors, fail, is_first_process, quiet_transformers, steps, user_errors
+from attnrb.cli.console import errors, is_first_process, quiet_transformers, steps, stop, user_errors
 from attnrb.cli.files import PANEL, is_standard_output, write_outputs
 from attnrb.cli.loading import set_threads
 from attnrb.reports.printable import printable
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 ITEMS = "Items"
 ASKING = "How they are asked"
-_INTERRUPTED = 130  # as a shell has it for a program that an interrupt ended
 _LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 Tasks = Annotated[
@@ -110,7 +109,7 @@ def model_name(model: str | None) -> str:
 
 
 def start(
-    plan: TaskPlan, model: str | None, dtype: str, threads: int | None, rows: int | str
+    plan: TaskPlan, model: str | None, dtype: str, threads: int | None, rows: int | str, *, allow_missing: bool
 ) -> tuple[Any, tuple[Selected, ...]]:
     """The harness' model, plain, and the tasks, which are read first: what is wrong with a file is known at once."""
     with steps() as step:
@@ -125,7 +124,7 @@ def start(
         from attnrb.hosts.lm_eval.model import AttnrbLM
 
         step(f"Loading {model or 'the embedded model'}")
-        return AttnrbLM(model, plain=True, dtype=dtype, batch_size=rows), selected
+        return AttnrbLM(model, plain=True, dtype=dtype, batch_size=rows, allow_missing=allow_missing), selected
 
 
 def write(reports: Mapping[Path | None, Callable[[], str]]) -> None:
@@ -149,20 +148,13 @@ def tell_step(step: str) -> None:
 
 @contextlib.contextmanager
 def run_errors(place: Sequence[Path]) -> Iterator[None]:
-    """`user_errors`, and a plain word for an interrupt and for a run's file that fails; `place` comes to hold it."""
-    from attnrb.evaluation.runfile import RunFileError
-
-    try:
-        with user_errors():
+    """`user_errors`, and for an interrupt a word of what is kept; `place` comes to hold the run's file."""
+    with user_errors():
+        try:
             yield
-    except RunFileError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        kept = (
-            f": finished items are in {place[0]}, and the same command goes on" if place and place[0].exists() else ""
-        )
-        errors().print(Text(f"attnrb: stopped{kept}.", style="red"), soft_wrap=True)
-        raise typer.Exit(_INTERRUPTED) from None
+        except KeyboardInterrupt:
+            exists = place and place[0].exists()
+            stop(f": finished items are in {place[0]}, and the same command goes on" if exists else "")
 
 
 @contextlib.contextmanager

@@ -10,12 +10,15 @@ import csv
 import hashlib
 import io
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attnrb.evaluation import mmlu
+from attnrb.text.reading import check_text
 
 __all__ = ["LETTERS", "DataError", "Item", "ItemSet", "read_items", "task_names"]
 
@@ -23,6 +26,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _DESCRIPTION = "The following are multiple choice questions (with answers) about {}.\n\n"
 _SIQA_NOTE = "two-choice form of Social IQa; the original has three choices, so figures cannot be compared with it"
+
+
+# What float() takes beside is no answer: nan, infinity, 1_000, digits of other scripts.
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 class DataError(ValueError):
@@ -135,7 +142,9 @@ def _text(path: Path) -> str:
 
 def _mmlu_items(path: Path) -> Iterator[Item]:
     # The csv module alone: readers of tables turn "None" and "NA" into missing values.
-    rows = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    text = _text(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a field may be as long as the file
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     index = 0
     while True:
         line = rows.line_num + 1
@@ -179,9 +188,10 @@ def _json_items(path: Path) -> Iterator[Item]:
             continue
         where = f"data: {path.name}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_refuse_constant)
+            check_text("a field", row)
         except ValueError as error:
-            raise DataError(f"{where}: no JSON ({error})") from None
+            raise DataError(f"{where}: no JSON of texts and numbers ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object, got {type(row).__name__}")
         item = _choice_item(where, index, row) if "choices" in row else _number_item(where, index, row)
@@ -223,12 +233,15 @@ def _option(where: str, query: str, letter: str) -> str:
 def _number_item(where: str, index: int, row: dict[str, Any]) -> Item:
     question = _string(where, row, "context")
     answer = row.get("answer")
-    text = str(answer).replace(",", "").strip()
-    try:
-        float(text)
-    except ValueError:
-        raise DataError(f"{where}: answer: expected a number, got {answer!r}") from None
+    text = str(answer).strip()
+    if _NUMBER.fullmatch(text) is None or not math.isfinite(float(text.replace(",", ""))):
+        raise DataError(f"{where}: answer: expected a number, got {answer!r}")
+    text = text.replace(",", "")
     return Item(index, question, f"Question: {question}\nAnswer:", (), None, text)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _string(where: str, row: dict[str, Any], name: str) -> str:

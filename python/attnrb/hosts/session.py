@@ -13,7 +13,7 @@ import torch
 from attnrb.hosts.stats import PatchStats
 from attnrb.ops.edit import Edit
 from attnrb.ops.outliers import Outliers
-from attnrb.policies.base import LayerPlan, Session
+from attnrb.policies.base import LayerPlan, Mixture, Session
 
 if TYPE_CHECKING:
     from attnrb.hosts.transformers.attention import Common
@@ -37,7 +37,7 @@ class AttentionCall:
     ``[B, H, M, any]``. It runs the op again."""
     scores: Mapping[str, Any]
     """``scale``, ``visibility``, ``softcap`` and ``sinks`` of this layer, as `attnrb.functional` takes them."""
-    edit: Edit | None
+    edit: Edit | Mixture | None
     """How the weights of this layer are edited; None in a layer that stays as it is."""
     found: Outliers | None
     """The outliers that a layer of this forward reported last; None where none did."""
@@ -45,19 +45,19 @@ class AttentionCall:
     @property
     def gain(self) -> torch.Tensor | None:
         """float32 ``[H]``: the gain of each head; None in a layer without one."""
-        return None if self.edit is None else cast("torch.Tensor | None", self.edit.gain)
+        return cast("torch.Tensor | None", self.edit.gain) if isinstance(self.edit, Edit) else None
 
     @property
     def outliers(self) -> Outliers | None:
         """The entries that the gain strengthens, or those found so far; None: every entry is strengthened, or none."""
-        if self.edit is not None and self.edit.gain is not None:
+        if isinstance(self.edit, Edit) and self.edit.gain is not None:
             return cast("Outliers | None", self.edit.outliers)
         return self.found
 
     @property
     def normalize(self) -> bool:
         """Whether the rows of this layer are divided by their new sums."""
-        return self.edit is not None and self.edit.rule == "row"
+        return isinstance(self.edit, Edit) and self.edit.rule == "row"
 
 
 Observer = Callable[[AttentionCall], None]
@@ -76,8 +76,10 @@ class Forward:
         weights: whether the layers are to return their weights.
         packed: whether positions may tell that several texts share a row.
         unpadded: whether there is no padding, whatever mask transformers is given.
+        left_out: what the host knows of layers that are left out; None: it leaves out none.
         called: the layers that came by.
         found: the outliers that a layer reported last.
+        settled: the layers that were left out and of which the session knows that they found nothing.
         common: what layers that share a mask have in common, by the id of the mask.
     """
 
@@ -87,10 +89,12 @@ class Forward:
         "common",
         "first_slot",
         "found",
+        "left_out",
         "observer",
         "packed",
         "plan",
         "session",
+        "settled",
         "stats",
         "unpadded",
         "weights",
@@ -107,6 +111,7 @@ class Forward:
         weights: bool = False,
         packed: bool = False,
         unpadded: bool = False,
+        left_out: Any = None,
     ) -> None:
         self.plan = plan
         self.session = session
@@ -116,7 +121,9 @@ class Forward:
         self.weights = weights
         self.packed = packed
         self.unpadded = unpadded
+        self.left_out = left_out
         self.called: set[int] = set()
+        self.settled: set[int] = set()
         self.found: Outliers | None = None
         self.common: dict[int, Common] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import DEFAULT_SCORES, Scores, score_arguments
 from attnrb.ops.visibility import DEFAULT_VISIBILITY, Visibility, VisibilityArguments, visibility_arguments
 
-__all__ = ["OPTIONS", "attend", "attention", "attention_fake", "attention_weights", "dispatch"]
+__all__ = ["OPTIONS", "attend", "attention", "attention_fake", "attention_weights", "dispatch", "gradients"]
 
 # Looked up once: torch.ops resolves overloads at every call.
 _attention = torch.ops.attnrb.attention.default
@@ -50,7 +51,7 @@ def attention(
     """Attention whose weights are edited, and which may find its own outliers.
 
     With ``s`` the scores ``scale · query · keyᵀ`` after the softcap, ``β`` the edit's key bias and ``P = softmax(s +
-    β)`` over the visible keys, :class:`attnrb.Edit` says what becomes of ``P`` before it weighs the values. No
+    β)`` over the visible keys, `attnrb.Edit` says what becomes of ``P`` before it weighs the values. No
     ``[M, N]`` matrix is built.
 
     Differentiable in query, key, value, sinks, and the edit's gain and key bias, through output and log-sum-exp.
@@ -64,14 +65,14 @@ def attention(
         edit: what is done to the weights. The default is nothing.
         emit: return the outliers too: the keys of each row, other than the query's own, with ``P`` above this number,
             between 0 and 1, both excluded. ``P`` includes the bias, not the gain. The default is not to.
-        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+        visibility: which keys a query may see: a `attnrb.Visibility`, or a bool mask broadcastable to
             ``[B, H, M, N]``. The default is causal, with the last query on the last key.
         scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
         softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
         sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
 
     Returns:
-        :class:`attnrb.Attended`.
+        `attnrb.Attended`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -98,7 +99,7 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Outliers | None]:
-    """Output and outliers of :func:`attention`, which are what a model's layers need."""
+    """Output and outliers of `attention`, which are what a model's layers need."""
     options: dict[str, Any] = {"visibility": visibility, "scale": scale, "softcap": softcap, "sinks": sinks}
     output, _, outliers = attention(query, key, value, edit=edit, emit=emit, **options)
     return output, outliers
@@ -113,7 +114,7 @@ def dispatch(
     visibility: VisibilityArguments,
     scores: Scores,
 ) -> Attended:
-    """:func:`attention` of checked operands, with its options as the op takes them."""
+    """`attention` of checked operands, with its options as the op takes them."""
     if not native(query):
         check_shapes(query, key, value, edit, visibility, scores)
         return Attended(*dense.attention(query, key, value, edit, emit, visibility, scores))
@@ -174,7 +175,7 @@ def attention_weights(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The weights of :func:`attention` as a matrix, for those who ask to see them.
+    """The weights of `attention` as a matrix, for those who ask to see them.
 
     Models return their weights with ``output_attentions=True``. No op has them: they are computed again here, in
     float32 (float64 for float64), ``4 B H M N`` bytes, and as many of ``query``'s dtype for every layer that a model
@@ -184,7 +185,7 @@ def attention_weights(
         query: ``[B, H, M, D]``.
         key: ``[B, Hk, N, D]``.
         edit: what is done to the weights.
-        visibility: as for :func:`attention`, like the rest.
+        visibility: as for `attention`, like the rest.
         scale: likewise.
         softcap: likewise.
         sinks: likewise.
@@ -248,10 +249,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _gradient(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_output is None and grad_lse is None:
         return (None,) * (3 + len(OPTIONS))
-    (query, key, value, output, lse), options = training.kept(ctx)
+    tensors, options = training.kept(ctx)
+    rows, found = gradients(grad_output, grad_lse, tensors, options)
+    return (*rows, *(found.get(name) for name in OPTIONS))
+
+
+def gradients(
+    grad_output: Tensor | None, grad_lse: Tensor | None, tensors: Sequence[Tensor], options: dict[str, Any]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The gradients of an attention op.
+
+    Args:
+        grad_output: of the output; not None where ``grad_lse`` is.
+        grad_lse: of the log-sum-exp.
+        tensors: query, key, value, output and log-sum-exp.
+        options: the op's, by name; those left out have their defaults.
+
+    Returns:
+        Those of query, key and value, and those of the options that have one, by name.
+    """
+    query, key, value, output, lse = tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    options["emit"] = None
+    options = _named((), options) | {"emit": None}
     *rows, gain, key_bias, sinks = _attention_backward(
         grad_output, grad_lse, query, key, value, output, lse, *(options[name] for name in OPTIONS)
     )
@@ -262,7 +282,7 @@ def _gradient(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_:
         found["key_bias"] = key_bias
     if options["sinks"] is not None:
         found["sinks"] = sinks.to(options["sinks"].dtype)
-    return (*rows, *(found.get(name) for name in OPTIONS))
+    return rows, found
 
 
 torch.library.register_fake("attnrb::attention", attention_fake)

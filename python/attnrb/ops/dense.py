@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attnrb import _C
 from attnrb.ops.edit import RULES, EditArguments
+from attnrb.ops.operands import transformed
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import Scores, promoted
 from attnrb.ops.visibility import VisibilityArguments
@@ -134,7 +135,7 @@ class Layer:
         value = value.to(self.dtype)
         finite = torch.isfinite(value)
         output = self._product(weights, torch.where(finite, value, 0.0))
-        if torch.compiler.is_compiling() or not bool(finite.all()):
+        if torch.compiler.is_compiling() or transformed() or not bool(finite.all()):
             reach = seen.to(self.dtype).expand(weights.shape)
             for spoilt in (torch.nan, torch.inf, -torch.inf):
                 there = value.isnan() if spoilt != spoilt else value == spoilt

@@ -26,19 +26,17 @@ class Edit:
     With ``t`` the scores plus ``key_bias`` and ``P`` their softmax, ``S_i`` the outliers of row i, ``m_i`` the sum of
     their weights and ``g`` the gain, the rule says what becomes of a row:
 
-    ========  ===============================  ==========================================
-    rule      weight of an outlier             weight of any other key
-    ========  ===============================  ==========================================
-    ``none``  ``(1 + g) P``                    ``P``: the row sums to ``1 + g m``
-    ``row``   ``(1 + g) P / (1 + g m)``        ``P / (1 + g m)``: the row sums to 1
-    ``rest``  ``(1 + g) P``                    ``P (1 - (1 + g) m) / (1 - m)``: likewise
-    ========  ===============================  ==========================================
+    | rule | weight of an outlier | weight of any other key |
+    | --- | --- | --- |
+    | ``none`` | ``(1 + g) P`` | ``P``: the row sums to ``1 + g m`` |
+    | ``row`` | ``(1 + g) P / (1 + g m)`` | ``P / (1 + g m)``: the row sums to 1 |
+    | ``rest`` | ``(1 + g) P`` | ``P (1 - (1 + g) m) / (1 - m)``: likewise |
 
     A sink counts among the other keys. With ``rest``, a row that sees outliers only stays as it is. The rule does
     nothing where there are no outliers.
 
     Attributes:
-        outliers: the entries that ``gain`` is for, as :func:`attnrb.functional.attention` finds them: indices int32
+        outliers: the entries that ``gain`` is for, as `attnrb.functional.attention` finds them: indices int32
             ``[B, H, M, C]`` and counts int32 ``[B, H, M]``; or ``[B, H, 1, C]`` and ``[B, H, 1]``: one list for all
             queries of a head. Slots must ascend in each row.
         gain: a number, or one for each head: a sequence, or a floating tensor ``[H]`` or ``[1]``. Without ``outliers``
@@ -77,7 +75,7 @@ class Edit:
 
 
 class Attended(NamedTuple):
-    """What :func:`attnrb.functional.attention` returns.
+    """What `attnrb.functional.attention` returns.
 
     Attributes:
         output: ``[B, H, M, Dv]`` in the dtype of the query, laid out in memory as ``[B, M, H, Dv]``.

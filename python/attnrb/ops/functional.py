@@ -9,13 +9,14 @@ the attention functions compute in its dtype, as PyTorch's own attention does. f
 PyTorch (`attnrb.ops.dense`): slow, and good for ``torch.autograd.gradcheck``.
 """
 
-from attnrb.ops.attention import attention
+from attnrb.ops.attention import attention, attention_weights
 from attnrb.ops.rebalancing import rebalanced_attention, source_attention
 from attnrb.ops.received import received_attention
 from attnrb.ops.weights_in_memory import outlier_mask, rebalance
 
 __all__ = [
     "attention",
+    "attention_weights",
     "outlier_mask",
     "rebalance",
     "rebalanced_attention",

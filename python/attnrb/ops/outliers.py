@@ -8,7 +8,7 @@ import torch
 
 
 class Outliers(NamedTuple):
-    """The outliers of every attention row, as :func:`attnrb.functional.source_attention` finds them.
+    """The outliers of every attention row, as `attnrb.functional.source_attention` finds them.
 
     A softmax row sums to 1, so fewer than ``1 / threshold`` entries can exceed the threshold. A row therefore has a
     fixed capacity ``C = min(ceil(1 / threshold) - 1, N)``: static shapes, linear memory and nothing ever cut off.

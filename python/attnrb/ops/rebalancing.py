@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrb.ops.attention import attention_fake, dispatch
+from attnrb.ops import training
+from attnrb.ops.attention import attention_fake, dispatch, gradients
 from attnrb.ops.edit import NO_EDIT, RULES, EditArguments, gain_tensor
 from attnrb.ops.operands import check_threshold, operands
 from attnrb.ops.outliers import Outliers
@@ -41,14 +42,14 @@ def source_attention(
         value: ``[B, Hk, N, Dv]``, likewise.
         threshold: between 0 and 1, both excluded.
         scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
-        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+        visibility: which keys a query may see: a `attnrb.Visibility`, or a bool mask broadcastable to
             ``[B, H, M, N]``. The default is causal, with the last query on the last key.
         softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
         sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
 
     Returns:
         ``(output, lse, outliers)``: output ``[B, H, M, Dv]`` in the dtype of ``query``, laid out in memory as
-        ``[B, M, H, Dv]``; the log-sum-exp of each row, float32 ``[B, H, M]``; :class:`attnrb.Outliers`.
+        ``[B, M, H, Dv]``; the log-sum-exp of each row, float32 ``[B, H, M]``; `attnrb.Outliers`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -85,11 +86,11 @@ def rebalanced_attention(
         query: ``[B, H, M, D]``, float32, bfloat16, float16 or float64, any strides.
         key: ``[B, Hk, N, D]``, dtype and device of ``query``.
         value: ``[B, Hk, N, Dv]``, likewise.
-        outliers: ``(indices, counts)`` of :func:`source_attention` for the same queries and heads; rows must ascend.
+        outliers: ``(indices, counts)`` of `source_attention` for the same queries and heads; rows must ascend.
         gain: a number, or one for each head: a sequence or a tensor ``[H]``. A float32 tensor costs nothing to pass.
         normalize: whether the weights of a row sum to 1 again.
         scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
-        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+        visibility: which keys a query may see: a `attnrb.Visibility`, or a bool mask broadcastable to
             ``[B, H, M, N]``. The default is causal, with the last query on the last key.
         softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
         sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
@@ -112,7 +113,8 @@ def rebalanced_attention(
     return dispatch(query, key, value, edit, None, seeing, scoring).output
 
 
-# The native ops of these names are for callers of torch.ops; the functions above call `attention`.
+# The native ops of these names are for callers of torch.ops; the functions above call `attention`. So a gradient that
+# is registered for them costs nobody else anything.
 
 
 def _source_attention_fake(
@@ -140,5 +142,37 @@ def _older(options: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(OLDER_OPTIONS, options, strict=True))
 
 
+def _source_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, _, *options = inputs
+    training.keep(ctx, _older(tuple(options)), query, key, value, *output[:2])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _source_gradient(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_output is None and grad_lse is None:
+        return (None,) * (4 + len(OLDER_OPTIONS))
+    tensors, options = training.kept(ctx)
+    rows, found = gradients(grad_output, grad_lse, tensors, options)
+    return (*rows, None, *(found.get(name) for name in OLDER_OPTIONS))
+
+
+def _rebalanced_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, indices, counts, gain, normalize, *options = inputs
+    rule = RULES.index("row" if normalize else "none")
+    edit = {"indices": indices, "counts": counts, "gain": gain, "rule": rule}
+    training.keep(ctx, edit | _older(tuple(options)), query, key, value)
+
+
+def _rebalanced_gradient(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+    if grad_output is None:
+        return (None,) * (7 + len(OLDER_OPTIONS))
+    rows, options = training.kept(ctx)
+    output, lse, *_ = torch.ops.attnrb.attention(*rows, **options)  # the op returns no log-sum-exp, which this needs
+    found_rows, found = gradients(grad_output, None, (*rows, output, lse), options)
+    return (*found_rows, None, None, found.get("gain"), None, *(found.get(name) for name in OLDER_OPTIONS))
+
+
 torch.library.register_fake("attnrb::source_attention", _source_attention_fake)
 torch.library.register_fake("attnrb::rebalanced_attention", _rebalanced_attention_fake)
+torch.library.register_autograd("attnrb::source_attention", _source_gradient, setup_context=_source_setup)
+torch.library.register_autograd("attnrb::rebalanced_attention", _rebalanced_gradient, setup_context=_rebalanced_setup)

@@ -43,11 +43,11 @@ def received_attention(
         query: ``[B, H, M, D]``, float32, bfloat16, float16 or float64, any strides.
         key: ``[B, Hk, N, D]``, dtype and device of ``query``.
         scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
-        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+        visibility: which keys a query may see: a `attnrb.Visibility`, or a bool mask broadcastable to
             ``[B, H, M, N]``. The default is causal, with the last query on the last key.
         softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
         sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
-        key_bias: floating ``[B, H, N']``, as in :class:`attnrb.Edit`: added to the scores; -inf removes a key.
+        key_bias: floating ``[B, H, N']``, as in `attnrb.Edit`: added to the scores; -inf removes a key.
         first_query: likewise: the slot from which on queries have the bias.
 
     Returns:

@@ -2,7 +2,7 @@
 
 Everything here is dense: an ``[B, H, M, N]`` array of weights is built, looked at and multiplied, so that each line
 can be read beside the formula it stands for (docs/method.md). The names and arguments are those of
-:mod:`attnrb.functional`; inputs may be NumPy arrays or torch tensors of any real dtype, results are NumPy arrays of
+`attnrb.functional`; inputs may be NumPy arrays or torch tensors of any real dtype, results are NumPy arrays of
 float64 (indices and counts int32).
 
 Axes, everywhere: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width, Dv value width.
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from attnrb.ops.visibility import Visibility
 
 Floats: TypeAlias = NDArray[np.float64]
+"""What most functions here return."""
 Bools: TypeAlias = NDArray[np.bool_]
 Ints: TypeAlias = NDArray[np.int32]
 
@@ -288,7 +289,7 @@ def outlier_rows(mask: Bools, capacity: int, key_offset: int = 0) -> OutlierRows
 
 
 def held_mask(indices: Any, counts: Any, seen: Bools, key_offset: int = 0) -> Bools:
-    """The inverse of :func:`outlier_rows`, as a layer applies it: slots it does not hold or may not see are skipped.
+    """The inverse of `outlier_rows`, as a layer applies it: slots it does not hold or may not see are skipped.
 
     One list may serve all rows of a head: indices [B,H,1,C], counts [B,H,1].
     """
@@ -353,7 +354,7 @@ def edited_weights(
 def rebalanced_weights(
     weights: Floats, lse: Floats, mask: Bools, gain: float | Sequence[float] | Any, *, normalize: bool = False
 ) -> tuple[Floats, Floats]:
-    """What :func:`rebalance` means inside attention: :func:`edited_weights` with the rule ``row`` or ``none``.
+    """What `rebalance` means inside attention: `edited_weights` with the rule ``row`` or ``none``.
 
     Normalised rows are divided by ``z = 1 + gain * (sum of the row's outlier weights)`` and their log-sum-exp grows
     by ``ln z``. Without sinks z is the new sum of the row; with them the sink's share is part of the row, is never

@@ -93,7 +93,7 @@ def visibility_arguments(visibility: Visibility | torch.Tensor | None) -> Visibi
     """What an op is told for ``visibility``.
 
     Args:
-        visibility: a :class:`Visibility`, a bool mask, or None: causal, with the last query on the last key.
+        visibility: a `Visibility`, a bool mask, or None: causal, with the last query on the last key.
 
     Raises:
         TypeError: ``visibility`` is something else, or a mask that is not boolean.

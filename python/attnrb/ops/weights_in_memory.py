@@ -10,7 +10,8 @@ from torch import Tensor
 
 from attnrb.ops import dense
 from attnrb.ops.edit import gain_tensor
-from attnrb.ops.operands import check_one_device, check_operand, check_threshold
+from attnrb.ops.operands import check_one_device, check_operand, check_threshold, native
+from attnrb.ops.scores import promoted
 from attnrb.ops.training import second_derivative
 from attnrb.ops.visibility import describe
 
@@ -48,7 +49,7 @@ def outlier_mask(weights: Tensor, threshold: float = 0.01, *, query_offset: int 
     check_threshold(threshold)
     if query_offset is None:
         query_offset = weights.size(3) - weights.size(2)
-    if weights.dtype == torch.float64:
+    if not native(weights):
         return dense.outlier_mask(weights, threshold, query_offset)
     result: Tensor = _outlier_mask(weights, threshold, query_offset)
     return result
@@ -88,8 +89,10 @@ def rebalance(
     check_operand("weights", weights)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask: expected a bool tensor, got {describe(mask)}")
-    if weights.dtype == torch.float64:
-        return dense.rebalance(weights, mask, gain_tensor(gain, weights.device, torch.float64), normalize)
+    if not native(weights):
+        dtype = promoted(weights.dtype)
+        strengthened = dense.rebalance(weights.to(dtype), mask, gain_tensor(gain, weights.device, dtype), normalize)
+        return strengthened.to(weights.dtype)
     if isinstance(gain, (int, float)):
         result: Tensor = _rebalance(weights, mask, gain, normalize)
     else:

@@ -6,8 +6,10 @@ Each policy is a file of this package, made known by `register_policy`; `Policy`
 from attnrb.policies.base import (
     LayerPlan,
     LayerView,
+    Mixture,
     ModelShape,
     Policy,
+    Request,
     Session,
     model_shape,
     policy_class,
@@ -15,19 +17,25 @@ from attnrb.policies.base import (
     register_policy,
 )
 from attnrb.policies.compose import Compose
+from attnrb.policies.emphasis import Emphasis
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.plain import Plain
+from attnrb.policies.profile import HeadProfile
 from attnrb.policies.rebalance import Rebalance
 
 __all__ = [
     "Compose",
+    "Emphasis",
+    "HeadProfile",
     "LayerPlan",
     "LayerView",
     "LearnedGains",
+    "Mixture",
     "ModelShape",
     "Plain",
     "Policy",
     "Rebalance",
+    "Request",
     "Session",
     "model_shape",
     "policy_class",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -30,8 +30,10 @@ __all__ = [
     "POLICY_FILE",
     "LayerPlan",
     "LayerView",
+    "Mixture",
     "ModelShape",
     "Policy",
+    "Request",
     "Session",
     "model_shape",
     "option",
@@ -135,15 +137,69 @@ class LayerView:
         """B, the rows of the batch: beams count as rows."""
         return self.query.shape[0]
 
+    def query_slots(self) -> torch.Tensor:
+        """The slot of each query: int64 ``[B, M]``, or ``[1, M]`` where all rows are alike."""
+        offset = self.scores["visibility"].query_offset
+        if not isinstance(offset, torch.Tensor):
+            offset = torch.tensor([offset], dtype=torch.int64, device=self.device)
+        return offset[:, None] + torch.arange(self.query.shape[2], dtype=torch.int64, device=self.device)
+
+    def key_slots(self) -> int:
+        """One past the slot of the layer's last key."""
+        return int(self.scores["visibility"].key_offset) + self.key.shape[2]
+
     def received_attention(self) -> torch.Tensor:
         """How much attention each key receives from these queries before any edit: float32 ``[B, H, N]``."""
         return functional.received_attention(self.query, self.key, **self.scores)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Several edits of one layer, and how much each one's output counts in a row.
+
+    What no single `Edit` can say, since it depends on where a row's attention goes: a span's least share, for one. The
+    layer's output is ``Σ_k w_k y_k`` with the outputs y_k of its attention under each edit.
+
+    Attributes:
+        edits: the edits, for a layer as it is in this forward.
+        weigh: the weights ``[B, H, M]`` of the outputs, from their log-sum-exps ``[B, H, M]``. They are float32, and
+            may carry a gradient.
+    """
+
+    edits: Callable[[LayerView], Sequence[Edit | None]]
+    weigh: Callable[[Sequence[torch.Tensor], LayerView], Sequence[torch.Tensor]]
+
+
+class Request:
+    """What a user says of the texts in a call: which spans matter, and where the prompts end.
+
+    A generation is one request, with a forward for each token.
+
+    Attributes:
+        spans: of each row of the batch; None where there are none.
+        kept: what a `LayerPlan` worked out for this request, by the plan.
+    """
+
+    def __init__(self, spans: Spans | None = None, prompt: torch.Tensor | None = None) -> None:
+        """``prompt``: int64 ``[B]``: one past the slot of each prompt's last token; None: as the first forward ends."""
+        self.spans = spans
+        self.kept: dict[Any, Any] = {}
+        self._prompt = prompt
+
+    def prompt_ends(self, view: LayerView) -> torch.Tensor:
+        """One past the slot of each prompt's last token: int64, one for each row of ``spans``, on the CPU."""
+        if self._prompt is None:
+            rows = 1 if self.spans is None else len(self.spans)
+            ends = (view.query_slots()[:, -1] + 1).cpu()
+            times = max(1, view.rows // rows)
+            self._prompt = ends.expand(rows).clone() if ends.shape[0] == 1 else ends[::times]
+        return self._prompt
+
+
 class Session:
     """A policy at work in one forward. What it keeps lasts as long as the forward."""
 
-    def edit(self, view: LayerView) -> Edit | None:
+    def edit(self, view: LayerView) -> Edit | Mixture | None:
         """What to edit in this layer; None leaves it as it is."""
         return None
 
@@ -182,8 +238,8 @@ class LayerPlan:
         self.wants_spans = wants_spans
         self.required = frozenset(self.emits) | edited | ({source_layer} if source_layer is not None else frozenset())
 
-    def begin(self, spans: Spans | None = None) -> Session:
-        """Start a forward, whose batch rows have these spans."""
+    def begin(self, request: Request | None = None) -> Session:
+        """Start a forward that is part of this request; None: nobody said anything of its texts."""
         raise NotImplementedError
 
 
@@ -295,7 +351,7 @@ class Policy:
         names = (POLICY_FILE, policy_class("rebalance").file) if not hasattr(cls, "name") else (cls.file,)
         path = _find_file(str(model), names)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8-sig")))
         except TypeError as error:
             raise TypeError(f"{path}: {error}") from error
         except ValueError as error:  # that of JSON has arguments of its own

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from attnrb.ops.edit import Edit
 from attnrb.ops.outliers import Outliers
-from attnrb.policies.base import LayerPlan, LayerView, ModelShape, Policy, Session, register_policy
-
-if TYPE_CHECKING:
-    from attnrb.text.spans import Spans
+from attnrb.policies.base import LayerPlan, LayerView, Mixture, ModelShape, Policy, Request, Session, register_policy
 
 __all__ = ["Compose"]
 
@@ -88,16 +85,16 @@ class _ComposedPlan(LayerPlan):
         )
         self.required |= frozenset().union(*(plan.required for plan in plans))
 
-    def begin(self, spans: Spans | None = None) -> Session:
-        return _ComposedSession([(plan, plan.begin(spans if plan.wants_spans else None)) for plan in self.plans])
+    def begin(self, request: Request | None = None) -> Session:
+        return _ComposedSession([(plan, plan.begin(request)) for plan in self.plans])
 
 
 class _ComposedSession(Session):
     def __init__(self, parts: list[tuple[LayerPlan, Session]]) -> None:
         self.parts = parts
 
-    def edit(self, view: LayerView) -> Edit | None:
-        joined: Edit | None = None
+    def edit(self, view: LayerView) -> Edit | Mixture | None:
+        joined: Edit | Mixture | None = None
         for plan, session in self.parts:
             if view.layer in plan.edited:
                 edit = session.edit(view)
@@ -110,12 +107,17 @@ class _ComposedSession(Session):
                 session.emitted(layer, outliers)
 
 
-def _join(layer: int, one: Edit, other: Edit) -> Edit:
+def _join(layer: int, one: Edit | Mixture, other: Edit | Mixture) -> Edit:
     """Both edits of one layer in one.
 
     Raises:
         ValueError: they cannot be joined.
     """
+    if isinstance(one, Mixture) or isinstance(other, Mixture):
+        raise ValueError(
+            f"policies: a share of attention in layer {layer} cannot be joined with another edit; let the composed "
+            "policies edit different layers"
+        )
     if one.gain is not None and other.gain is not None:
         raise ValueError(
             f"policies: two of the composed policies strengthen entries of layer {layer} by gains of their own, which "

@@ -94,7 +94,7 @@ def _split(text: str) -> list[str]:
 
 def _from_json(text: str) -> Policy:
     try:
-        written = text if text.startswith("{") else Path(text).read_text("utf-8")
+        written = text if text.startswith("{") else Path(text).read_text("utf-8-sig")
         return Policy.from_dict(json.loads(written))
     except json.JSONDecodeError as error:
         raise ValueError(f"config: {text!r} is no JSON: {error}") from error

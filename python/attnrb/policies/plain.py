@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from attnrb.policies.base import LayerPlan, ModelShape, Policy, Session, register_policy
-
-if TYPE_CHECKING:
-    from attnrb.text.spans import Spans
+from attnrb.policies.base import LayerPlan, ModelShape, Policy, Request, Session, register_policy
 
 __all__ = ["Plain"]
 
@@ -26,5 +23,5 @@ class Plain(Policy):
 
 
 class _PlainPlan(LayerPlan):
-    def begin(self, spans: Spans | None = None) -> Session:
+    def begin(self, request: Request | None = None) -> Session:
         return Session()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +16,7 @@ from attnrb.policies.base import (
     ModelShape,
     PerHead,
     Policy,
+    Request,
     Session,
     option,
     register_policy,
@@ -31,9 +32,6 @@ from attnrb.policies.checks import (
     iterable,
     number,
 )
-
-if TYPE_CHECKING:
-    from attnrb.text.spans import Spans
 
 __all__ = ["Rebalance", "RebalanceConfig", "RebalancePlan"]
 
@@ -224,8 +222,8 @@ class RebalancePlan(LayerPlan):
         gains = self.gains.get(view.layer)
         return None if gains is None else gains.of(view)
 
-    def begin(self, spans: Spans | None = None) -> RebalanceSession:
-        """See `LayerPlan.begin`; spans do not matter here."""
+    def begin(self, request: Request | None = None) -> RebalanceSession:
+        """See `LayerPlan.begin`; the request does not matter here."""
         return RebalanceSession(self)
 
 

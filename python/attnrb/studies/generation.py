@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from attnrb.text.reading import check_text
+from attnrb.text.vocabulary import check_token_ids
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes half a character to
 
@@ -48,8 +52,10 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> torch.Te
         chat: wrap the prompt as a user's message in the tokenizer's chat template. Default: if it has one.
 
     Raises:
-        ValueError: when `chat` is True and there is no chat template, or when the prompt holds no token.
+        ValueError: when `chat` is True and there is no chat template, or when the prompt holds no token or what is no
+            character.
     """
+    check_text("prompt", prompt)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not has_template:
         raise ValueError("chat: this tokenizer has no chat template; use the prompt as it is (--no-chat)")
@@ -85,9 +91,14 @@ def generate(
         on_text: called with each new piece of text as soon as its characters are whole.
 
     Raises:
-        ValueError: when `max_new_tokens` is below 1, `temperature` is negative, or prompt and new tokens exceed the
-            model's context.
+        ValueError: when `max_new_tokens` is below 1, `temperature` is negative, prompt and new tokens exceed the
+            model's context, the prompt has a token that the model does not know, or its logits are not finite.
+
+    The model's own settings count (penalties, stop strings, a kind of cache), except those that ask for several texts
+    at once or for beams: one text is generated, token by token. A warning says which were left out.
     """
+    from attnrb.hosts.transformers.logits import ONE_TEXT, RefuseNaN
+
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if not 0.0 <= temperature < float("inf"):
@@ -100,7 +111,9 @@ def generate(
             f"the model's context of {context}"
         )
 
+    check_token_ids(model, input_ids.flatten().tolist())
     ends = _end_ids(model)
+    _warn_of_settings(model)
     pieces = _TextPieces(tokenizer, on_text, ends)
     # Sampling filters left from a model's own settings make transformers warn under greedy search, so they are cleared.
     sampling: dict[str, Any] = (
@@ -117,6 +130,9 @@ def generate(
             max_new_tokens=max_new_tokens,
             pad_token_id=ends[0] if ends else 0,
             streamer=pieces,
+            logits_processor=[RefuseNaN()],
+            tokenizer=tokenizer,  # which stop strings need
+            **ONE_TEXT,
             **sampling,
         )
     new = output[0, prompt_tokens:].tolist()
@@ -136,6 +152,16 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """Text of token ids, as the model wrote it: special tokens included, spaces untouched."""
     text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
+
+
+def _warn_of_settings(model: Any) -> None:
+    own = {name: getattr(model.generation_config, name, None) for name in ("num_beams", "num_return_sequences")}
+    left_out = [f"{name}={value}" for name, value in own.items() if isinstance(value, int) and value > 1]
+    if left_out:
+        warnings.warn(
+            f"the model's own settings {' and '.join(left_out)} are left out: one text is generated, token by token",
+            stacklevel=1,
+        )
 
 
 def _end_ids(model: Any) -> list[int]:

@@ -22,6 +22,7 @@ the closed classes (articles, prepositions, pronouns, conjunctions, auxiliaries)
 rest."""
 
 TOKEN_CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
+"""Every `TokenClass`, in the order of tables and colours."""
 
 NON_SEMANTIC: tuple[TokenClass, ...] = ("special", "whitespace", "punctuation")
 """The classes of tokens that say nothing by themselves."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,15 +17,19 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from attnrb.hosts.lm_eval.budget import ComputedTokenBudget, Reading
+from attnrb.hosts.lm_eval.options import sort_options, unknown_option
+from attnrb.hosts.lm_eval.requests import RequestError, check_requests, name_cache
+from attnrb.hosts.transformers.logits import GREEDY, RefuseNaN
 from attnrb.hosts.transformers.patch import patch
-from attnrb.models import load
-from attnrb.policies import Policy, Rebalance, policy_names
-from attnrb.policies.parse import parse_option, parse_policy, policy_options
+from attnrb.models import UnknownOptionError, load
+from attnrb.policies import Policy
+from attnrb.text.vocabulary import check_token_ids
 
 __all__ = ["AttnrbLM", "Computed"]
 
 _AUTO_TOKENS = {"cpu": 512, "cuda": 16384}  # padded tokens of an automatic batch: on a CPU, what its caches hold
 _AUTO_GENERATED = {"cpu": 32, "cuda": 128}  # rows of an automatic batch that generates
+_NAMES = ("_name_or_path", "transformers_version")  # fields of a configuration that no answer depends on
 _MOST_LOGITS = 1 << 26  # elements of a batch's logits: 256 MB in float32
 
 
@@ -52,21 +58,27 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
             commas, so layers and heads are joined by plus signs). Its options may stand beside its name:
             ``policy=emphasis,strength=8``. Default: re-balancing.
         config: the name that attnrb 0.1 had for ``policy``.
-        alpha, threshold, source_layer, depth, normalize, boost_all, layers, heads, gains: as in `attnrb.Rebalance`.
         plain: leave the model as it is.
         dtype: of the weights. Default: float32.
         device: default: CUDA where there is one, else the CPU, which stands in for a missing CUDA device too.
         batch_size: requests in a batch, or ``auto``: as many as a number of tokens allows, fewer where memory is short.
         max_batch_size: upper bound of an automatic batch.
-        tokenizer: of a loaded model.
-        kwargs: as ``HFLM`` has them.
+        tokenizer: folder or hub id of another one; or a loaded tokenizer, which a loaded model needs.
+        peft: folder or hub id of a PEFT adapter.
+        options: those of the policy, with layers and heads like ``1-12+15`` and gains like ``0.1+0.2`` or the file or
+            folder of learnt gains; ``revision``, ``subfolder``, ``gguf_file``, ``delta`` and ``allow_missing``, as
+            `attnrb.models.load` has them; what the harness' ``hf`` takes, as ``max_length``, ``add_bos_token``,
+            ``prefix_token_id``, ``softmax_dtype`` or ``parallelize``; and, of a model that is to be loaded, fields of
+            its configuration. Any other is an error.
 
     Generation takes ``min_computed_tokens``, ``max_computed_tokens`` and ``answer_tokens`` among its arguments
     (``--gen_kwargs`` of the harness), which hold it to a `ComputedTokenBudget`; the text is then the answer.
 
+    A cache of the harness (``--use_cache``) keeps answers of other weights, options or dtypes apart.
+
     Raises:
         attnrb.models.ModelError: there is no such model, or no tokenizer.
-        TypeError, ValueError: an option is out of range.
+        TypeError, ValueError: an option is out of range, or there is none of that name.
     """
 
     def __init__(
@@ -76,33 +88,78 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         policy: Policy | str | None = None,
         config: Policy | None = None,
         plain: bool = False,
-        dtype: str = "float32",
+        dtype: str | None = None,
         device: str | None = None,
         batch_size: int | str = "auto",
         max_batch_size: int = 64,
         tokenizer: Any = None,
-        **kwargs: Any,
+        peft: str | None = None,
+        **options: Any,
     ) -> None:
-        chosen = _policy(policy if config is None else config, kwargs)
+        loaded = not (pretrained is None or isinstance(pretrained, (str, os.PathLike)))
+        late = {"dtype": dtype, "peft": peft} if loaded else {}
+        sorted_ = sort_options(
+            {**options, **late}, plain=plain, policy=policy if config is None else config, loaded=loaded
+        )
         self._batch_size_option = _batch_size(batch_size)
         accelerator = _accelerator()
-        device = _device(device) if accelerator is None else accelerator.device
-        if pretrained is None or isinstance(pretrained, (str, os.PathLike)):
-            pretrained, tokenizer = load(pretrained, dtype, device)
-        kwargs.pop("trust_remote_code", None)  # code that ships with a model is never run
+        name = "" if pretrained is None or loaded else os.fspath(pretrained)
+        if not loaded:
+            place = _device(device) if accelerator is None else accelerator.device
+            try:
+                pretrained, tokenizer = load(
+                    pretrained, dtype or "float32", place, tokenizer=tokenizer, adapter=peft, **sorted_.loading
+                )
+            except UnknownOptionError as error:
+                raise unknown_option(error.option, error.known) from None
+        elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+            raise TypeError("tokenizer: expected the tokenizer of the loaded model")
+        elif device is not None and torch.device(_device(device)).type != pretrained.device.type:
+            raise ValueError(f"device: this model is loaded already, on {pretrained.device}, got {device!r}")
         super().__init__(
-            pretrained, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=int(max_batch_size), **kwargs
+            pretrained,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_batch_size=int(max_batch_size),
+            **sorted_.scoring,
         )
+        # For the report: weights are loaded by now, so the harness does nothing else with these.
+        self.peft, self.delta = peft, options.get("delta")
+        self.revision = sorted_.loading.get("revision", "main")
+        if not loaded:
+            self.pretrained = name
         if accelerator is not None:
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        self._patch = None if plain else patch(self.model, chosen)
+        self._policy = sorted_.policy
+        self._patch = None if self._policy is None else patch(self.model, self._policy)
 
     @contextlib.contextmanager
     def rebalanced(self, config: Policy | None) -> Iterator[None]:
         """Within it, a model made with ``plain=True`` is edited as the policy ``config`` says; None leaves it plain."""
+        before = self._policy
         with contextlib.nullcontext() if config is None else patch(self.model, config):
-            yield
+            self._policy = config or before
+            name_cache(self.cache_hook, self._identity)
+            try:
+                yield
+            finally:
+                self._policy = before
+                name_cache(self.cache_hook, self._identity)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Called by the harness where answers are cached: they are kept under what they depend on."""
+        super().set_cache_hook(cache_hook)
+        name_cache(cache_hook, self._identity)
+
+    def _identity(self) -> str:
+        """What an answer depends on beside its request."""
+        policy = None if self._policy is None else self._policy.to_dict()
+        scoring = [self.max_length, self.add_bos_token, self.custom_prefix_token_id, self.truncation]
+        dtypes = [self.model.dtype, self.softmax_dtype, self.mixed_precision_dtype]
+        fields = {name: value for name, value in self.config.to_dict().items() if name not in _NAMES}
+        about = [policy, self.digest(), fields, *map(str, dtypes), scoring, self.chat_template_args]
+        return json.dumps(about, sort_keys=True, default=str)
 
     def digest(self) -> str:
         """16 hex digits that tell this model's weights from others': of the shape and some bytes of every tensor."""
@@ -124,6 +181,8 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether it is what greedy search would write."""
+        check_requests(requests, self.max_length)
+        check_token_ids(self.model, (token for _, context, rest in requests for token in (*context, *rest)))
         sharing: dict[tuple[int, ...], list[int]] = {}  # requests by the input that they need
         for index, (_, context, continuation) in enumerate(requests):
             # As the harness: what does not fit loses its beginning, and the last token is only scored.
@@ -148,6 +207,8 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
                 rows = logits[at : at + scored[ids]]
                 at += scored[ids]
                 normalizers = rows.logsumexp(-1)
+                if bool(normalizers.isnan().any()):
+                    raise ValueError("model: its logits are not finite; try dtype=float32 (--dtype float32)")
                 greedy = rows.argmax(-1)
                 for index in sharing[ids]:
                     target = torch.tensor(requests[index][2], device=rows.device)
@@ -196,12 +257,47 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         head = self.model.get_output_embeddings()
         hook = None if head is None else head.register_forward_pre_hook(keep)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._mixed_precision():
                 logits: torch.Tensor = self.model(input_ids=inputs.to(self.device), use_cache=False).logits
         finally:
             if hook is not None:
                 hook.remove()
-        return (logits[rows, positions] if hook is None else logits[0]).float()
+        return (logits[rows, positions] if hook is None else logits[0]).to(self.softmax_dtype or torch.float32)
+
+    def _mixed_precision(self) -> contextlib.AbstractContextManager[Any]:
+        wanted = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, dtype=wanted, enabled=wanted is not None)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Score continuations as the harness asks. An empty one is an error, and no certain answer."""
+        if any(not each.args[0] and not each.args[1] for each in requests):
+            raise RequestError("request: expected a context or a continuation, got two empty texts")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both; those of a continuation that merges into the context's last token are its own.
+
+        The harness takes what stands behind the context's tokens in the whole: nothing at all for "The sky i" and "s".
+        Its own model stops there.
+        """
+        before, after = super()._encode_pair(context, continuation)
+        rest = context[len(context.rstrip()) :] + continuation
+        if after or not rest:
+            return before, after
+        warnings.warn(
+            f"the continuation {rest!r} merges into the last token of its context, and is scored by tokens of its own",
+            stacklevel=1,
+        )
+        return before, self.tok_encode(rest, add_special_tokens=False)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
+        check_token_ids(self.model, context.flatten().tolist())
+        # What a model's own settings may hold and the harness cannot take; what it asks for itself goes before.
+        own = {"return_dict_in_generate": False, "num_return_sequences": 1, "tokenizer": self.tokenizer}
+        processors = [RefuseNaN(), *settings.pop("logits_processor", ())]
+        return super()._model_generate(  # type: ignore[no-any-return]
+            context, max_length, stop, logits_processor=processors, **{**own, **settings}
+        )
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Generate as the harness asks; within a budget of computed tokens where the arguments name one."""
@@ -268,17 +364,15 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
                 f"of {self.max_length}"
             )
         ids, mask = self.tok_batch_encode(list(contexts), left_truncate_len=room)
-        with torch.inference_mode():
+        check_token_ids(self.model, ids.flatten().tolist())
+        with torch.inference_mode(), self._mixed_precision():
             output = self.model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                logits_processor=[budget],
+                logits_processor=[RefuseNaN(), budget],
                 max_new_tokens=budget.new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 pad_token_id=self.tokenizer.pad_token_id,
+                **GREEDY,
             )
         return [
             Computed(self._text(reading.computed), self._text(reading.answer), reading)
@@ -293,21 +387,6 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         if ends is None:
             ends = self.tokenizer.eos_token_id
         return [int(each) for each in ends] if isinstance(ends, (list, tuple)) else [int(ends)]
-
-
-def _policy(policy: Policy | str | None, arguments: dict[str, Any]) -> Policy:
-    """The policy that the model's arguments name; those that are options of it are taken out of ``arguments``."""
-    if isinstance(policy, Policy):
-        return policy
-    name = Rebalance.name if policy is None else policy
-    if name not in policy_names():
-        return parse_policy(name)
-    options: dict[str, Any] = {}
-    for option in policy_options(name):
-        if option in arguments:
-            value = arguments.pop(option)
-            options[option] = parse_option(option, str(value)) if isinstance(value, (str, int)) else value
-    return Policy.from_dict({"policy": name, **options})
 
 
 def _device(name: str | None) -> str:

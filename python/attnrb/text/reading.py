@@ -1,0 +1,52 @@
+"""Text as files and arguments bring it: byte-order marks go, and what is no text is refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["BYTE_ORDER_MARK", "check_text", "read_text"]
+
+BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
+"""What some editors put before UTF-8. It would become a model's first token, the one that attention sinks into."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark.
+
+    Raises:
+        ValueError: the file cannot be read, or is no UTF-8 text.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no UTF-8 text: byte {error.start} cannot be read") from error
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} could not be read: {error.strerror or error}") from error
+
+
+def check_text(name: str, value: Any) -> None:
+    """Refuse text that no tokenizer takes and no file holds: half of a surrogate pair, or bytes that were no UTF-8.
+
+    Args:
+        name: of what is checked, for the message.
+        value: a text, or lists and dictionaries of texts, keys included; anything else passes.
+
+    Raises:
+        ValueError: a text holds a lone surrogate.
+    """
+    if isinstance(value, dict):
+        for key, each in value.items():
+            check_text(name, key)
+            check_text(name, each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            check_text(name, each)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}: expected text, but character {error.start + 1} is U+{ord(value[error.start]):04X}, half of a "
+                "surrogate pair, or a byte that was no UTF-8"
+            ) from None
