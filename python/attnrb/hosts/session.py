@@ -80,7 +80,7 @@ class Forward:
         called: the layers that came by.
         found: the outliers that a layer reported last.
         settled: the layers that were left out and of which the session knows that they found nothing.
-        common: what layers that share a mask have in common, by the id of the mask.
+        common: what layers that share a mask have in common, for each mask.
     """
 
     __slots__ = (
@@ -125,7 +125,7 @@ class Forward:
         self.called: set[int] = set()
         self.settled: set[int] = set()
         self.found: Outliers | None = None
-        self.common: dict[int, Common] = {}
+        self.common: list[Common] = []
 
     def emitted(self, layer: int, outliers: Outliers, tokens: torch.Tensor | None) -> None:
         """Pass on a layer's outliers; ``tokens`` bool ``[B, M]`` says which queries count, None: all."""

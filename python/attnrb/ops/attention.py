@@ -24,7 +24,18 @@ from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import DEFAULT_SCORES, Scores, score_arguments
 from attnrb.ops.visibility import DEFAULT_VISIBILITY, Visibility, VisibilityArguments, visibility_arguments
 
-__all__ = ["OPTIONS", "attend", "attention", "attention_fake", "attention_weights", "dispatch", "gradients"]
+__all__ = [
+    "OPTIONS",
+    "attend",
+    "attend_unchecked",
+    "attention",
+    "attention_fake",
+    "attention_weights",
+    "dispatch",
+    "fits_unchecked",
+    "given_options",
+    "gradients",
+]
 
 # Looked up once: torch.ops resolves overloads at every call.
 _attention = torch.ops.attnrb.attention.default
@@ -103,6 +114,58 @@ def attend(
     options: dict[str, Any] = {"visibility": visibility, "scale": scale, "softcap": softcap, "sinks": sinks}
     output, _, outliers = attention(query, key, value, edit=edit, emit=emit, **options)
     return output, outliers
+
+
+def attend_unchecked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    edit: Edit | None,
+    emit: float | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Outliers | None]:
+    """`attend` for layers that are called once a token: nothing is checked here that the op checks itself.
+
+    Args:
+        query: ``[B, H, M, D]`` of a dtype that the native op takes; nobody wants a gradient or a cast.
+        key: ``[B, Hk, N, D]``.
+        value: ``[B, Hk, N, Dv]``.
+        edit: as `attention` has it, with a gain ``float32 [H]`` and a first query ``int64 [B]``.
+        emit: as `attention` has it.
+        options: visibility and scores as `given_options` has them, to which those of the edit are added.
+    """
+    if emit is not None:
+        options["emit"] = emit
+    if edit is not None:
+        if edit.outliers is not None:
+            options["indices"], options["counts"] = edit.outliers
+            options["gain"] = edit.gain
+            if edit.rule != "none":
+                options["rule"] = RULES.index(edit.rule)
+        if edit.key_bias is not None:
+            options["key_bias"] = edit.key_bias
+            if edit.first_query is not None:
+                options["first_query"] = edit.first_query
+    output, _, indices, counts = _attention(query, key, value, **options)
+    return output, None if emit is None else Outliers(indices, counts)
+
+
+def fits_unchecked(edit: Edit | None) -> bool:
+    """Whether `attend_unchecked` may have this edit: tensors as the op takes them, and no gain for every key."""
+    if edit is None:
+        return True
+    gain, bias, first = edit.gain, edit.key_bias, edit.first_query
+    return (
+        (gain is None or (edit.outliers is not None and isinstance(gain, Tensor) and gain.dtype is torch.float32))
+        and (bias is None or bias.dtype is torch.float32)
+        and (first is None or isinstance(first, Tensor))
+    )
+
+
+def given_options(visibility: Visibility) -> dict[str, Any]:
+    """A visibility as keywords of the op, those at their defaults left out."""
+    return _given(NO_EDIT, None, visibility_arguments(visibility), DEFAULT_SCORES)
 
 
 def dispatch(
