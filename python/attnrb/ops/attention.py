@@ -182,9 +182,7 @@ def dispatch(
     if not native(query):
         check_shapes(query, key, value, edit, visibility, scores)
         return Attended(*dense.attention(query, key, value, edit, emit, visibility, scores))
-    if (
-        edit.gain is not None and edit.indices is None
-    ):  # every key is one: a scale of the output, and no kernel's matter
+    if edit.gain is not None and edit.indices is None:  # every key is an outlier: no kernel's matter
         attended = dispatch(query, key, value, edit._replace(gain=None), emit, visibility, scores)
         return _strengthen_everything(attended, edit, scores.sinks)
     if records_gradient(query, key, value, edit.gain, edit.key_bias, scores.sinks):
@@ -280,7 +278,7 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
     if emit is not None:
         capacity = torch.sym_min(_C.outlier_capacity(emit), key.shape[2])  # type: ignore[no-untyped-call]
     return (
-        training.like_rows(query.new_empty((1,)).expand(*rows, value.shape[3])),
+        training.like_rows(query, value.shape[3]),
         query.new_empty(rows, dtype=torch.float32),
         query.new_empty((*rows, capacity), dtype=torch.int32),
         query.new_empty(rows, dtype=torch.int32),

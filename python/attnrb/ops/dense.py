@@ -253,12 +253,17 @@ class Layer:
 def outlier_rows(chosen: Tensor, threshold: float, slots: Tensor) -> Outliers:
     """A mask ``[B, H, M, N]`` over keys at ``slots [N]`` as rows of ascending slots (Note: [Outlier capacity])."""
     keys = chosen.shape[3]
-    capacity = torch.sym_min(_C.outlier_capacity(threshold), keys)  # type: ignore[no-untyped-call]
+    capacity = torch.sym_min(_capacity(threshold), keys)  # type: ignore[no-untyped-call]
     last = torch.iinfo(torch.int32).max
     # More than the capacity only where rounding pushed a row's sum above 1.
     indices = torch.where(chosen, slots, last).sort(-1).values[..., :capacity]
     counts = chosen.sum(-1).clamp(max=capacity)
     return Outliers(torch.where(indices == last, -1, indices).to(torch.int32), counts.to(torch.int32))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capacity(threshold: float) -> int:
+    return _C.outlier_capacity(threshold)
 
 
 def outlier_mask(weights: Tensor, threshold: float, query_offset: int) -> Tensor:
