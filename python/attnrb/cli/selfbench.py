@@ -164,9 +164,10 @@ def _edited_truth(edit: Edit | None, query: Tensor, key: Tensor, value: Tensor, 
 
 def _inputs(queries: int, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, HEADS, queries, WIDTH, generator=generator) * _SHARPNESS
-    key = torch.randn(1, KEY_HEADS, keys, WIDTH, generator=generator)
-    value = torch.randn(1, KEY_HEADS, keys, WIDTH, generator=generator)
+    made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    query = torch.randn(1, HEADS, queries, WIDTH, generator=generator, **made) * _SHARPNESS
+    key = torch.randn(1, KEY_HEADS, keys, WIDTH, generator=generator, **made)
+    value = torch.randn(1, KEY_HEADS, keys, WIDTH, generator=generator, **made)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 

@@ -301,8 +301,11 @@ def _backward_fake(
     *positional: Any,
     **keywords: Any,
 ) -> tuple[Tensor, ...]:
+    options = _named(positional, keywords)
+    given = {"grad_output": grad_output, "grad_lse": grad_lse, "output": output, "lse": lse}
+    check_one_device(query=query, key=key, value=value, **given, **options)
     rows = (training.like_rows(each) for each in (query, key, value))
-    bias = training.like_bias(query, _named(positional, keywords)["key_bias"])
+    bias = training.like_bias(query, options["key_bias"])
     return (*rows, training.like_heads(query), bias, training.like_heads(query))
 
 

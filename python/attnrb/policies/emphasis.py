@@ -178,7 +178,7 @@ class _Prepared:
         if heads is None:
             return None
         shape = self.plan.shape
-        heed = torch.zeros(shape.heads, dtype=torch.bool)
+        heed = torch.zeros(shape.heads, dtype=torch.bool, device="cpu")
         heed[list(heads)] = True
         return (heed if view.query.shape[1] == shape.heads else shape.own(heed)).to(view.device)
 
@@ -191,8 +191,9 @@ class _Prepared:
             per_key = self.spans.log_strengths(policy.strength, slots)
             if policy.outside is not None:
                 weak = math.log(policy.outside) if policy.outside > 0 else -math.inf
-                other = ~self.spans.union(slots) & (torch.arange(slots) < prompt[:, None])
-                per_key = torch.where(other & torch.tensor([bool(row) for row in self.spans])[:, None], weak, per_key)
+                other = ~self.spans.union(slots) & (torch.arange(slots, device="cpu") < prompt[:, None])
+                marked = torch.tensor([bool(row) for row in self.spans], dtype=torch.bool, device="cpu")
+                per_key = torch.where(other & marked[:, None], weak, per_key)
         else:
             per_key = torch.where(self.spans.union(slots), 0.0, -math.inf)
         bias = per_key[:, None]

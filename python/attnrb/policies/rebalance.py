@@ -165,7 +165,11 @@ class Rebalance(Policy):
     def resolve(self, shape: ModelShape) -> RebalancePlan:
         """See `Policy.resolve`."""
         gains = self.gain_rows(shape)
-        rows = {layer: torch.tensor(gain) for layer, gain in enumerate(gains) if gain is not None}
+        rows = {
+            layer: torch.tensor(gain, dtype=torch.float32, device="cpu")
+            for layer, gain in enumerate(gains)
+            if gain is not None
+        }
         return RebalancePlan(self, shape, {layer: PerHead(gain, shape, layer) for layer, gain in rows.items()})
 
     def gain_rows(self, shape: ModelShape) -> tuple[tuple[float, ...] | None, ...]:

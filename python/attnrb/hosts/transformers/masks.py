@@ -198,7 +198,9 @@ def _padding(mask: torch.Tensor | None, ends: tuple[int, ...]) -> _Padding | Non
     rows, width = mask.shape
     compiling = torch.compiler.is_compiling()
     if not compiling and bool(mask.all()):
-        return _Padding(end=torch.full((rows,), width, device=mask.device) if width < min(ends) else None)
+        return _Padding(
+            end=torch.full((rows,), width, dtype=torch.int64, device=mask.device) if width < min(ends) else None
+        )
     begins = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
     whole = begins.sum(1) <= 1
     if compiling:

@@ -211,7 +211,7 @@ class Patch:
         if not isinstance(spans, Spans):
             raise TypeError(f"spans: expected attnrb.Spans, such as marked.spans, got {type(spans).__name__}")
         if isinstance(prompt, int):
-            prompt = torch.full((len(spans),), prompt, dtype=torch.int64)
+            prompt = torch.full((len(spans),), prompt, dtype=torch.int64, device="cpu")
         with self._request.set(Request(spans, prompt)):
             yield self
 
