@@ -164,10 +164,20 @@ class Mixture:
         edits: the edits, for a layer as it is in this forward.
         weigh: the weights ``[B, H, M]`` of the outputs, from their log-sum-exps ``[B, H, M]``. They are float32, and
             may carry a gradient.
+        sinks: for each edit whether the model's own sinks join its rows. A sink is no key, which an edit could leave
+            out: where the edits share the keys out among them, just one may have it. The default, None, is all.
     """
 
     edits: Callable[[LayerView], Sequence[Edit | None]]
     weigh: Callable[[Sequence[torch.Tensor], LayerView], Sequence[torch.Tensor]]
+    sinks: Sequence[bool] | None = None
+
+    def parts(self, view: LayerView) -> list[tuple[Edit | None, Mapping[str, Any]]]:
+        """Each edit, and how its scores come about, as `LayerView.scores` has it."""
+        edits, scores = self.edits(view), view.scores
+        joins = [True] * len(edits) if self.sinks is None else self.sinks
+        alone = {**scores, "sinks": None}
+        return [(edit, scores if sinks else alone) for edit, sinks in zip(edits, joins, strict=True)]
 
 
 class Request:

@@ -14,7 +14,8 @@ attention over the span and over the rest alone,
 
     y = σ y_S + (1 - σ) y_R,    m = 1 / (1 + exp(LSE_R - LSE_S)),    σ = max(m, t)
 
-gives the span at least t of each row. Each key is visited once: half in the one call, half in the other.
+gives the span at least t of each row. Each key is visited once: half in the one call, half in the other. A sink of the
+model's counts among the rest.
 """
 
 from __future__ import annotations
@@ -239,10 +240,11 @@ def _floor(inside: torch.Tensor, first: torch.Tensor | None, heed: torch.Tensor 
         return Edit(key_bias=only), Edit(key_bias=rest)
 
     def weigh(lse: Sequence[torch.Tensor], view: LayerView) -> tuple[torch.Tensor, ...]:
-        own = torch.sigmoid(lse[0] - lse[1])  # m; NaN where neither sees a key
-        own = torch.where(lse[0] == -math.inf, 0.0, torch.where(lse[1] == -math.inf, 1.0, own))
-        # A row that sees no key of the span, or none outside it, has nothing to shift.
+        # A row that sees no key of the span, or none outside it, has nothing to shift. Its difference is infinite or
+        # NaN, and must not come near the sigmoid, whose gradient would be NaN too.
         shift = (lse[0] > -math.inf) & (lse[1] > -math.inf)
+        own = torch.sigmoid(torch.where(shift, lse[0] - lse[1], 0.0))  # m
+        own = torch.where(shift, own, (lse[0] > -math.inf).to(own.dtype))
         if first is not None:
             shift = shift & (view.query_slots() >= first[:, None])[:, None]
         if heed is not None:
@@ -250,7 +252,7 @@ def _floor(inside: torch.Tensor, first: torch.Tensor | None, heed: torch.Tensor 
         sigma = torch.where(shift, own.clamp(min=share), own)
         return sigma, 1 - sigma
 
-    return Mixture(edits, weigh)
+    return Mixture(edits, weigh, sinks=(False, True))
 
 
 class _EmphasisSession(Session):
