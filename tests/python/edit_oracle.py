@@ -104,9 +104,7 @@ def attached(model: Any, rewrite: Rewrite) -> Iterator[dict[int, Tensor]]:
         model.set_attn_implementation(before)
 
 
-def biased(
-    bias: Tensor, first: Tensor | None = None, heads: Mapping[int, tuple[int, ...]] | None = None
-) -> Rewrite:
+def biased(bias: Tensor, first: Tensor | None = None, heads: Mapping[int, tuple[int, ...]] | None = None) -> Rewrite:
     """Weights with a bias on keys.
 
     Args:

@@ -131,12 +131,11 @@ def test_a_later_turn_on_a_kept_cache() -> None:
 def test_one_request_within_another() -> None:
     model, ids = tiny("llama"), tokens(1, 12)
     outer, inner = Spans(((Span(1, 3),),)), Spans(((Span(5, 7),),))
-    with attnrb.patch(model, Emphasis(strength=STRENGTH)) as patched:
-        with patched.spans(outer):
-            alone = model(ids).logits
-            with patched.spans(inner):
-                assert not torch.equal(model(ids).logits, alone)
-            assert torch.equal(model(ids).logits, alone)
+    with attnrb.patch(model, Emphasis(strength=STRENGTH)) as patched, patched.spans(outer):
+        alone = model(ids).logits
+        with patched.spans(inner):
+            assert not torch.equal(model(ids).logits, alone)
+        assert torch.equal(model(ids).logits, alone)
 
 
 def test_a_marked_text_and_a_marked_chat() -> None:

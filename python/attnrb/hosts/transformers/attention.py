@@ -232,7 +232,9 @@ def _attend(
     """Output ``[B, H, M, Dv]`` of a layer under an edit, and its outliers where ``emit`` asks for them."""
     if not isinstance(edit, Mixture):
         return attend(view.query, view.key, value, edit=edit, emit=emit, **view.scores)
-    parts = [functional.attention(view.query, view.key, value, edit=each, **scores) for each, scores in edit.parts(view)]
+    parts = [
+        functional.attention(view.query, view.key, value, edit=each, **scores) for each, scores in edit.parts(view)
+    ]
     shares = edit.weigh([part.lse for part in parts], view)
     mixed = sum(share[..., None] * part.output for share, part in zip(shares, parts, strict=True))
     assert isinstance(mixed, torch.Tensor)
