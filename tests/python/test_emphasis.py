@@ -247,8 +247,9 @@ def test_training(policy: Emphasis, checkpointing: bool) -> None:
 
 def test_spans_of_another_number_of_rows_are_refused() -> None:
     model = tiny("llama")
+    message = "spans: expected those of 4 rows, or of a divisor of it, got those of 3"
     with attnrb.patch(model, Emphasis()) as patched, patched.spans(Spans(((Span(1, 2),),) * 3)):
-        with pytest.raises(ValueError, match="spans: expected those of 4 rows, or of a divisor of it, got those of 3"):
+        with pytest.raises(ValueError, match=message):
             model(tokens(4, 6))
 
 
@@ -268,15 +269,19 @@ def test_a_call_without_spans_is_plain_and_says_so_once() -> None:
 
 @pytest.mark.parametrize("spans", [[(1, 2)], None, SPANS.rows], ids=["pairs", "none", "rows"])
 def test_spans_of_another_type_are_refused(spans: Any) -> None:
-    with attnrb.patch(tiny("llama"), Emphasis()) as patched:
-        with pytest.raises(TypeError, match="spans: expected attnrb.Spans"), patched.spans(spans):
-            pass
+    with (
+        attnrb.patch(tiny("llama"), Emphasis()) as patched,
+        pytest.raises(TypeError, match=r"spans: expected attnrb\.Spans"),
+        patched.spans(spans),
+    ):
+        pass
 
 
 def test_generate_wants_a_marked_prompt() -> None:
     with attnrb.patch(tiny("llama"), Emphasis()) as patched:
-        with pytest.raises(TypeError, match="marked: expected what attnrb.mark returns"):
-            patched.generate(tokens(1, 4))  # type: ignore[arg-type]
+        marked: Any = tokens(1, 4)
+        with pytest.raises(TypeError, match=r"marked: expected what attnrb\.mark returns"):
+            patched.generate(marked)
 
 
 @pytest.mark.parametrize(

@@ -211,3 +211,12 @@ def test_a_changed_span_is_no_new_graph(policy: Emphasis) -> None:
         for spans, expected in zip(chosen, eager, strict=True):
             assert_close(logits(compiled, spans), expected)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_a_graph_must_be_told_where_the_prompt_ends() -> None:
+    model = tiny("llama")
+    with attnrb.patch(model, Emphasis(rows="last")) as patched, patched.spans(SPANS):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match="prompt: expected one in a graph"):
+            compiled(tokens(2, LENGTH), use_cache=False)

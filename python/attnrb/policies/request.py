@@ -8,7 +8,6 @@ is a multiple of 64: a changed span is no new graph.
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -78,22 +77,28 @@ class Request:
 
     def of_sequence(self, sequence: dict[Any, Any]) -> Request:
         """This request for texts of which ``sequence`` is kept."""
-        mine = copy.copy(self)
+        mine = Request()
+        mine.spans, mine.tables, mine.kept, mine.prompt = self.spans, self.tables, self.kept, self.prompt
         mine.sequence = sequence
         return mine
 
     def prompt_ends(self, view: LayerView) -> torch.Tensor:
-        """One past the slot of each prompt's last token: int64, one for each row of ``spans``."""
+        """One past the slot of each prompt's last token: int64, one for each row of ``spans``.
+
+        Raises:
+            ValueError: nobody said, and a graph is being traced.
+        """
         if self.prompt is not None:
             return self.prompt
         if torch.compiler.is_compiling():
-            return self._ends(view)
+            raise ValueError(
+                "prompt: expected one in a graph of torch.compile, which cannot remember where the first call ended: "
+                "patched.spans(spans, prompt=input_ids.shape[1])"
+            )
         if "prompt" not in self.kept:
-            self.kept["prompt"] = self._ends(view).cpu()
-        ends: torch.Tensor = self.kept["prompt"]
-        return ends
-
-    def _ends(self, view: LayerView) -> torch.Tensor:
-        rows = 1 if self.tables is None else self.tables.rows
-        ends = view.query_slots()[:, -1] + 1
-        return ends.expand(rows).clone() if ends.shape[0] == 1 else ends[:: max(1, view.rows // rows)]
+            rows = 1 if self.tables is None else self.tables.rows
+            ends = (view.query_slots()[:, -1] + 1).cpu()
+            times = max(1, view.rows // rows)
+            self.kept["prompt"] = ends.expand(rows).clone() if ends.shape[0] == 1 else ends[::times]
+        prompt: torch.Tensor = self.kept["prompt"]
+        return prompt
