@@ -33,10 +33,17 @@ class Scores:
 
     def softmax(self, bias: Tensor | float = 0.0) -> Tensor:
         """The weights with something added to the scores; rows that see no key have none."""
+        return self._with_sink(bias)[..., : self.table.shape[3]]
+
+    def sink_share(self, bias: Tensor | float = 0.0) -> Tensor:
+        """The share ``[B, H, M, 1]`` of each row that goes to the sink."""
+        return self._with_sink(bias)[..., self.table.shape[3] :].sum(3, keepdim=True)
+
+    def _with_sink(self, bias: Tensor | float) -> Tensor:
         table = self.table + bias
         if self.sink is not None:
             table = torch.cat([table, self.sink.expand(*table.shape[:3], 1)], dim=3)
-        return torch.softmax(table, dim=3).nan_to_num(0.0)[..., : self.table.shape[3]]
+        return torch.softmax(table, dim=3).nan_to_num(0.0)
 
     def at_keys(self, by_slot: Tensor) -> Tensor:
         """What ``[rows, heads or 1, slots]`` says of this layer's keys: ``[B, heads or 1, 1, N]``, 0 behind its slots.

@@ -248,9 +248,12 @@ def test_training(policy: Emphasis, checkpointing: bool) -> None:
 def test_spans_of_another_number_of_rows_are_refused() -> None:
     model = tiny("llama")
     message = "spans: expected those of 4 rows, or of a divisor of it, got those of 3"
-    with attnrb.patch(model, Emphasis()) as patched, patched.spans(Spans(((Span(1, 2),),) * 3)):
-        with pytest.raises(ValueError, match=message):
-            model(tokens(4, 6))
+    with (
+        attnrb.patch(model, Emphasis()) as patched,
+        patched.spans(Spans(((Span(1, 2),),) * 3)),
+        pytest.raises(ValueError, match=message),
+    ):
+        model(tokens(4, 6))
 
 
 def test_a_call_without_spans_is_plain_and_says_so_once() -> None:

@@ -45,25 +45,26 @@ class Published:
             received = plain.sum(2) / seen.sum(2).clamp(min=1)
             self.first = seen.any(1).any(1).int().argmax(1)
             other = (torch.arange(plain.shape[3]) != self.first[:, None])[:, None]
-            self.closest = min(self.closest, float((received - self.threshold).abs().min()))
+            self.closest = min(self.closest, float((received.detach() - self.threshold).abs().min()))
             self.sinks[scores.layer] = (received > self.threshold) & other
         assert self.first is not None
         heed = torch.zeros(HEADS, dtype=torch.bool)
         heed[list(range(HEADS) if self.heads is None else self.heads.get(scores.layer, ()))] = True
-        weights = plain
+        bias: Tensor | float = 0.0
         if self.bias is not None:
-            weights = scores.softmax(torch.where(scores.rows_from(ENDS), scores.at_keys(self.bias.double()), 0.0))
+            bias = torch.where(scores.rows_from(ENDS), scores.at_keys(self.bias.double()), 0.0)
         first = (scores.key_slots == self.first[:, None])[:, None, None]
-        weights = weights * torch.where(first, self.first_key, 1.0)
-        sink = 0.0 if scores.sink is None else 1.0 - plain.sum(3, keepdim=True)
-        weights = (weights / (weights.sum(3, keepdim=True) + sink)).nan_to_num(0.0)
-        sinks = scores.at_keys(self.sinks[scores.layer].double()).bool()
+        factor = torch.where(first & heed[:, None, None], self.first_key, 1.0)
+        weights, sink = scores.softmax(bias), scores.sink_share(bias)
+        total = (factor * weights).sum(3, keepdim=True) + sink
+        weights, sink = (factor * weights / total).nan_to_num(0.0), (sink / total).nan_to_num(0.0)
+
+        sinks = scores.at_keys(self.sinks[scores.layer].double()).bool() & heed[:, None, None]
         mass = torch.where(sinks, weights, 0.0).sum(3, keepdim=True)
-        others = weights * (1 + (1 - self.strength) * mass / (1 - mass))
-        damped = torch.where(sinks, self.strength * weights, others)
-        return torch.where(
-            heed[:, None, None] & (1 - mass > 1e-12), damped, torch.where(heed[:, None, None], weights, plain)
-        )
+        # 1 - mass, but not as a difference, which would be nothing but rounding where it is small.
+        rest = torch.where(sinks, 0.0, weights).sum(3, keepdim=True) + sink
+        shared = weights * (1 + (1 - self.strength) * mass / torch.where(rest > 0, rest, 1.0))
+        return torch.where(rest > 0, torch.where(sinks, self.strength * weights, shared), weights)
 
 
 def logits_of(model: Any, policy: attnrb.Policy) -> Tensor:
@@ -138,9 +139,9 @@ def test_a_cache_that_a_forward_made() -> None:
 def test_keys_that_were_cached_without_it_are_refused() -> None:
     model, ids = tiny("llama"), tokens(1, 12)
     cache = model(ids, use_cache=True).past_key_values
-    with attnrb.patch(model, SinkDamping()):
-        with pytest.raises(RuntimeError, match="cached before the policy SinkDamping was in force"):
-            model(ids[:, :1], past_key_values=cache)
+    message = "cached before the policy SinkDamping was in force"
+    with attnrb.patch(model, SinkDamping()), pytest.raises(RuntimeError, match=message):
+        model(ids[:, :1], past_key_values=cache)
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ class Custom(Policy):
 
     Attributes:
         function: takes a `attnrb.policies.LayerView` and returns an `attnrb.Edit`, an `attnrb.policies.Mixture`, or
-            None for a layer that stays as it is. With ``emits`` it takes a second argument: the outliers that layers of this
-            forward reported so far, ``{layer: attnrb.Outliers}``.
+            None for a layer that stays as it is. With ``emits`` it takes a second argument: the outliers that layers of
+            this forward reported so far, ``{layer: attnrb.Outliers}``.
         called: how it is shown.
         emits: layers that report their outliers, with the threshold of each.
         layers: the layers it is called for. None: all with attention.
