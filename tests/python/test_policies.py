@@ -87,14 +87,17 @@ def test_a_policy_is_a_class_and_a_decorator(tmp_path: Path) -> None:
 
 
 def test_the_command_line_evaluates_it(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
-    from attnrb.cli.app import main
+    for package in ("typer", "lm_eval"):
+        pytest.importorskip(package)
+    from attnrb.cli.app import app
+    from typer.testing import CliRunner
 
-    model, data, out = save_roomy_model(tmp_path / "model"), save_data(tmp_path / "data"), tmp_path / "out"
-    arguments = ["eval", str(model), "--data", str(data), "--tasks", "piqa", "--limit", "2", "--out", str(out)]
-    assert main([*arguments, "--policy", "toy_first_key", "--set", "factor=4"]) == 0
-    written = "".join(path.read_text("utf-8") for path in sorted(out.rglob("*.json*")))
-    assert "toy_first_key" in written
+    model, data, out = save_roomy_model(tmp_path / "model"), save_data(tmp_path / "data"), tmp_path / "out.json"
+    where = ["eval", "-t", "piqa", "--data", str(data), "-m", str(model), "--json", str(out)]
+    ran = CliRunner().invoke(app, [*where, "--policy", "toy_first_key", "--set", "factor=4"])
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(out.read_text("utf-8"))
+    assert [each["arm"] for each in found["results"]] == ["plain", "toy_first_key(factor=4)"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_the_command_line_evaluates_it(tmp_path: Path) -> None:
         Emphasis(strength=3, rows="all", heads={1: (2,)}, outside=0.5),
         Emphasis(share=0.3, layers=[1, 2]),
         SinkDamping(threshold=0.2, first_key=2.0, heads=[1]),
-        LearnedGains.initial(4, 3, Rebalance()) if hasattr(LearnedGains, "initial") else Rebalance(),
+        LearnedGains(ModelShape(5, 4), Rebalance(alpha=0.4)),
         Compose(Emphasis(), SinkDamping(), ToyFirstKey()),
     ],
     ids=lambda policy: policy.name,

@@ -175,6 +175,31 @@ def test_training() -> None:
         torch.testing.assert_close(found[0][name], gradient, atol=2e-4 * float(gradient.abs().max()), rtol=2e-3)
 
 
+@torch.no_grad()
+def test_a_graph_without_a_cache() -> None:
+    model = tiny("llama")
+    options = {"attention_mask": padding(), "use_cache": False}
+    with attnrb.patch(model, SinkDamping(first_key=2.0)):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        got = [compiled(tokens(2, LENGTH, seed), **options).logits[padding().bool()] for seed in (0, 1)]
+        eager = [model(tokens(2, LENGTH, seed), **options).logits[padding().bool()] for seed in (0, 1)]
+    for one, other in zip(got, eager, strict=True):
+        assert_close(one, other)
+
+
+@torch.no_grad()
+def test_a_graph_with_a_cache_is_refused() -> None:
+    from transformers import StaticCache
+
+    model = tiny("llama")
+    with attnrb.patch(model, SinkDamping()):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match="which a graph of torch"):
+            compiled(tokens(2, 6), past_key_values=StaticCache(config=model.config, max_cache_len=8))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
