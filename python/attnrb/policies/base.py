@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from typing_extensions import Self
@@ -23,9 +23,7 @@ from typing_extensions import Self
 from attnrb.ops import functional
 from attnrb.ops.edit import Edit
 from attnrb.ops.outliers import Outliers
-
-if TYPE_CHECKING:
-    from attnrb.text.spans import Spans
+from attnrb.policies.request import Request
 
 __all__ = [
     "POLICY_FILE",
@@ -177,36 +175,20 @@ class Mixture:
         edits: the edits, for a layer as it is in this forward.
         weigh: the weights ``[B, H, M]`` of the outputs, from their log-sum-exps ``[B, H, M]``. They are float32, and
             may carry a gradient.
+        sinks: for each edit whether the model's own sinks join its rows. A sink is no key, which an edit could leave
+            out: where the edits share the keys out among them, just one may have it. The default, None, is all.
     """
 
     edits: Callable[[LayerView], Sequence[Edit | None]]
     weigh: Callable[[Sequence[torch.Tensor], LayerView], Sequence[torch.Tensor]]
+    sinks: Sequence[bool] | None = None
 
-
-class Request:
-    """What a user says of the texts in a call: which spans matter, and where the prompts end.
-
-    A generation is one request, with a forward for each token.
-
-    Attributes:
-        spans: of each row of the batch; None where there are none.
-        kept: what a `LayerPlan` worked out for this request, by the plan.
-    """
-
-    def __init__(self, spans: Spans | None = None, prompt: torch.Tensor | None = None) -> None:
-        """``prompt``: int64 ``[B]``: one past the slot of each prompt's last token; None: as the first forward ends."""
-        self.spans = spans
-        self.kept: dict[Any, Any] = {}
-        self._prompt = prompt
-
-    def prompt_ends(self, view: LayerView) -> torch.Tensor:
-        """One past the slot of each prompt's last token: int64, one for each row of ``spans``, on the CPU."""
-        if self._prompt is None:
-            rows = 1 if self.spans is None else len(self.spans)
-            ends = (view.query_slots()[:, -1] + 1).cpu()
-            times = max(1, view.rows // rows)
-            self._prompt = ends.expand(rows).clone() if ends.shape[0] == 1 else ends[::times]
-        return self._prompt
+    def parts(self, view: LayerView) -> list[tuple[Edit | None, Mapping[str, Any]]]:
+        """Each edit, and how its scores come about, as `LayerView.scores` has it."""
+        edits, scores = self.edits(view), view.scores
+        joins = [True] * len(edits) if self.sinks is None else self.sinks
+        alone = {**scores, "sinks": None}
+        return [(edit, scores if sinks else alone) for edit, sinks in zip(edits, joins, strict=True)]
 
 
 class Session:
@@ -233,6 +215,7 @@ class LayerPlan:
         required: layers that must come by in every forward.
         source_layer: the layer whose outliers decide what is edited; None in a policy without one.
         wants_spans: whether the policy edits marked text, and so does nothing without spans.
+        keeps: whether it keeps something of a text in `Request.sequence` from one forward to the next.
     """
 
     def __init__(
@@ -243,12 +226,14 @@ class LayerPlan:
         edited: frozenset[int] = frozenset(),
         source_layer: int | None = None,
         wants_spans: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.shape = shape
         self.emits = dict(emits or {})
         self.edited = edited
         self.source_layer = source_layer
         self.wants_spans = wants_spans
+        self.keeps = keeps
         self.required = frozenset(self.emits) | edited | ({source_layer} if source_layer is not None else frozenset())
 
     def begin(self, request: Request | None = None) -> Session:

@@ -234,7 +234,9 @@ def _attend(
     """Output ``[B, H, M, Dv]`` of a layer under an edit, and its outliers where ``emit`` asks for them."""
     if not isinstance(edit, Mixture):
         return attend(view.query, view.key, value, edit=edit, emit=emit, **view.scores)
-    parts = [functional.attention(view.query, view.key, value, edit=each, **view.scores) for each in edit.edits(view)]
+    parts = [
+        functional.attention(view.query, view.key, value, edit=each, **scores) for each, scores in edit.parts(view)
+    ]
     shares = edit.weigh([part.lse for part in parts], view)
     mixed = sum(share[..., None] * part.output for share, part in zip(shares, parts, strict=True))
     assert isinstance(mixed, torch.Tensor)
@@ -252,10 +254,10 @@ def _weights(view: LayerView, edit: Edit | Mixture | None) -> torch.Tensor:
     """The weights ``[B, H, M, N]`` as a layer applies them."""
     if not isinstance(edit, Mixture):
         return functional.attention_weights(view.query, view.key, edit=edit, **view.scores)
-    edits = edit.edits(view)
-    lse = [functional.attention(view.query, view.key, view.key, edit=each, **view.scores).lse for each in edits]
+    split = edit.parts(view)
+    lse = [functional.attention(view.query, view.key, view.key, edit=each, **scores).lse for each, scores in split]
     shares = edit.weigh(lse, view)
-    parts = [functional.attention_weights(view.query, view.key, edit=each, **view.scores) for each in edits]
+    parts = [functional.attention_weights(view.query, view.key, edit=each, **scores) for each, scores in split]
     mixed = sum(share[..., None] * part for share, part in zip(shares, parts, strict=True))
     assert isinstance(mixed, torch.Tensor)
     return mixed.to(view.query.dtype)
