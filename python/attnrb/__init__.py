@@ -8,6 +8,8 @@
 `attnrb.reference` is their definition in NumPy.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from attnrb.ops import _native  # noqa: F401 (registers the native ops, which what follows needs)
 
 # isort: split
@@ -59,10 +61,23 @@ __all__ = [
     "mark",
     "patch",
     "patched",
+    "profile_heads",
     "register_policy",
     "spans",
     "unpatch",
 ]
+
+if TYPE_CHECKING:
+    from attnrb.studies.profile import profile_heads
+
+
+def __getattr__(name: str) -> Any:
+    # A study stands on everything else and is seldom needed: it is imported when somebody asks for it.
+    if name == "profile_heads":
+        from attnrb.studies.profile import profile_heads
+
+        return profile_heads
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def clear_scratch() -> None:

@@ -13,11 +13,12 @@ from attnrb.cli.analyze import analyze
 from attnrb.cli.console import OneSentence, output, print_json, steps, user_errors
 from attnrb.cli.files import standard_input
 from attnrb.cli.loading import load_model, set_threads
+from attnrb.cli.profile import demo, profile
 from attnrb.cli.search import search
 from attnrb.reports.printable import printable
 
 app = typer.Typer(
-    help="Re-balance the attention of a language model while it runs.",
+    help="Rewrite the attention of a language model while it runs.",
     cls=OneSentence,
     no_args_is_help=True,
     add_completion=False,
@@ -40,7 +41,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Re-balance the attention of a language model while it runs."""
+    """Rewrite the attention of a language model while it runs: re-balancing, and emphasis on what you mark."""
 
 
 @app.command()
@@ -58,10 +59,11 @@ def compare(
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
     chat: options.Chat = None,
+    markup: options.Markup = True,
 ) -> None:
-    """Generate from one prompt without and with re-balancing, side by side."""
+    """Generate from one prompt without and with re-balancing, or with emphasis on what ((…)) marks, side by side."""
     with user_errors(), steps() as step:
-        chosen = policy.policy()
+        chosen = policy.chosen()
         text = _prompt(prompt)
         loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
         from attnrb.studies.compare import DEFAULT_PROMPT
@@ -73,6 +75,7 @@ def compare(
             DEFAULT_PROMPT if text is None else text,
             chosen,
             chat=chat,
+            markup=markup,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
@@ -101,17 +104,17 @@ def generate(
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
     chat: options.Chat = None,
+    markup: options.Markup = True,
 ) -> None:
-    """Generate from one prompt, token by token, with re-balancing (or --plain, without)."""
+    """Generate from one prompt, with re-balancing or emphasis on what ((…)) marks (or --plain, without)."""
     with user_errors():
-        chosen = policy.policy()
+        chosen = policy.chosen()
         text = _prompt(prompt)
         with steps() as step:
             loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
-        from attnrb.hosts.transformers.patch import patch
         from attnrb.studies.compare import DEFAULT_PROMPT
-        from attnrb.studies.generation import encode
         from attnrb.studies.generation import generate as run
+        from attnrb.studies.prompts import read_prompt
 
         text = DEFAULT_PROMPT if text is None else text
         output()  # makes stdout replace what it cannot encode
@@ -120,12 +123,13 @@ def generate(
             sys.stdout.write(printable(piece))
             sys.stdout.flush()
 
+        read = read_prompt(loaded, tokenizer, text, chosen, chat=chat, markup=markup)
+
         def go() -> Any:
-            ids = encode(tokenizer, text, chat=chat)
             return run(
                 loaded,
                 tokenizer,
-                ids,
+                read.input_ids,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=seed,
@@ -135,7 +139,7 @@ def generate(
         if plain:
             generation, stats = go(), None
         else:
-            with patch(loaded, chosen) as patched:
+            with read.patch(loaded) as patched:
                 generation = go()
             stats = patched.stats
     if json:
@@ -143,7 +147,8 @@ def generate(
             {
                 **_about(loaded, model, temperature, seed),
                 "prompt": text,
-                "config": None if plain else chosen.to_dict(),
+                "config": None if plain else read.policy.to_dict(),
+                "spans": None if read.spans is None else read.spans.to_dict()["rows"][0],
                 **generation.to_dict(),
                 "outliers_per_row": None if stats is None else stats.outliers_per_row,
                 "rebalanced_layers": 0 if stats is None else stats.layers,
@@ -152,12 +157,14 @@ def generate(
     else:
         sys.stdout.write("\n")
         sys.stdout.flush()
-        render.generation(generation, stats)
+        render.generation(generation, stats, read.spans)
 
 
 app.command()(analyze)
 app.command("eval")(eval_commands.evaluate)
 app.command()(search)
+app.command()(profile)
+app.command()(demo)
 app.command(
     "lm-eval",
     add_help_option=False,

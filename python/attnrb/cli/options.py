@@ -59,6 +59,14 @@ Chat = Annotated[
         rich_help_panel=_GENERATION,
     ),
 ]
+Markup = Annotated[
+    bool,
+    typer.Option(
+        "--markup/--no-markup",
+        help="Read ((…)) in the prompt as what to emphasise; --no-markup takes it literally.",
+        rich_help_panel=_GENERATION,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,10 @@ class PolicyChoice:
     def given(self) -> bool:
         """Whether any of them was."""
         return bool(self.name or self.settings or self.rebalancing)
+
+    def chosen(self) -> Policy | None:
+        """The policy they mean, as `policy` has it; None where none was given."""
+        return self.policy() if self.given else None
 
     def policy(self) -> Policy:
         """The policy they mean.

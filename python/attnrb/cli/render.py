@@ -18,6 +18,7 @@ from attnrb.studies.generation import Generation, decode
 if TYPE_CHECKING:
     from attnrb.cli.selfbench import Report
     from attnrb.studies.compare import Comparison
+    from attnrb.text.spans import Spans
 
 _PLAIN = "cyan"
 _REBALANCED = "magenta"
@@ -35,10 +36,14 @@ def comparison(console: Console, result: Comparison, tokenizer: Any, about: Mapp
         _marked(tokenizer, generation, result.first_difference, f"bold {colour}", mark)
         for generation, colour in ((result.plain, _PLAIN), (result.rebalanced, _REBALANCED))
     ]
-    console.print(_side_by_side(console.width, texts, [_speed(result.plain), _speed(result.rebalanced)]))
+    what = "with re-balancing" if result.spans is None else "with emphasis"
+    console.print(_side_by_side(console.width, what, texts, [_speed(result.plain), _speed(result.rebalanced)]))
     console.print(_difference(result, mark))
     console.print()
-    console.print(first_key_chart(result.first_key_plain, result.first_key_rebalanced, console))
+    if result.span_plain:
+        console.print(layer_chart("Attention on the marked text", result.span_plain, result.span_edited, console))
+    else:
+        console.print(first_key_chart(result.first_key_plain, result.first_key_rebalanced, console))
 
 
 def _heading(result: Comparison, about: Mapping[str, Any]) -> Table:
@@ -51,8 +56,11 @@ def _heading(result: Comparison, about: Mapping[str, Any]) -> Table:
     table.add_row("prompt", Text(printable(result.prompt)))
     table.add_row("model", Text(printable(f"{about['model']}, {about['dtype']}, {threads}, {choice}")))
     table.add_row("method", Text(printable(config.summary())))
-    found = "" if not result.rows else f"{result.outliers_per_row:.1f} a row ({result.rows:,} rows), "
-    table.add_row("outliers", Text(f"{found}{result.rebalanced_layers} layers re-balanced"))
+    if result.spans is not None:
+        table.add_row("marked", Text(f"{_marked_words(result.spans)}, {result.rebalanced_layers} layers edited"))
+    else:
+        found = "" if not result.rows else f"{result.outliers_per_row:.1f} a row ({result.rows:,} rows), "
+        table.add_row("outliers", Text(f"{found}{result.rebalanced_layers} layers re-balanced"))
     return table
 
 
@@ -62,8 +70,13 @@ def _speed(generation: Generation) -> Text:
     return Text(tokens + rate, style="dim")
 
 
-def _side_by_side(width: int, texts: Sequence[Text], speeds: Sequence[Text]) -> RenderableType:
-    titles = [Text("without", style=f"bold {_PLAIN}"), Text("with re-balancing", style=f"bold {_REBALANCED}")]
+def _marked_words(spans: Spans) -> str:
+    tokens, count = int(spans.union().sum()), sum(map(len, spans))
+    return f"{tokens} token{'s' if tokens != 1 else ''} in {count} span{'s' if count != 1 else ''}"
+
+
+def _side_by_side(width: int, what: str, texts: Sequence[Text], speeds: Sequence[Text]) -> RenderableType:
+    titles = [Text("without", style=f"bold {_PLAIN}"), Text(what, style=f"bold {_REBALANCED}")]
     if width < _NARROWEST_PAIR:
         return Group(
             *(Panel(Group(text, speed), title=title) for title, text, speed in zip(titles, texts, speeds, strict=True))
@@ -109,6 +122,11 @@ def _difference(result: Comparison, mark: str) -> Text:
 
 
 def first_key_chart(plain: Sequence[float], rebalanced: Sequence[float], console: Console) -> Group:
+    """Draw the first key's share of attention: see `layer_chart`."""
+    return layer_chart("Attention on the first key", plain, rebalanced, console)
+
+
+def layer_chart(title: str, plain: Sequence[float], rebalanced: Sequence[float], console: Console) -> Group:
     """Draw two bars a layer on one line, in the upper and the lower halves of its characters, with both numbers.
 
     Where the terminal is wide enough the layers stand in two columns.
@@ -124,7 +142,7 @@ def first_key_chart(plain: Sequence[float], rebalanced: Sequence[float], console
     height = -(-len(lines) // columns)
     table = Table.grid(padding=(0, gap, 0, 0))
     table.add_row(*(Group(*lines[start : start + height]) for start in range(0, len(lines), height)))
-    return Group(bars.legend(*means), table)
+    return Group(bars.legend(title, *means), table)
 
 
 class _Bars:
@@ -137,8 +155,8 @@ class _Bars:
         self.arrow = "->" if console.options.ascii_only else "→"
         self.room = max(6, width - len(f"000  100.0 {self.arrow} 100.0 %"))
 
-    def legend(self, plain: float, rebalanced: float) -> Text:
-        text = Text("Attention on the first key, by layer", style="bold")
+    def legend(self, title: str, plain: float, rebalanced: float) -> Text:
+        text = Text(f"{title}, by layer", style="bold")
         for mark, colour, name in ((self.upper, _PLAIN, "without"), (self.lower, _REBALANCED, "with")):
             text.append(f"   {mark}", style=colour)
             text.append(f" {name}", style="not bold")
@@ -159,10 +177,12 @@ class _Bars:
         return text.append(f" {100 * plain:5.1f} {self.arrow} {100 * rebalanced:5.1f} %")
 
 
-def generation(result: Generation, stats: Any | None) -> None:
+def generation(result: Generation, stats: Any | None, spans: Spans | None = None) -> None:
     """Print the speed of a generation on stderr, apart from its text."""
     line = _speed(result)
-    if stats is not None:
+    if stats is not None and spans is not None:
+        line.append(f", {_marked_words(spans)} emphasised, {stats.layers} layers edited")
+    elif stats is not None:
         found = f", {stats.outliers_per_row:.1f} outliers a row" if stats.rows else ""
         line.append(f"{found}, {stats.layers} layers re-balanced")
     errors().print(line, soft_wrap=True)

@@ -43,7 +43,7 @@ from attnrb.policies.checks import HeadChoice, beyond_the_model, choose_heads, h
 from attnrb.policies.profile import HeadProfile
 from attnrb.policies.request import SpanTables
 
-__all__ = ["ROWS", "Emphasis"]
+__all__ = ["ROWS", "Emphasis", "first_queries"]
 
 ROWS = ("after", "all", "last")
 
@@ -62,7 +62,7 @@ class Emphasis(Policy):
         rows: which queries heed it: ``"after"`` those behind the row's last span; ``"all"``; ``"last"`` the prompt's
             last token and all that follow.
         heads: the heads that heed it, as one list for all layers or as ``{layer: [heads]}``; or a
-            `attnrb.HeadProfile`, or the path of one. The default, None, means all.
+            `attnrb.HeadProfile`, or what `HeadProfile.load` takes. The default, None, means all.
         layers: the layers that heed it. The default, None, means all with attention.
         share: in place of ``strength``: the spans get at least this share of each row, between 0 and 1, both excluded.
         outside: what the weights of all other keys of the prompt are multiplied by as well, at least 0: PASTA's way,
@@ -77,7 +77,7 @@ class Emphasis(Policy):
 
     strength: float = option(8.0, "What the weights of a span are multiplied by; 0 removes it.")
     rows: str = option("after", "Queries that heed it: after, all or last.")
-    heads: HeadChoice | HeadProfile | str | None = option(None, "Heads that heed it, or a profile's file.", "all")
+    heads: HeadChoice | HeadProfile | str | None = option(None, "Heads that heed it, or a profile.", "all")
     layers: Sequence[int] | None = option(None, "Layers that heed it, like 1-12,15.", "all")
     share: float | None = option(None, "Least share of each row that spans get, in place of strength.", "none")
     outside: float | None = option(None, "What other keys of the prompt are multiplied by.", "none")
@@ -199,12 +199,8 @@ class _Prepared:
             if policy.outside is not None:
                 per_key = self._weaken_outside(per_key, policy.outside, view)
         bias = per_key[:, None]
-        if policy.rows == "all":
-            first = None
-        elif policy.rows == "after":
-            first = tables.ends
-        else:
-            first = self.request.prompt_ends(view) - 1
+        prompt = self.request.prompt_ends(view) if policy.rows == "last" else None
+        first = first_queries(policy.rows, tables.ends, prompt)
         times = self._times(view)
         if times > 1:
             bias = bias.repeat_interleave(times, 0)
@@ -260,6 +256,22 @@ def _floor(inside: torch.Tensor, first: torch.Tensor | None, heed: torch.Tensor 
         return sigma, 1 - sigma
 
     return Mixture(edits, weigh, sinks=(False, True))
+
+
+def first_queries(rows: str, ends: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor | None:
+    """The slot of the first query in each row that heeds its spans: int64 ``[B]``; None: all queries do.
+
+    Args:
+        rows: one of `ROWS`.
+        ends: the slot behind the last span of each row, int64 ``[B]``.
+        prompt: one past the slot of each prompt's last token, int64 ``[B]``; needed for ``last`` alone.
+    """
+    if rows == "all":
+        return None
+    if rows == "after":
+        return ends
+    assert prompt is not None, "who asks for the last rows knows where prompts end"
+    return prompt - 1
 
 
 class _EmphasisSession(Session):

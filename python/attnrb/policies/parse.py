@@ -24,6 +24,7 @@ from typing import Any
 
 from attnrb.policies.base import Policy, policy_class, policy_names
 from attnrb.policies.learned import GAINS_FILE, LearnedGains
+from attnrb.policies.profile import bundled_profiles
 from attnrb.policies.rebalance import Rebalance
 
 __all__ = ["make_policy", "parse_layers", "parse_option", "parse_policy", "policy_options"]
@@ -123,7 +124,7 @@ def parse_option(name: str, value: str) -> Any:
 
 def _layers_or_text(value: str) -> Any:
     """Where something else than layers stands: the name of a file, or a mistake that names what was expected."""
-    return value if Path(value).suffix == ".json" else parse_layers(value)
+    return value if Path(value).suffix == ".json" or value in bundled_profiles() else parse_layers(value)
 
 
 def parse_layers(text: str) -> list[int]:

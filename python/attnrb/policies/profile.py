@@ -12,10 +12,16 @@ from typing import Any
 
 from attnrb.policies.base import ModelShape
 
-__all__ = ["HeadProfile"]
+__all__ = ["HeadProfile", "bundled_profiles"]
 
 _FORMAT = "attnrb.HeadProfile"
 _VERSION = 1
+_BUNDLED = Path(__file__).parents[1] / "studies" / "profiles"
+
+
+def bundled_profiles() -> tuple[str, ...]:
+    """The names of the profiles that come with attnrb, sorted: `HeadProfile.load` takes them."""
+    return tuple(sorted(file.stem for file in _BUNDLED.glob("*.json")))
 
 
 @dataclass(frozen=True)
@@ -130,14 +136,18 @@ class HeadProfile:
     def load(cls, path: str | os.PathLike[str]) -> HeadProfile:
         """Read what `save` wrote.
 
+        Args:
+            path: the file, or the name of a profile that comes with attnrb, such as ``"smollm2-135m-instruct"``.
+
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it holds no profile.
         """
-        file = Path(path)
+        file = _BUNDLED / f"{path}.json" if str(path) in bundled_profiles() else Path(path)
         if not file.is_file():
             raise FileNotFoundError(
-                f"profile: there is no file {str(path)!r}; attnrb.profile_heads(...).save(path) makes one"
+                f"profile: there is no file {str(path)!r}, and attnrb comes with {', '.join(bundled_profiles())} only; "
+                "attnrb.profile_heads(...).save(path) makes one"
             )
         try:
             return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Compare a model with itself: one prompt generated without and with re-balancing."""
+"""Compare a model with itself: one prompt generated without and with an edit of its attention."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from attnrb.hosts.transformers.patch import patch
-from attnrb.policies import Plain, Policy, Rebalance
-from attnrb.studies.first_key import first_key_shares
-from attnrb.studies.generation import Generation, encode, generate
+from attnrb.policies import Plain, Policy
+from attnrb.studies.first_key import first_key_shares, span_shares
+from attnrb.studies.generation import Generation, generate
+from attnrb.studies.prompts import Prompt, read_prompt
+from attnrb.text.spans import Spans
 
 DEFAULT_PROMPT = "Why is the sky blue?"
 
@@ -42,6 +43,12 @@ class Comparison:
     """Per layer, the share of attention that the first key takes in the plain model: see `attnrb.studies.first_key`."""
     first_key_rebalanced: tuple[float, ...]
     """The same, over the same text, in the re-balanced model."""
+    spans: Spans | None = None
+    """The marked spans of the prompt; None without any."""
+    span_plain: tuple[float, ...] = ()
+    """Per layer, the share of attention that the spans get from the tokens behind them in the plain model."""
+    span_edited: tuple[float, ...] = ()
+    """The same, over the same text, with the edit."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary of every field."""
@@ -56,6 +63,8 @@ class Comparison:
             "rows": self.rows,
             "rebalanced_layers": self.rebalanced_layers,
             "first_key": {"plain": list(self.first_key_plain), "rebalanced": list(self.first_key_rebalanced)},
+            "spans": None if self.spans is None else self.spans.to_dict()["rows"][0],
+            "span_share": {"plain": list(self.span_plain), "edited": list(self.span_edited)},
         }
 
 
@@ -66,12 +75,13 @@ def compare(
     config: Policy | None = None,
     *,
     chat: bool | None = None,
+    markup: bool = True,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Comparison:
-    """Generate from one prompt twice, plain and re-balanced, and measure what changed.
+    """Generate from one prompt twice, plain and edited, and measure what changed.
 
     Both generations start from the same seed. Each is timed after a short warm-up of its own, and short ones twice, in
     turns, of which the faster counts: what else runs on the machine then weighs less. The first key's shares
@@ -80,43 +90,45 @@ def compare(
     Args:
         model: an unpatched ``transformers`` causal language model. It is left as it was.
         tokenizer: its tokenizer.
-        prompt: the text to go on from.
-        config: what is edited. Default: ``Rebalance()``.
+        prompt: the text to go on from, perhaps with markup.
+        config: what is edited. Default: ``Emphasis()`` for a prompt with markup, else ``Rebalance()``.
         chat: use the tokenizer's chat template. Default: if it has one.
+        markup: read ``((…))`` where a policy can heed it: see `attnrb.studies.prompts.read_prompt`.
         max_new_tokens: at most so many new tokens each. Default: 64.
         temperature: 0 (default) is greedy; above 0 samples.
         seed: of the sampling.
         progress: called with a short line before each step.
 
     Raises:
-        ValueError: as `attnrb.studies.generation.encode` and `attnrb.studies.generation.generate` do.
+        ValueError: as `attnrb.studies.prompts.read_prompt` and `attnrb.studies.generation.generate` do.
         Whatever `attnrb.patch` raises for a model it cannot serve.
     """
-    config = config or Rebalance()
     say = progress or (lambda _: None)
-    input_ids = encode(tokenizer, prompt, chat=chat)
+    read = read_prompt(model, tokenizer, prompt, config, chat=chat, markup=markup)
+    config, input_ids = read.policy, read.input_ids
 
     def run(tokens: int) -> Generation:
         return generate(model, tokenizer, input_ids, max_new_tokens=tokens, temperature=temperature, seed=seed)
 
     warm_up = min(2, max_new_tokens)
-    say("Generating without re-balancing")
+    what = "re-balancing" if read.spans is None else "emphasis"
+    say(f"Generating without {what}")
     run(warm_up)
     start = time.perf_counter()
     plain = run(max_new_tokens)
     repeat = time.perf_counter() - start < _REPEATED_BELOW
-    say("Generating with re-balancing")
-    with patch(model, config):
+    say(f"Generating with {what}")
+    with read.patch(model):
         run(warm_up)
-    with patch(model, config) as patched:
+    with read.patch(model) as patched:
         rebalanced = run(max_new_tokens)
     if repeat:
         say("Timing both once more")
         plain = _faster(plain, run(max_new_tokens))
-        with patch(model, config):
+        with read.patch(model):
             rebalanced = _faster(rebalanced, run(max_new_tokens))
 
-    say("Measuring attention on the first key")
+    say("Measuring attention, layer by layer")
     text_ids = torch.cat([input_ids, torch.tensor([plain.token_ids], dtype=torch.int64, device="cpu")], dim=1)
     return Comparison(
         prompt=prompt,
@@ -129,8 +141,17 @@ def compare(
         rows=patched.stats.rows,
         rebalanced_layers=patched.stats.layers,
         first_key_plain=first_key_shares(model, text_ids, Plain()),
-        first_key_rebalanced=first_key_shares(model, text_ids, config),
+        first_key_rebalanced=first_key_shares(model, text_ids, config, read.spans, input_ids.shape[1]),
+        spans=read.spans,
+        span_plain=_span_shares(model, text_ids, read, Plain()),
+        span_edited=_span_shares(model, text_ids, read, config),
     )
+
+
+def _span_shares(model: Any, text_ids: torch.Tensor, read: Prompt, policy: Policy) -> tuple[float, ...]:
+    if read.spans is None or read.spans.slots >= text_ids.shape[1]:
+        return ()
+    return span_shares(model, text_ids, policy, read.spans, read.input_ids.shape[1])
 
 
 def _faster(one: Generation, other: Generation) -> Generation:

@@ -1,17 +1,18 @@
-"""How much of a model's attention its first key takes, layer by layer.
+"""How much of a model's attention certain keys take, layer by layer: the first one, or those of spans.
 
 In pretrained decoders attention collapses onto the first token, whatever it says. Re-balancing is meant to counter
 that, and this measures what it does.
 
-Note: [First-key share]
-The share of key 0 in a layer is the mean of w_i0 / Σ_j w_ij over all heads and all queries but the first, which sees
-no other key. w is the attention that the layer really applies: softmax weights, those of outliers times 1 + g. No n×n
-matrix is needed: attention is linear in the values, so the same op with the values v_j = ([j = 0], 1) returns
-(w_i0, Σ_j w_ij).
+Note: [Share of some keys]
+The share of the keys K in a layer is the mean of Σ_{j∈K} w_ij / Σ_j w_ij over all heads and over the queries that see
+more than K: for the first key all but the first query, for spans those behind them. w is the attention that the layer
+really applies: softmax weights, those of outliers times 1 + g. No n×n matrix is needed: attention is linear in the
+values, so the same op with the values v_j = ([j ∈ K], 1) returns (Σ_{j∈K} w_ij, Σ_j w_ij).
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,15 +20,20 @@ import torch
 from attnrb.hosts.session import AttentionCall
 from attnrb.hosts.transformers.patch import patch
 from attnrb.policies import Policy
+from attnrb.text.spans import Spans
 
 
-def first_key_shares(model: Any, input_ids: torch.Tensor, policy: Policy) -> tuple[float, ...]:
-    """Per layer, the mean share of attention on the first key (see Note: [First-key share]).
+def first_key_shares(
+    model: Any, input_ids: torch.Tensor, policy: Policy, spans: Spans | None = None, prompt_tokens: int | None = None
+) -> tuple[float, ...]:
+    """Per layer, the mean share of attention on the first key (see Note: [Share of some keys]).
 
     Args:
         model: an unpatched ``transformers`` causal language model. It is left as it was.
         input_ids: int64 ``[1, n]`` with n ≥ 2: one text without padding.
         policy: what is edited. With `attnrb.policies.Plain` the shares are those of the plain model.
+        spans: of the one row, for a policy that heeds them.
+        prompt_tokens: how many of the tokens are the prompt, where there are spans.
 
     Raises:
         ValueError: when `input_ids` is not one text of at least two tokens.
@@ -35,20 +41,52 @@ def first_key_shares(model: Any, input_ids: torch.Tensor, policy: Policy) -> tup
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [1, n] with n of at least 2, got {list(input_ids.shape)}")
+    keys = torch.arange(input_ids.shape[1]) == 0
+    return _shares(model, input_ids, policy, keys, 1, spans, prompt_tokens)
+
+
+def span_shares(
+    model: Any, input_ids: torch.Tensor, policy: Policy, spans: Spans, prompt_tokens: int
+) -> tuple[float, ...]:
+    """Per layer, the mean share of attention on the spans among the tokens behind them.
+
+    Args:
+        model: an unpatched ``transformers`` causal language model. It is left as it was.
+        input_ids: int64 ``[1, n]``: one text without padding, which goes on behind its last span.
+        policy: what is edited. With `attnrb.policies.Plain` the shares are those of the plain model.
+        spans: of the one row.
+        prompt_tokens: how many of the tokens are the prompt.
+
+    Raises:
+        ValueError: there is no span, or no token behind the last one.
+        Whatever `attnrb.patch` raises for a model it cannot serve.
+    """
+    if not spans or spans.slots >= input_ids.shape[1]:
+        raise ValueError("spans: expected at least one, and a token behind the last")
+    return _shares(model, input_ids, policy, spans.union(input_ids.shape[1])[0], spans.slots, spans, prompt_tokens)
+
+
+def _shares(
+    model: Any,
+    input_ids: torch.Tensor,
+    policy: Policy,
+    keys: torch.Tensor,
+    first_query: int,
+    spans: Spans | None,
+    prompt: int | None,
+) -> tuple[float, ...]:
+    """The share of ``keys`` (bool ``[n]``) in each layer, over the queries from ``first_query`` on."""
     shares: dict[int, float] = {}
 
     def observe(call: AttentionCall) -> None:
-        shares[call.layer] = _share(call)
+        batch, key_heads, count, _ = call.key.shape
+        value = call.key.new_ones(batch, key_heads, count, 2)
+        value[..., 0] = keys.to(value.device, value.dtype)
+        chosen, total = call.attention(value).float().unbind(-1)
+        shares[call.layer] = float((chosen / total)[..., first_query:].mean())
 
-    with torch.inference_mode(), patch(model, policy, observer=observe):
+    with torch.inference_mode(), patch(model, policy, observer=observe) as patched, ExitStack() as stack:
+        if spans is not None:
+            stack.enter_context(patched.spans(spans, prompt=prompt))
         model(input_ids.to(model.device), use_cache=False)
     return tuple(shares[layer] for layer in sorted(shares))
-
-
-def _share(call: AttentionCall) -> float:
-    batch, key_heads, keys, _ = call.key.shape
-    value = call.key.new_zeros(batch, key_heads, keys, 2)
-    value[:, :, 0, 0] = 1
-    value[..., 1] = 1
-    first, total = call.attention(value).float().unbind(-1)
-    return float((first / total)[..., 1:].mean())

@@ -1,0 +1,154 @@
+"""``attnrb profile``: which heads to edit; ``attnrb demo``: what emphasis does to a small task."""
+
+from __future__ import annotations
+
+import json as json_format
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnrb.cli import options
+from attnrb.cli.console import output, print_json, steps, user_errors
+from attnrb.cli.loading import load_model
+
+if TYPE_CHECKING:
+    from attnrb.text.marked import Marked
+
+_STRENGTH = 16.0
+
+
+def profile(
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            "--examples",
+            help='JSON lines: {"prompt": "((…)) …", "answer": " …"}.',
+            show_default="a built-in task",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the profile goes.")] = Path("profile.json"),
+    keep: Annotated[int, typer.Option("--keep", min=1, help="How many heads to choose.")] = 32,
+    rows: Annotated[str, typer.Option("--rows", help="Queries that heed spans: after, all or last.")] = "after",
+    count: Annotated[int, typer.Option("--count", min=1, help="Examples of the built-in task.")] = 12,
+    model: options.Model = None,
+    dtype: options.DType = "float32",
+    threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
+    json: options.Json = False,
+) -> None:
+    """Rank the heads of a model by how much heeding marked text helps it to give the answers."""
+    with user_errors(), steps() as step:
+        from attnrb.models import DEFAULT_MODEL_NAME
+        from attnrb.policies import Emphasis
+
+        policy = Emphasis(rows=rows)
+        loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
+        from attnrb.studies.conflict import conflict_examples
+        from attnrb.studies.profile import profile_heads
+
+        pairs = conflict_examples(tokenizer, count) if examples is None else read_examples(tokenizer, examples)
+        found = profile_heads(loaded, tokenizer, policy, pairs, keep, step)
+        command = ["attnrb profile", f"--model {Path(model).name}" if model else "", f"--keep {found.keep}"]
+        command += [f"--rows {rows}", f"--count {count}" if examples is None else f"--examples {examples.name}"]
+        about = {**found.about, "command": " ".join(filter(None, command))}
+        about |= {"model": Path(model).name if model and Path(model).exists() else model or DEFAULT_MODEL_NAME}
+        found = replace(found, about=about)
+        found.save(out)
+    if json:
+        print_json(found.to_dict())
+    else:
+        from attnrb.cli.heat import heat_map
+
+        console = output()
+        console.print(heat_map(found, console))
+        console.print(f"Written to {out}: use it by --policy emphasis --set heads={out}", markup=False)
+
+
+def read_examples(tokenizer: Any, path: Path) -> list[tuple[Marked, str]]:
+    """Pairs of a marked prompt and its answer from a file of JSON lines.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is none of these, or its markup cannot be read. The message names the line.
+    """
+    from attnrb.text import mark
+    from attnrb.text.reading import read_text
+
+    pairs = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            example = json_format.loads(line)
+        except ValueError as error:
+            raise ValueError(f"examples: line {number} of {path.name} is no JSON: {error}") from None
+        if not isinstance(example, dict) or set(example) != {"prompt", "answer"}:
+            raise ValueError(f"examples: line {number} of {path.name}: expected an object with prompt and answer")
+        try:
+            pairs.append((mark(tokenizer, example["prompt"]), example["answer"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"examples: line {number} of {path.name}: {error}") from None
+    return pairs
+
+
+def demo(
+    items: Annotated[int, typer.Option("--items", min=1, help="How many prompts.")] = 24,
+    heads: Annotated[
+        str | None,
+        typer.Option("--heads", help="A profile's file or name.", show_default="made here, from other prompts"),
+    ] = None,
+    model: options.Model = None,
+    dtype: options.DType = "float32",
+    threads: options.Threads = None,
+    allow_missing: options.AllowMissing = False,
+    json: options.Json = False,
+) -> None:
+    """Show what emphasis does: which of two facts in a prompt a model goes by."""
+    with user_errors(), steps() as step:
+        from attnrb.policies import HeadProfile
+
+        chosen = None if heads is None else HeadProfile.load(heads)
+        start = time.perf_counter()
+        loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
+        profile, found = _arms(loaded, tokenizer, items, chosen, step)
+        seconds = time.perf_counter() - start
+    from attnrb.studies.conflict import conflict_items
+
+    example = conflict_items(1)[0]
+    if json:
+        print_json({"items": items, "strength": _STRENGTH, "right": found, "seconds": seconds, "heads": profile})
+    else:
+        from attnrb.cli.heat import conflict_table
+
+        console = output()
+        console.print(conflict_table(example, items, found, seconds))
+
+
+def _arms(
+    model: Any, tokenizer: Any, count: int, profile: Any, step: Callable[[str], None]
+) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """The heads of the profile, and how many items are right in each arm, by what the arm does."""
+    from attnrb.policies import Emphasis
+    from attnrb.studies.conflict import conflict_examples, conflict_items, score_items
+    from attnrb.studies.profile import profile_heads
+
+    if profile is None:
+        profile = profile_heads(model, tokenizer, None, conflict_examples(tokenizer), progress=step)
+    everywhere, kept = Emphasis(strength=_STRENGTH), Emphasis(strength=_STRENGTH, heads=profile)
+    arms: dict[str, tuple[Any, str]] = {
+        "as it is": (None, "none"),
+        "asterisks around the newer fact": (None, "asterisks"),
+        "emphasis on the newer fact, all heads": (everywhere, "span"),
+        f"emphasis on the newer fact, {profile.keep} chosen heads": (kept, "span"),
+        "emphasis on the older fact, all heads": (everywhere, "older"),
+    }
+    items = conflict_items(count)
+    found = {}
+    for name, (policy, markup) in arms.items():
+        step(f"Asking {count} times: {name}")
+        found[name] = score_items(model, tokenizer, items, policy, markup).right
+    return {str(layer): list(heads) for layer, heads in profile.chosen.items()}, found
