@@ -81,9 +81,9 @@ def search(
     with user_errors():
         from attnrb.evaluation.page import check_installed
         from attnrb.evaluation.plan import plan_names
-        from attnrb.evaluation.search import SearchPlan
-        from attnrb.evaluation.search import search as go
         from attnrb.evaluation.search_page import search_page
+        from attnrb.evaluation.trials import SearchPlan
+        from attnrb.evaluation.trials import search as go
     with running.run_errors(place):
         plan = SearchPlan(
             tasks=plan_names(tasks),
