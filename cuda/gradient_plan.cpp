@@ -20,7 +20,7 @@ int64_t carve(GradientParameters& g, void* workspace) {
   const int64_t rows = shape.batch * shape.heads * shape.queries;
   Carver carver(workspace);
   g.words = carver.take<uint32_t>(8 * rows);
-  if (g.rows.problem.boost.indices != nullptr) g.gain_rows = carver.take<float>(rows);
+  if (g.rows.problem.edit.indices != nullptr) g.gain_rows = carver.take<float>(rows);
   if (g.grad_received != nullptr) g.shares = carver.take<float>(shape.batch * shape.heads * shape.keys);
   return carver.taken();
 }
@@ -36,7 +36,7 @@ AttentionProblem row_problem(const GradientProblem& problem) {
   rows.value = problem.value;
   rows.visibility = problem.visibility;
   rows.scoring = problem.scoring;
-  rows.boost = problem.boost;
+  rows.edit = problem.edit;
   return rows;
 }
 

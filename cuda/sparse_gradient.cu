@@ -19,12 +19,12 @@ void carve(SparseGradientPlan& plan, void* workspace, int32_t* zeros) {
   const AttentionProblem& problem = plan.own.parameters.rows.problem;
   const Shape& shape = problem.shape;
   const int64_t heads = shape.batch * shape.key_heads, row_tiles = plan.own.parameters.rows.row_tiles;
-  const bool indexed = problem.boost.indices != nullptr;
+  const bool indexed = problem.edit.indices != nullptr;
   Carver carver(workspace);
   carver.take<unsigned char>(plan.own.workspace_bytes);
   if (indexed) {
     s.starts = carver.take<int32_t>(heads * (shape.keys + 1));
-    s.entries = carver.take<int32_t>(heads * plan.own.parameters.rows.rows * problem.boost.capacity);
+    s.entries = carver.take<int32_t>(heads * plan.own.parameters.rows.rows * problem.edit.capacity);
   }
   plan.workspace_bytes = carver.taken();
   plan.zero_numbers = heads * (row_tiles + key_tiles(shape) + (indexed ? shape.keys * kIndexChunks : 0));
@@ -49,7 +49,7 @@ void start(const SparseGradientParameters& s, void* stream) {
   const AttentionParameters& p = s.all.rows;
   const Shape& shape = p.problem.shape;
   const int64_t heads = shape.batch * shape.key_heads;
-  if (p.problem.boost.indices != nullptr) {
+  if (p.problem.edit.indices != nullptr) {
     const int64_t blocks = divide_up(heads * kIndexChunks, kWarps);
     launch<index_rows_kernel<false>>(blocks, kThreads, 0, stream, s);
     launch<index_places_kernel<kThreads>>(divide_up(heads * shape.keys, kThreads), kThreads, 0, stream, s);
@@ -71,7 +71,7 @@ bool sparse_suits(const GradientProblem& problem) {
   const auto aligned = [&](const View& view) { return operand_of(view, shape.width, problem.dtype).aligned; };
   return sparse_suits(row_problem(problem)) && shape.width <= kWidest && problem.grad_lse == nullptr &&
          problem.grad_received == nullptr && aligned(problem.output) && aligned(problem.grad_output) &&
-         shape.heads / shape.key_heads * shape.queries * std::max<int64_t>(problem.boost.capacity, 1) <=
+         shape.heads / shape.key_heads * shape.queries * std::max<int64_t>(problem.edit.capacity, 1) <=
              std::numeric_limits<int32_t>::max();
 }
 

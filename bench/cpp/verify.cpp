@@ -25,10 +25,10 @@ AttentionProblem row_problem(const AttentionProblem& problem, int64_t batch, int
   row.key.data = element(problem.key.data, problem.dtype, batch * k[0] + key_head * k[1]);
   row.value.data = element(problem.value.data, problem.dtype, batch * v[0] + key_head * v[1]);
   row.visibility.query_offset += query;
-  if (row.boost.indices != nullptr) {
-    row.boost.indices += index * row.boost.capacity;
-    row.boost.counts += index;
-    row.boost.gain += head;
+  if (row.edit.indices != nullptr) {
+    row.edit.indices += index * row.edit.capacity;
+    row.edit.counts += index;
+    row.edit.gain += head;
   }
   return row;
 }

@@ -1,32 +1,18 @@
 // What the kernels are asked to do: plain pointers, sizes and strides. Callers have checked every argument.
 //
 // Axes: B batch, H query heads, Hk key/value heads (H a multiple of Hk), M queries, N keys, D query/key width, Dv value
-// width. Strides count elements. Query i sits at slot query_offset + i, key j at slot key_offset + j.
+// width. Strides count elements. Query i sits at slot query_offset + i, key j at slot key_offset + j; every sequence
+// may have a query_offset of its own.
 #pragma once
 
 #include <cstdint>
 
+#include "edit.h"
+#include "keys.h"
 #include "types.h"
+#include "visibility.h"
 
 namespace attnrb {
-
-// A read-only operand [batch, heads, rows, columns].
-struct View {
-  const void* data = nullptr;
-  int64_t strides[4] = {0, 0, 0, 0};
-};
-
-// Which keys a query may see. Every condition that is set must hold.
-struct Visibility {
-  bool causal = true;                  // key slot <= query slot
-  int64_t query_offset = 0;            // slot of query 0
-  int64_t key_offset = 0;              // slot of key 0
-  int64_t window = 0;                  // key slot > query slot - window; 0: no limit
-  const int64_t* key_start = nullptr;  // [B], first visible slot, or null
-  const int64_t* key_end = nullptr;    // [B], one past the last visible slot, or null
-  const bool* mask = nullptr;          // [B, H, M, N] by strides (0 where broadcast), true = visible, or null
-  int64_t mask_strides[4] = {0, 0, 0, 0};
-};
 
 struct Shape {
   int64_t batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0, width = 0, value_width = 0;
@@ -39,43 +25,32 @@ struct Scoring {
   const float* sinks = nullptr;  // [H], join the softmax denominator only, or null
 };
 
-// Fused attention. Emits outlier rows when `emit.indices` is set (source layer), strengthens entries when
-// `boost.indices` is set (layers below), plain attention when neither is.
+// Fused attention: the three axes are where keys lie, what a query sees, and how its weights are edited.
 struct AttentionProblem {
   Shape shape;
   DType dtype = DType::float32;
-  View query, key, value;
+  View query;
+  KeyRows key, value;
   Visibility visibility;
   Scoring scoring;
+  Edit edit;
+  Emit emit;
 
   void* output = nullptr;                 // [B, H, M, Dv] by strides, innermost stride 1, same dtype as query
   int64_t output_strides[3] = {0, 0, 0};  // B, H, M
   float* lse = nullptr;                   // [B, H, M] contiguous, or null
   float* softmax = nullptr;  // [B, H, M, 2] contiguous: (m, l) of Note: [Online softmax in base 2], or null
-
-  struct Emit {
-    int32_t* indices = nullptr;  // [B, H, M, capacity] contiguous: ascending key slots, then -1
-    int32_t* counts = nullptr;   // [B, H, M] contiguous
-    int64_t capacity = 0;
-    double threshold = 0.01;
-  } emit;
-
-  struct Boost {
-    const int32_t* indices = nullptr;  // [B, H, M, capacity] contiguous: ascending key slots
-    const int32_t* counts = nullptr;   // [B, H, M] contiguous
-    int64_t capacity = 0;
-    const float* gain = nullptr;  // [H]
-    bool normalize = false;
-  } boost;
 };
 
 // received[b, h, j] = mean over the queries that can see key j of the weight they give it; 0 where no query can.
 struct ReceivedProblem {
   Shape shape;  // value_width unused
   DType dtype = DType::float32;
-  View query, key;
+  View query;
+  KeyRows key;
   Visibility visibility;
   Scoring scoring;
+  Edit edit;                  // of which the key bias counts; weights are those before outliers are strengthened
   float* received = nullptr;  // [B, H, N] contiguous
   float* lse = nullptr;       // [B, H, M] contiguous, or null
 };
@@ -85,13 +60,14 @@ struct ReceivedProblem {
 struct GradientProblem {
   Shape shape;
   DType dtype = DType::float32;
-  View query, key, value;
+  View query;
+  KeyRows key, value;
   Visibility visibility;
   Scoring scoring;
+  Edit edit;                             // as the forward had it
   const float* lse = nullptr;            // [B, H, M] contiguous, as the forward wrote it
   View output, grad_output;              // [B, H, M, Dv], dtype of query
   const float* grad_lse = nullptr;       // [B, H, M] contiguous, or null
-  AttentionProblem::Boost boost;         // as the forward had it
   const float* grad_received = nullptr;  // [B, H, N] contiguous, or null
 
   // Where a gradient goes: same dtype as query, innermost stride 1; strides of the three axes before it.
@@ -102,6 +78,9 @@ struct GradientProblem {
   Target grad_query, grad_key, grad_value;
   float* grad_gain = nullptr;   // [H], or null
   float* grad_sinks = nullptr;  // [H], or null
+  // [B, H, bias_slots] by strides (0 where broadcast: those add up), all of it written, or null
+  float* grad_bias = nullptr;
+  int64_t grad_bias_strides[3] = {0, 0, 0};
 };
 
 // mask[b, h, i, j] = weights > threshold and j != query_offset + i.

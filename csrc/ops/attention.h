@@ -1,9 +1,11 @@
-// Fused attention, whatever device computes it: arguments are checked and turned into the core's problem here, and a
+// Fused attention, whatever device computes it: options are checked and turned into the core's problem here, and a
 // device adds how it runs one.
 //
 // A Device has
 //   Gain                                  one gain for all heads or one each, from a tensor
 //   numbers(gain)                         where the kernels find them
+//   values_on_host                        whether numbers in tensors can be looked at before the kernels run
+//   clear(tensor)                         makes it zeros
 //   attend(problem, like, tensors, gain)  the output, from query, key and value; `gain` may be null
 #pragma once
 
@@ -19,101 +21,122 @@ struct AttentionTensors {
   const Tensor &query, &key, &value;
 };
 
-inline bool nothing_to_attend(const Shape& shape) {
-  return shape.batch * shape.heads * shape.queries * shape.keys == 0;
-}
+// What an attention gives: the output, and of the others what was asked for.
+struct Attended {
+  OptionalTensor output, lse, indices, counts;
+};
 
 // What any set of keys gives when it is empty.
-inline Tensor attend_to_nothing(const Shape& shape, const Operand& query, Tensor* lse) {
+template <class Device>
+Tensor attend_to_nothing(const Shape& shape, const Operand& query, const Attended& wanted) {
   Tensor output = empty_output(OutputLayout(shape), query);
-  torch::stable::zero_(output);
-  if (lse != nullptr) torch::stable::fill_(*lse, -std::numeric_limits<double>::infinity());
+  Device::clear(output);
+  if (wanted.lse) {
+    Tensor lse = *wanted.lse;
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  }
+  if (wanted.counts) Device::clear(*wanted.counts);
   return output;
 }
 
-// At the source layer: output, log-sum-exp and the outliers of every row.
+// Outliers are returned where options.emit says at what threshold.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(const Tensor& query_tensor, const Tensor& key_tensor,
-                                                            const Tensor& value_tensor, double threshold, bool causal,
-                                                            int64_t query_offset, int64_t key_offset, int64_t window,
-                                                            const OptionalTensor& key_start,
-                                                            const OptionalTensor& key_end, const OptionalTensor& mask,
-                                                            double scale, double softcap, const OptionalTensor& sinks) {
-  const Operand query("query", query_tensor), key("key", key_tensor), value("value", value_tensor);
-  const DType dtype = check_element_type(query);
-  const Shape shape = check_attention(query, key, value);
-  check_threshold(threshold);
-  const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
-                               {scale, softcap, sinks}, shape, query);
+Attended attend(const AttentionTensors& tensors, const Options& options, bool with_lse) {
+  const Operand query("query", tensors.query), key("key", tensors.key), value("value", tensors.value);
+  AttentionProblem problem;
+  problem.dtype = check_element_type(query);
+  problem.shape = check_attention(query, key, value);
+  const Shape& shape = problem.shape;
+  if (options.emit) check_threshold(*options.emit);
+  const CheckedOptions<Device> checked(options, shape, query);
 
-  const int64_t capacity = outlier_capacity(threshold, shape.keys);
-  Tensor lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
-  Tensor indices = empty<4>({shape.batch, shape.heads, shape.queries, capacity}, dtype_codes().int32, query);
-  Tensor counts = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().int32, query);
-
-  if (nothing_to_attend(shape)) {
-    torch::stable::zero_(counts);
-    return {attend_to_nothing(shape, query, &lse), std::move(lse), std::move(indices), std::move(counts)};
+  Attended attended;
+  if (with_lse) attended.lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
+  if (options.emit) {
+    problem.emit.capacity = outlier_capacity(*options.emit, shape.keys);
+    problem.emit.threshold = *options.emit;
+    attended.indices =
+        empty<4>({shape.batch, shape.heads, shape.queries, problem.emit.capacity}, dtype_codes().int32, query);
+    attended.counts = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().int32, query);
+  }
+  if (shape.batch * shape.heads * shape.queries * shape.keys == 0) {
+    attended.output = attend_to_nothing<Device>(shape, query, attended);
+    return attended;
   }
 
-  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared);
-  problem.lse = static_cast<float*>(lse.mutable_data_ptr());
-  problem.emit.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
-  problem.emit.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
-  problem.emit.capacity = capacity;
-  problem.emit.threshold = threshold;
-  Tensor output = Device::attend(problem, query, {query_tensor, key_tensor, value_tensor}, nullptr);
-  return {std::move(output), std::move(lse), std::move(indices), std::move(counts)};
-}
-
-// In a layer below: the entries that the outlier rows name weigh (1 + gain) as much. Returns the output; fills `lse`
-// where there is one.
-template <class Device>
-Tensor attend_rebalanced(const Tensor& query_tensor, const Tensor& key_tensor, const Tensor& value_tensor,
-                         const Tensor& indices, const Tensor& counts, const Tensor& gain, bool normalize, bool causal,
-                         int64_t query_offset, int64_t key_offset, int64_t window, const OptionalTensor& key_start,
-                         const OptionalTensor& key_end, const OptionalTensor& mask, double scale, double softcap,
-                         const OptionalTensor& sinks, OptionalTensor* lse) {
-  const Operand query("query", query_tensor), key("key", key_tensor), value("value", value_tensor);
-  const DType dtype = check_element_type(query);
-  const Shape shape = check_attention(query, key, value);
-  const OutlierArguments outliers(indices, counts, shape, query);
-  const typename Device::Gain gains(gain, shape, query);
-  const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
-                               {scale, softcap, sinks}, shape, query);
-
-  if (lse != nullptr) *lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
-  if (nothing_to_attend(shape)) return attend_to_nothing(shape, query, lse != nullptr ? &**lse : nullptr);
-
-  AttentionProblem problem = attention_problem(query, key, value, dtype, shape, shared);
-  if (outliers.capacity > 0)  // an empty set leaves plain attention
-    problem.boost = {outliers.indices, outliers.counts, outliers.capacity, Device::numbers(gains), normalize};
-  if (lse != nullptr) problem.lse = static_cast<float*>((*lse)->mutable_data_ptr());
-  return Device::attend(problem, query, {query_tensor, key_tensor, value_tensor}, &gains);
+  problem.query = view_of(query);
+  problem.key = view_of(key);
+  problem.value = view_of(value);
+  problem.visibility = checked.visibility;
+  problem.scoring = checked.scoring;
+  problem.edit = checked.edit;
+  if (attended.lse) problem.lse = static_cast<float*>(attended.lse->mutable_data_ptr());
+  if (options.emit) {
+    problem.emit.indices = static_cast<int32_t*>(attended.indices->mutable_data_ptr());
+    problem.emit.counts = static_cast<int32_t*>(attended.counts->mutable_data_ptr());
+  }
+  attended.output = Device::attend(problem, query, tensors, checked.gain ? &*checked.gain : nullptr);
+  return attended;
 }
 
 template <class Device>
-Tensor rebalanced_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& indices,
-                            const Tensor& counts, const Tensor& gain, bool normalize, bool causal, int64_t query_offset,
-                            int64_t key_offset, int64_t window, const OptionalTensor& key_start,
-                            const OptionalTensor& key_end, const OptionalTensor& mask, double scale, double softcap,
-                            const OptionalTensor& sinks) {
-  return attend_rebalanced<Device>(query, key, value, indices, counts, gain, normalize, causal, query_offset,
-                                   key_offset, window, key_start, key_end, mask, scale, softcap, sinks, nullptr);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Arguments& arguments) {
+  const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>();
+  const Options options = read_options(arguments);
+  arguments.finish();
+  Attended attended = attend<Device>({query, key, value}, options, true);
+  if (!options.emit) {
+    const Operand like("query", query);
+    const int64_t batch = like.sizes[0], heads = like.sizes[1], queries = like.sizes[2];
+    attended.indices = empty<4>({batch, heads, queries, 0}, dtype_codes().int32, like);
+    attended.counts = empty<3>({batch, heads, queries}, dtype_codes().int32, like);
+    Device::clear(*attended.counts);
+  }
+  return {std::move(*attended.output), std::move(*attended.lse), std::move(*attended.indices),
+          std::move(*attended.counts)};
+}
+
+// At the source layer of re-balancing: plain attention, and the outliers of every row.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(Arguments& arguments) {
+  const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>();
+  Options options;
+  options.emit = arguments.next<double>();
+  read_older(arguments, options);
+  arguments.finish();
+  Attended attended = attend<Device>({query, key, value}, options, true);
+  return {std::move(*attended.output), std::move(*attended.lse), std::move(*attended.indices),
+          std::move(*attended.counts)};
+}
+
+// Lists, gain, and whether rows are normalised, as the older ops have them.
+inline void read_boost(Arguments& arguments, Options& options) {
+  options.edit.indices = arguments.next<Tensor>();
+  options.edit.counts = arguments.next<Tensor>();
+  options.edit.gain = arguments.next<Tensor>();
+  options.edit.rule = int64_t(arguments.next<bool>() ? Rule::row : Rule::none);
+}
+
+// In a layer above: the entries that the outlier rows name weigh (1 + gain) as much.
+template <class Device>
+Attended attend_rebalanced(Arguments& arguments, bool with_lse) {
+  const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>();
+  Options options;
+  read_boost(arguments, options);
+  read_older(arguments, options);
+  arguments.finish();
+  return attend<Device>({query, key, value}, options, with_lse);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> rebalanced_attention_training(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                         const Tensor& indices, const Tensor& counts,
-                                                         const Tensor& gain, bool normalize, bool causal,
-                                                         int64_t query_offset, int64_t key_offset, int64_t window,
-                                                         const OptionalTensor& key_start, const OptionalTensor& key_end,
-                                                         const OptionalTensor& mask, double scale, double softcap,
-                                                         const OptionalTensor& sinks) {
-  OptionalTensor lse;
-  Tensor output = attend_rebalanced<Device>(query, key, value, indices, counts, gain, normalize, causal, query_offset,
-                                            key_offset, window, key_start, key_end, mask, scale, softcap, sinks, &lse);
-  return {std::move(output), std::move(*lse)};
+Tensor rebalanced_attention(Arguments& arguments) {
+  return *attend_rebalanced<Device>(arguments, false).output;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> rebalanced_attention_training(Arguments& arguments) {
+  Attended attended = attend_rebalanced<Device>(arguments, true);
+  return {std::move(*attended.output), std::move(*attended.lse)};
 }
 
 }  // namespace attnrb::ops

@@ -1,10 +1,10 @@
-// Gradients of the three attention ops, from what their forwards left, on any device. `Device` says what a gain is
-// there (Gain, numbers()) and runs a problem (differentiate()), whose tensors it may hand on.
+// Gradients of the attention ops, from what their forwards left, on any device. A Device is as in attention.h, and runs
+// a problem (differentiate()), whose tensors it may hand on.
 #pragma once
 
 #include <tuple>
 
-#include "ops/arguments.h"
+#include "ops/attention.h"
 
 namespace attnrb::ops {
 
@@ -59,6 +59,33 @@ class RowNumbers {
   const float* data_ = nullptr;
 };
 
+// float32, in the shape of the key bias; empty without one.
+class BiasGradient {
+ public:
+  BiasGradient(const OptionalTensor& bias, const Operand& like) {
+    if (!bias) {
+      tensor_ = empty<1>({0}, dtype_codes().float32, like);
+      return;
+    }
+    const Operand operand("key_bias", *bias);
+    const std::array<int64_t, 3> sizes{operand.sizes[0], operand.sizes[1], operand.sizes[2]};
+    strides_ = contiguous_strides<3>(sizes);
+    for (int axis = 0; axis < 2; ++axis)
+      if (sizes[size_t(axis)] == 1) strides_[size_t(axis)] = 0;
+    tensor_ = empty<3>(sizes, dtype_codes().float32, like);
+  }
+  void aim(GradientProblem& problem) const {
+    problem.grad_bias = static_cast<float*>(tensor_.mutable_data_ptr());
+    std::copy_n(strides_.begin(), 3, problem.grad_bias_strides);
+  }
+  void clear() { torch::stable::zero_(tensor_); }
+  Tensor release() { return std::move(tensor_); }
+
+ private:
+  std::array<int64_t, 3> strides_{};
+  Tensor tensor_;
+};
+
 inline View output_view(const char* name, const Tensor& tensor, const Shape& shape, const Operand& query) {
   const Operand operand(name, tensor);
   check_shape(operand, {shape.batch, shape.heads, shape.queries, shape.value_width}, "[B, H, M, Dv]");
@@ -66,21 +93,24 @@ inline View output_view(const char* name, const Tensor& tensor, const Shape& sha
   return view_of(operand);
 }
 
-inline GradientProblem gradient_problem(const Operand& query, const Operand& key, const Shape& shape,
-                                        const SharedArguments& shared, const RowNumbers& lse,
-                                        const GradientTensor& grad_query, const GradientTensor& grad_key,
-                                        const HeadGradient& grad_sinks) {
+template <class Device>
+GradientProblem gradient_problem(const Operand& query, const Operand& key, const Shape& shape,
+                                 const CheckedOptions<Device>& checked, const RowNumbers& lse,
+                                 const GradientTensor& grad_query, const GradientTensor& grad_key,
+                                 const HeadGradient& grad_sinks, const BiasGradient& grad_bias) {
   GradientProblem problem;
   problem.shape = shape;
   problem.dtype = check_element_type(query);
   problem.query = view_of(query);
   problem.key = view_of(key);
-  problem.visibility = shared.visibility;
-  problem.scoring = shared.scoring;
+  problem.visibility = checked.visibility;
+  problem.scoring = checked.scoring;
+  problem.edit = checked.edit;
   problem.lse = lse.data();
   problem.grad_query = grad_query.target();
   problem.grad_key = grad_key.target();
   problem.grad_sinks = grad_sinks.data();
+  if (checked.edit.key_bias != nullptr) grad_bias.aim(problem);
   return problem;
 }
 
@@ -99,96 +129,126 @@ bool differentiate(const GradientProblem& problem, const Operand& query, const t
   return true;
 }
 
+struct AttentionGradients {
+  Tensor query, key, value, gain, key_bias, sinks;
+};
+
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention_backward(
-    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query_tensor, const Tensor& key_tensor,
-    const Tensor& value_tensor, const Tensor& output, const Tensor& lse_tensor, bool causal, int64_t query_offset,
-    int64_t key_offset, int64_t window, const OptionalTensor& key_start, const OptionalTensor& key_end,
-    const OptionalTensor& mask, double scale, double softcap, const OptionalTensor& sinks) {
-  const Operand query("query", query_tensor), key("key", key_tensor), value("value", value_tensor);
+AttentionGradients differentiate_attention(const BackwardTensors& tensors, const OptionalTensor& grad_lse,
+                                           const Options& options) {
+  const Operand query("query", tensors.query), key("key", tensors.key), value("value", tensors.value);
   check_element_type(query);
   const Shape shape = check_attention(query, key, value);
-  const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
-                               {scale, softcap, sinks}, shape, query);
-  const RowNumbers lse("lse", "[B, H, M]", lse_tensor, shape, shape.queries, query);
+  const CheckedOptions<Device> checked(options, shape, query);
+  const RowNumbers lse("lse", "[B, H, M]", tensors.lse, shape, shape.queries, query);
   std::optional<RowNumbers> lse_gradient;
   if (grad_lse) lse_gradient.emplace("grad_lse", "[B, H, M]", *grad_lse, shape, shape.queries, query);
 
   GradientTensor grad_query(shape.batch, shape.heads, shape.queries, shape.width, query);
   GradientTensor grad_key(shape.batch, shape.key_heads, shape.keys, shape.width, query);
   GradientTensor grad_value(shape.batch, shape.key_heads, shape.keys, shape.value_width, query);
-  HeadGradient grad_sinks(shape, query);
-  GradientProblem problem = gradient_problem(query, key, shape, shared, lse, grad_query, grad_key, grad_sinks);
+  HeadGradient grad_gain(shape, query), grad_sinks(shape, query);
+  BiasGradient grad_bias(options.edit.key_bias, query);
+  GradientProblem problem =
+      gradient_problem(query, key, shape, checked, lse, grad_query, grad_key, grad_sinks, grad_bias);
   problem.value = view_of(value);
-  problem.output = output_view("output", output, shape, query);
-  problem.grad_output = output_view("grad_output", grad_output, shape, query);
+  problem.output = output_view("output", tensors.output, shape, query);
+  problem.grad_output = output_view("grad_output", tensors.grad_output, shape, query);
   if (lse_gradient) problem.grad_lse = lse_gradient->data();
   problem.grad_value = grad_value.target();
-  const BackwardTensors tensors{grad_output, query_tensor, key_tensor, value_tensor, output, lse_tensor};
-  if (!differentiate<Device>(problem, query, nullptr, &tensors))
+  if (checked.edit.indices != nullptr) problem.grad_gain = grad_gain.data();
+  if (!differentiate<Device>(problem, query, checked.gain ? &*checked.gain : nullptr, &tensors)) {
     for (GradientTensor* each : {&grad_query, &grad_key, &grad_value}) each->clear();
-  return {grad_query.release(), grad_key.release(), grad_value.release(), grad_sinks.release()};
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rebalanced_attention_backward(
-    const Tensor& grad_output, const Tensor& query_tensor, const Tensor& key_tensor, const Tensor& value_tensor,
-    const Tensor& output, const Tensor& lse_tensor, const Tensor& indices, const Tensor& counts, const Tensor& gain,
-    bool normalize, bool causal, int64_t query_offset, int64_t key_offset, int64_t window,
-    const OptionalTensor& key_start, const OptionalTensor& key_end, const OptionalTensor& mask, double scale,
-    double softcap, const OptionalTensor& sinks) {
-  const Operand query("query", query_tensor), key("key", key_tensor), value("value", value_tensor);
-  check_element_type(query);
-  const Shape shape = check_attention(query, key, value);
-  const OutlierArguments outliers(indices, counts, shape, query);
-  const typename Device::Gain gains(gain, shape, query);
-  const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
-                               {scale, softcap, sinks}, shape, query);
-  const RowNumbers lse("lse", "[B, H, M]", lse_tensor, shape, shape.queries, query);
-
-  GradientTensor grad_query(shape.batch, shape.heads, shape.queries, shape.width, query);
-  GradientTensor grad_key(shape.batch, shape.key_heads, shape.keys, shape.width, query);
-  GradientTensor grad_value(shape.batch, shape.key_heads, shape.keys, shape.value_width, query);
-  HeadGradient grad_gain(shape, query), grad_sinks(shape, query);
-  GradientProblem problem = gradient_problem(query, key, shape, shared, lse, grad_query, grad_key, grad_sinks);
-  problem.value = view_of(value);
-  problem.output = output_view("output", output, shape, query);
-  problem.grad_output = output_view("grad_output", grad_output, shape, query);
-  problem.grad_value = grad_value.target();
-  if (outliers.capacity > 0) {
-    problem.boost = {outliers.indices, outliers.counts, outliers.capacity, Device::numbers(gains), normalize};
-    problem.grad_gain = grad_gain.data();
+    grad_bias.clear();
   }
-  const BackwardTensors tensors{grad_output, query_tensor, key_tensor, value_tensor, output, lse_tensor};
-  if (!differentiate<Device>(problem, query, &gains, &tensors))
-    for (GradientTensor* each : {&grad_query, &grad_key, &grad_value}) each->clear();
-  return {grad_query.release(), grad_key.release(), grad_value.release(), grad_gain.release(), grad_sinks.release()};
+  return {grad_query.release(), grad_key.release(),  grad_value.release(),
+          grad_gain.release(),  grad_bias.release(), grad_sinks.release()};
+}
+
+// The tensors that a backward begins with. `grad_lse` follows the first where the op has one.
+struct BackwardArguments {
+  Tensor grad_output;
+  OptionalTensor grad_lse;
+  Tensor query, key, value, output, lse;
+
+  BackwardArguments(Arguments& arguments, bool with_grad_lse) {
+    grad_output = arguments.next<Tensor>();
+    if (with_grad_lse) grad_lse = arguments.next<OptionalTensor>();
+    for (Tensor* each : {&query, &key, &value, &output, &lse}) *each = arguments.next<Tensor>();
+  }
+  BackwardTensors tensors() const { return {grad_output, query, key, value, output, lse}; }
+};
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Arguments& arguments) {
+  const BackwardArguments given(arguments, true);
+  const Options options = read_options(arguments);
+  arguments.finish();
+  AttentionGradients gradients = differentiate_attention<Device>(given.tensors(), given.grad_lse, options);
+  return {std::move(gradients.query), std::move(gradients.key),      std::move(gradients.value),
+          std::move(gradients.gain),  std::move(gradients.key_bias), std::move(gradients.sinks)};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> received_attention_backward(const Tensor& grad_received, const Tensor& query_tensor,
-                                                               const Tensor& key_tensor, const Tensor& lse_tensor,
-                                                               bool causal, int64_t query_offset, int64_t key_offset,
-                                                               int64_t window, const OptionalTensor& key_start,
-                                                               const OptionalTensor& key_end,
-                                                               const OptionalTensor& mask, double scale, double softcap,
-                                                               const OptionalTensor& sinks) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention_backward(Arguments& arguments) {
+  const BackwardArguments given(arguments, true);
+  Options options;
+  read_older(arguments, options);
+  arguments.finish();
+  AttentionGradients gradients = differentiate_attention<Device>(given.tensors(), given.grad_lse, options);
+  return {std::move(gradients.query), std::move(gradients.key), std::move(gradients.value), std::move(gradients.sinks)};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rebalanced_attention_backward(Arguments& arguments) {
+  const BackwardArguments given(arguments, false);
+  Options options;
+  read_boost(arguments, options);
+  read_older(arguments, options);
+  arguments.finish();
+  AttentionGradients gradients = differentiate_attention<Device>(given.tensors(), std::nullopt, options);
+  return {std::move(gradients.query), std::move(gradients.key), std::move(gradients.value), std::move(gradients.gain),
+          std::move(gradients.sinks)};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> received_gradients(Arguments& arguments) {
+  const Tensor grad_received = arguments.next<Tensor>(), query_tensor = arguments.next<Tensor>(),
+               key_tensor = arguments.next<Tensor>(), lse_tensor = arguments.next<Tensor>();
+  Options options;
+  read_received(arguments, options);
+  arguments.finish();
   const Operand query("query", query_tensor), key("key", key_tensor);
   check_element_type(query);
   const Shape shape = check_query_key(query, key);
-  const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
-                               {scale, softcap, sinks}, shape, query);
+  const CheckedOptions<Device> checked(options, shape, query);
   const RowNumbers lse("lse", "[B, H, M]", lse_tensor, shape, shape.queries, query);
   const RowNumbers gradient("grad_received", "[B, H, N]", grad_received, shape, shape.keys, query);
 
   GradientTensor grad_query(shape.batch, shape.heads, shape.queries, shape.width, query);
   GradientTensor grad_key(shape.batch, shape.key_heads, shape.keys, shape.width, query);
   HeadGradient grad_sinks(shape, query);
-  GradientProblem problem = gradient_problem(query, key, shape, shared, lse, grad_query, grad_key, grad_sinks);
+  BiasGradient grad_bias(options.edit.key_bias, query);
+  GradientProblem problem =
+      gradient_problem(query, key, shape, checked, lse, grad_query, grad_key, grad_sinks, grad_bias);
   problem.grad_received = gradient.data();
-  if (!differentiate<Device>(problem, query, nullptr, nullptr))
+  if (!differentiate<Device>(problem, query, nullptr, nullptr)) {
     for (GradientTensor* each : {&grad_query, &grad_key}) each->clear();
-  return {grad_query.release(), grad_key.release(), grad_sinks.release()};
+    grad_bias.clear();
+  }
+  return {grad_query.release(), grad_key.release(), grad_sinks.release(), grad_bias.release()};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> received_attention_backward(Arguments& arguments) {
+  auto [query, key, sinks, key_bias] = received_gradients<Device>(arguments);
+  return {std::move(query), std::move(key), std::move(sinks)};
+}
+
+// The same where there may be a key bias.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> received_attention_backward_edited(Arguments& arguments) {
+  return received_gradients<Device>(arguments);
 }
 
 }  // namespace attnrb::ops

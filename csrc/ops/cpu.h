@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "core/kernels.h"
@@ -35,6 +36,12 @@ class GainRow {
   std::vector<float> repeated_;
   OptionalTensor copy_;
 };
+
+// Makes a contiguous tensor zeros, at less cost than an op.
+inline void clear_contiguous(const Tensor& tensor) {
+  const Operand operand("zeros", tensor);
+  std::memset(tensor.mutable_data_ptr(), 0, size_t(tensor.numel()) * tensor.element_size());
+}
 
 // Waking a thread takes as long as so many multiply-adds: few queries and keys are done sooner by fewer threads.
 constexpr int64_t kProductsPerThread = int64_t(1) << 18;

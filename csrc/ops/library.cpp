@@ -1,16 +1,36 @@
-// The contents page: every op of the library. Each has a file of its own name.
+// The contents page: every op of the library.
 //
 //   B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width, Dv value width,
 //   C = min(ceil(1/threshold) - 1, N) outliers a row at most.
+//
+// Note: [Schemas]
+// Options of `attention` are keyword-only and have defaults, so that one can be added without breaking a caller.
+// `attention_training` is the same op with the same options in the same order, but positional: autograd formulas can be
+// registered for no op that has keyword-only tensors. A rule is a number (0 none, 1 row, 2 rest), which costs a call
+// less than a string. query_offset and scale may be None: the last query is on the last key, and 1/sqrt(D).
 #include "ops/stable_abi.h"
 
-// Which keys a query may see: see core/problem.h, Visibility. key_start, key_end: int64 [B]; mask: bool, broadcastable
-// to [B, H, M, N]; window 0: no limit.
+// Which keys a query may see, and how query·key becomes a score, in the order of the older ops: see core/visibility.h
+// and core/problem.h. key_start, key_end: int64 [B]; mask: bool, broadcastable to [B, H, M, N]; window 0: no limit;
+// softcap 0: none; sinks: [H].
 #define ATTNRB_VISIBILITY                                                                                            \
   "bool causal, SymInt query_offset, SymInt key_offset, SymInt window, Tensor? key_start, Tensor? key_end, Tensor? " \
   "mask"
-// How query·key becomes a score: see core/problem.h, Scoring. softcap 0: none; sinks: [H].
 #define ATTNRB_SCORING "float scale, float softcap, Tensor? sinks"
+
+// How weights are edited (core/edit.h), what is emitted, what a query sees and how scores are made.
+//   indices int32 [B, H, M, C], counts int32 [B, H, M], or [B, H, 1, C] and [B, H, 1] for all queries of a head;
+//   gain float32 [1] or [H], given where indices are; rule 0 none, 1 row, 2 rest;
+//   key_bias float32 [B or 1, H or 1, slots], by key slot, 0 for later slots, -inf removes; first_query int64 [B];
+//   emit: threshold; query_offsets int64 [B] in place of query_offset; chunk 0: none.
+#define ATTNRB_OPTIONS                                                                                         \
+  "Tensor? indices=None, Tensor? counts=None, Tensor? gain=None, int rule=0, Tensor? key_bias=None, "          \
+  "Tensor? first_query=None, float? emit=None, bool causal=True, SymInt? query_offset=None, "                  \
+  "Tensor? query_offsets=None, SymInt key_offset=0, SymInt window=0, SymInt chunk=0, Tensor? key_start=None, " \
+  "Tensor? key_end=None, Tensor? mask=None, float? scale=None, float softcap=0.0, Tensor? sinks=None"
+
+// What the overload `edited` of received_attention has besides; query_offsets takes the place of query_offset.
+#define ATTNRB_RECEIVED "Tensor? key_bias=None, Tensor? first_query=None, Tensor? query_offsets=None, SymInt chunk=0"
 
 STABLE_TORCH_LIBRARY(attnrb, library) {
   // weights [B, H, M, N] -> bool [B, H, M, N]
@@ -28,7 +48,22 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
       "(Tensor grad_weights, Tensor grad_gain)");
 
   // query [B, H, M, D], key [B, Hk, N, D], value [B, Hk, N, Dv]
-  //   -> output [B, H, M, Dv], lse float32 [B, H, M], indices int32 [B, H, M, C], counts int32 [B, H, M]
+  //   -> output [B, H, M, Dv], lse float32 [B, H, M], indices int32 [B, H, M, C], counts int32 [B, H, M]; C is 0, and
+  //   counts are 0, without `emit`
+  library.def("attention(Tensor query, Tensor key, Tensor value, *, " ATTNRB_OPTIONS
+              ") -> (Tensor output, Tensor lse, Tensor indices, Tensor counts)");
+  library.def("attention_training(Tensor query, Tensor key, Tensor value, " ATTNRB_OPTIONS
+              ") -> (Tensor output, Tensor lse, Tensor indices, Tensor counts)");
+  // grad_output and output like the output, grad_lse and lse float32 [B, H, M]
+  //   -> gradients of the shape and dtype of what they belong to; grad_gain and grad_sinks are float32 [H], zeros where
+  //   there is none; grad_key_bias is float32, [0] without a bias
+  library.def(
+      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, "
+      "Tensor lse, *, " ATTNRB_OPTIONS
+      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_gain, Tensor grad_key_bias, "
+      "Tensor grad_sinks)");
+
+  // The same without an edit, and with one whose rule is none, or row where `normalize`.
   library.def("source_attention(Tensor query, Tensor key, Tensor value, float threshold, " ATTNRB_VISIBILITY
               ", " ATTNRB_SCORING ") -> (Tensor output, Tensor lse, Tensor indices, Tensor counts)");
 
@@ -40,6 +75,8 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
 
   // query [B, H, M, D], key [B, Hk, N, D] -> float32 [B, H, N]
   library.def("received_attention(Tensor query, Tensor key, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING ") -> Tensor");
+  library.def("received_attention.edited(Tensor query, Tensor key, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
+              ", *, " ATTNRB_RECEIVED ") -> Tensor");
 
   // The same three for training: they also return what their backward needs, and have a gradient registered (in
   // Python), which costs every call some microseconds that decoding should not pay.
@@ -50,6 +87,8 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
       "Tensor gain, bool normalize, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING ") -> (Tensor output, Tensor lse)");
   library.def("received_attention_training(Tensor query, Tensor key, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
               ") -> (Tensor received, Tensor lse)");
+  library.def("received_attention_training.edited(Tensor query, Tensor key, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
+              ", " ATTNRB_RECEIVED ") -> (Tensor received, Tensor lse)");
 
   // Gradients have the shape and dtype of what they belong to; grad_gain and grad_sinks are float32 [H].
   library.def(
@@ -63,4 +102,8 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
   library.def(
       "received_attention_backward(Tensor grad_received, Tensor query, Tensor key, Tensor lse, " ATTNRB_VISIBILITY
       ", " ATTNRB_SCORING ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_sinks)");
+  library.def(
+      "received_attention_backward.edited(Tensor grad_received, Tensor query, Tensor key, Tensor "
+      "lse, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING ", *, " ATTNRB_RECEIVED
+      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_sinks, Tensor grad_key_bias)");
 }

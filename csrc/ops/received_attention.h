@@ -9,58 +9,54 @@
 
 namespace attnrb::ops {
 
-// Returns what each key receives; fills `lse` where there is one.
+struct Received {
+  Tensor received;
+  OptionalTensor lse;
+};
+
 template <class Device>
-Tensor receive(const Tensor& query_tensor, const Tensor& key_tensor, bool causal, int64_t query_offset,
-               int64_t key_offset, int64_t window, const OptionalTensor& key_start, const OptionalTensor& key_end,
-               const OptionalTensor& mask, double scale, double softcap, const OptionalTensor& sinks,
-               OptionalTensor* lse) {
+Received receive(Arguments& arguments, bool with_lse) {
+  const Tensor query_tensor = arguments.next<Tensor>(), key_tensor = arguments.next<Tensor>();
+  Options options;
+  read_received(arguments, options);
+  arguments.finish();
   const Operand query("query", query_tensor), key("key", key_tensor);
   ReceivedProblem problem;
   problem.dtype = check_element_type(query);
   problem.shape = check_query_key(query, key);
   const Shape& shape = problem.shape;
-  const SharedArguments shared({causal, query_offset, key_offset, window, key_start, key_end, mask},
-                               {scale, softcap, sinks}, shape, query);
+  const CheckedOptions<Device> checked(options, shape, query);
 
-  Tensor received = empty<3>({shape.batch, shape.heads, shape.keys}, dtype_codes().float32, query);
-  if (lse != nullptr) {
-    *lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
-    problem.lse = static_cast<float*>((*lse)->mutable_data_ptr());
-    if (shape.keys == 0) torch::stable::fill_(**lse, -std::numeric_limits<double>::infinity());
+  Received result{empty<3>({shape.batch, shape.heads, shape.keys}, dtype_codes().float32, query), std::nullopt};
+  if (with_lse) {
+    result.lse = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().float32, query);
+    problem.lse = static_cast<float*>(result.lse->mutable_data_ptr());
+    if (shape.keys == 0) torch::stable::fill_(*result.lse, -std::numeric_limits<double>::infinity());
   }
-  if (shape.batch * shape.heads * shape.keys == 0) return received;
+  if (shape.batch * shape.heads * shape.keys == 0) return result;
   if (shape.queries == 0) {
-    torch::stable::zero_(received);
-    return received;
+    torch::stable::zero_(result.received);
+    return result;
   }
-  problem.received = static_cast<float*>(received.mutable_data_ptr());
+  problem.received = static_cast<float*>(result.received.mutable_data_ptr());
   problem.query = view_of(query);
   problem.key = view_of(key);
-  problem.visibility = shared.visibility;
-  problem.scoring = shared.scoring;
+  problem.visibility = checked.visibility;
+  problem.scoring = checked.scoring;
+  problem.edit = checked.edit;
   Device::receive(problem, query);
-  return received;
+  return result;
 }
 
 template <class Device>
-Tensor received_attention(const Tensor& query, const Tensor& key, bool causal, int64_t query_offset, int64_t key_offset,
-                          int64_t window, const OptionalTensor& key_start, const OptionalTensor& key_end,
-                          const OptionalTensor& mask, double scale, double softcap, const OptionalTensor& sinks) {
-  return receive<Device>(query, key, causal, query_offset, key_offset, window, key_start, key_end, mask, scale, softcap,
-                         sinks, nullptr);
+Tensor received_attention(Arguments& arguments) {
+  return receive<Device>(arguments, false).received;
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> received_attention_training(const Tensor& query, const Tensor& key, bool causal,
-                                                       int64_t query_offset, int64_t key_offset, int64_t window,
-                                                       const OptionalTensor& key_start, const OptionalTensor& key_end,
-                                                       const OptionalTensor& mask, double scale, double softcap,
-                                                       const OptionalTensor& sinks) {
-  OptionalTensor lse;
-  Tensor received = receive<Device>(query, key, causal, query_offset, key_offset, window, key_start, key_end, mask,
-                                    scale, softcap, sinks, &lse);
-  return {std::move(received), std::move(*lse)};
+std::tuple<Tensor, Tensor> received_attention_training(Arguments& arguments) {
+  Received result = receive<Device>(arguments, true);
+  return {std::move(result.received), std::move(*result.lse)};
 }
 
 }  // namespace attnrb::ops

@@ -281,8 +281,8 @@ class AttentionBlock {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!rows.valid[i] || row_bits[i] == 0) continue;
-      const AttentionProblem::Boost& boost = p.problem.boost;
-      const float gain = boost.gain[row_place(p, key_head, first_row() + 8 * i).head * p.gain_stride];
+      const Edit& edit = p.problem.edit;
+      const float gain = edit.gain[row_place(p, key_head, first_row() + 8 * i).head * p.gain_stride];
 #pragma unroll
       for (int n = 0; n < Tiles::score_tiles; ++n)
 #pragma unroll
@@ -291,7 +291,7 @@ class AttentionBlock {
           const float before = s[n][2 * i + e];
           s[n][2 * i + e] *= 1.0f + gain;
           // What the output really gains: rounded probabilities must not be divided by exact ones.
-          if (boost.normalize) rows.boosted[i] += to_float(from_float<T>(s[n][2 * i + e])) - before;
+          if (edit.rule == Rule::row) rows.boosted[i] += to_float(from_float<T>(s[n][2 * i + e])) - before;
         }
     }
   }

@@ -48,12 +48,12 @@ class CorrectionRow {
   }
 
   ATTNRB_DEVICE void run() {
-    const AttentionProblem::Boost& boost = p.problem.boost;
+    const Edit& edit = p.problem.edit;
     const int64_t* strides = parameters.lse_strides;
     const float lse = parameters.dense_lse[batch * strides[0] + place.head * strides[1] + place.query * strides[2]];
-    const int32_t* slots = boost.indices + index * boost.capacity;
-    const int32_t count = boost.counts[index];
-    const float gain = boost.gain[place.head * p.gain_stride];
+    const int32_t* slots = edit.indices + index * edit.capacity;
+    const int32_t count = edit.counts[index];
+    const float gain = edit.gain[place.head * p.gain_stride];
     const bool broken = is_broken(slots, count);
     float sums[U::size], mass = 0.0f;
 #pragma unroll
@@ -66,14 +66,14 @@ class CorrectionRow {
 #pragma unroll
       for (int i = 0; i < U::size; ++i) sums[i] += shuffle_xor(sums[i], mask);
     }
-    const float z = boost.normalize ? 1.0f + gain * mass : 1.0f;
+    const float z = edit.rule == Rule::row ? 1.0f + gain * mass : 1.0f;
     if (p.problem.lse != nullptr && lane == 0) p.problem.lse[index] = lse + logf(z);
     if (lane < Lanes && column < p.value.width) write(sums, gain, broken ? bit_cast<float>(uint32_t(0x7fc00000u)) : z);
   }
 
  private:
   ATTNRB_DEVICE bool is_broken(const int32_t* slots, int32_t count) const {
-    const bool outside = count < 0 || count > p.problem.boost.capacity;
+    const bool outside = count < 0 || count > p.problem.edit.capacity;
     bool unsorted = false;
     if (!outside)
       for (int c = lane + 1; c < count; c += 32) unsorted = unsorted || slots[c] <= slots[c - 1];

@@ -142,7 +142,7 @@ class GradientBlock {
         own_mask[i] = visibility.mask + batch * visibility.mask_strides[0] + place.head * visibility.mask_strides[1] +
                       place.query * visibility.mask_strides[2];
     }
-    if (kOwnsKeys || p.problem.boost.indices == nullptr || lane >= 16 || warp_first + lane >= p.rows) return;
+    if (kOwnsKeys || p.problem.edit.indices == nullptr || lane >= 16 || warp_first + lane >= p.rows) return;
     GradientRow row;
     row.read(row_words(warp_first + lane), row_words(warp_first + lane) + 4);
     if (row.buckets != 0) walk.count = outliers_of(row_place(p, key_head, warp_first + lane), walk.slots);
@@ -155,8 +155,8 @@ class GradientBlock {
   ATTNRB_DEVICE int32_t outliers_of(const RowPlace& place, const int32_t*& slots) const {
     const Shape& shape = p.problem.shape;
     const int64_t row = (batch * shape.heads + place.head) * shape.queries + place.query;
-    slots = p.problem.boost.indices + row * p.problem.boost.capacity;
-    return p.problem.boost.counts[row];
+    slots = p.problem.edit.indices + row * p.problem.edit.capacity;
+    return p.problem.edit.counts[row];
   }
 
   // The inner items that some own item meets; returns the first.
@@ -368,7 +368,7 @@ class GradientBlock {
 
   // Which of this lane's pairs are outliers: bit 4 n + e for element e of score tile n.
   ATTNRB_DEVICE uint32_t find_outliers(int64_t first, int stage) {
-    if (kReceived || p.problem.boost.indices == nullptr) return 0;
+    if (kReceived || p.problem.edit.indices == nullptr) return 0;
     if constexpr (kOwnsKeys)
       return search_outliers(first, stage);
     else
@@ -420,7 +420,7 @@ class GradientBlock {
   // Scores become weights and gradients of weights become gradients of scores, in place. Returns which of this lane's
   // pairs are seen, in bits as above.
   ATTNRB_DEVICE uint32_t differentiate(Scores& scores, Scores& products, int64_t first, int stage, uint32_t marks) {
-    const bool capped = p.cap != 0.0f, normalize = p.problem.boost.normalize;
+    const bool capped = p.cap != 0.0f, normalize = p.problem.edit.rule == Rule::row;
     if (capped) {
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n)

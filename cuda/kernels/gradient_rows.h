@@ -59,11 +59,11 @@ ATTNRB_DEVICE float dot_output(const GradientParameters& parameters, int64_t bat
 // The ranges in which a row has outliers. Rows that break the rules have none and are reported.
 ATTNRB_DEVICE uint64_t outlier_buckets(const GradientParameters& parameters, int64_t index, bool& broken) {
   const AttentionParameters& p = parameters.rows;
-  const AttentionProblem::Boost& boost = p.problem.boost;
-  const int32_t* slots = boost.indices + index * boost.capacity;
-  const int32_t count = boost.counts[index];
+  const Edit& edit = p.problem.edit;
+  const int32_t* slots = edit.indices + index * edit.capacity;
+  const int32_t count = edit.counts[index];
   const int lane = thread_index() % 32;
-  const bool outside = count < 0 || count > boost.capacity;
+  const bool outside = count < 0 || count > edit.capacity;
   bool unsorted = false;
   uint64_t buckets = 0;
   if (!outside)
@@ -105,10 +105,10 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads)
 
   float gain = 0.0f;
   uint64_t buckets = 0;
-  if (problem.boost.indices != nullptr) {
+  if (problem.edit.indices != nullptr) {
     bool broken = false;
     buckets = outlier_buckets(parameters, row, broken);
-    gain = problem.boost.gain[place.head * p.gain_stride];
+    gain = problem.edit.gain[place.head * p.gain_stride];
     if (broken) delta = bit_cast<float>(uint32_t(0x7fc00000u));
   }
   if (thread_index() % 32 != 0) return;

@@ -25,8 +25,8 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads)
     if (row.buckets == 0) continue;
     const RowPlace place = row_place(p, heads % shape.key_heads, r);
     const int64_t of_row = (batch * shape.heads + place.head) * shape.queries + place.query;
-    const int32_t* slots = problem.boost.indices + of_row * problem.boost.capacity;
-    const int32_t count = problem.boost.counts[of_row];
+    const int32_t* slots = problem.edit.indices + of_row * problem.edit.capacity;
+    const int32_t count = problem.edit.counts[of_row];
     // No key twice in a row: no two lanes meet.
     for (int32_t c = lane; c < count; c += 32) {
       const int64_t key = int64_t(slots[c]) - problem.visibility.key_offset;
@@ -34,7 +34,7 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads)
       int32_t& at = parameters.places[(heads * shape.keys + key) * kIndexChunks + chunk];
       if (Fill)
         parameters
-            .entries[heads * p.rows * problem.boost.capacity + parameters.starts[heads * (shape.keys + 1) + key] + at] =
+            .entries[heads * p.rows * problem.edit.capacity + parameters.starts[heads * (shape.keys + 1) + key] + at] =
             int32_t(r);
       at = at + 1;
     }

@@ -171,19 +171,19 @@ struct BoostCursor {
   // Rows that break the rules (a count outside [0, C], slots that do not ascend) are reported and become NaN: `broken`
   // has a bit for each.
   ATTNRB_DEVICE unsigned start(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t warp_row) {
-    const AttentionProblem::Boost& boost = p.problem.boost;
+    const Edit& edit = p.problem.edit;
     const int lane = thread_index() % 32;
     unsigned broken = 0;
     position = kNone;
-    if (boost.indices == nullptr) return 0;
+    if (edit.indices == nullptr) return 0;
     for (int r = 0; r < 16; ++r) {
       const int64_t row = warp_row + r;
       if (row >= p.rows) break;
       const RowPlace place = row_place(p, key_head, row);
       const int64_t index = (batch * p.problem.shape.heads + place.head) * p.problem.shape.queries + place.query;
-      const int32_t* list = boost.indices + index * boost.capacity;
-      const int32_t length = boost.counts[index];
-      const bool outside = length < 0 || length > boost.capacity;
+      const int32_t* list = edit.indices + index * edit.capacity;
+      const int32_t length = edit.counts[index];
+      const bool outside = length < 0 || length > edit.capacity;
       bool unsorted = false;
       if (!outside)
         for (int c = lane + 1; c < length; c += 32) unsorted = unsorted || list[c] <= list[c - 1];
@@ -191,7 +191,7 @@ struct BoostCursor {
       if (outside || unsorted) {
         broken |= 1u << r;
         if (lane == 0) report_status(p.status, int32_t(outside ? Status::outlier_count : Status::unsorted_outliers));
-      } else if (lane == r && boost.gain[place.head * p.gain_stride] != 0.0f) {
+      } else if (lane == r && edit.gain[place.head * p.gain_stride] != 0.0f) {
         slots = list;
         count = length;
       }

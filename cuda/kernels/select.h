@@ -126,7 +126,7 @@ class SelectBlock {
     uint64_t all = mine | shuffle_xor(mine, 1);
     all |= shuffle_xor(all, 2);
     if (mine != 0) {
-      const AttentionProblem::Emit& emit = p.problem.emit;
+      const Emit& emit = p.problem.emit;
       int32_t* found = emit.indices + row_index(i) * emit.capacity;
       for (int key = 0; key < kKeys; ++key) {
         if (!((mine >> key) & 1)) continue;
@@ -140,7 +140,7 @@ class SelectBlock {
 
   ATTNRB_DEVICE void finish_row(int i) {
     if (!rows.valid[i]) return;
-    const AttentionProblem::Emit& emit = p.problem.emit;
+    const Emit& emit = p.problem.emit;
     const int64_t row = row_index(i);
     const int32_t count = counts[i] < emit.capacity ? counts[i] : int32_t(emit.capacity);
     if (lane % 4 == 0) emit.counts[row] = count;

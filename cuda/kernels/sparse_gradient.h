@@ -90,11 +90,11 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
   sums.clear();
   float of_gain = 0.0f;
   int32_t count = 0;
-  const int32_t* slots = problem.boost.indices;
+  const int32_t* slots = problem.edit.indices;
   if (row.buckets != 0) {
     const int64_t of_row = (batch * shape.heads + place.head) * shape.queries + place.query;
-    slots += of_row * problem.boost.capacity;
-    count = problem.boost.counts[of_row];
+    slots += of_row * problem.edit.capacity;
+    count = problem.edit.counts[of_row];
   }
   const T *keys = rows_of<T>(p.key, batch, key_head) + from, *values = rows_of<T>(p.value, batch, key_head) + from;
   for (int32_t first = 0; first < count; first += kItems * kFlight) {
@@ -115,7 +115,7 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
       const float score = sum_of_group<Lanes>(query.dot(key[f], held));
       float of_weight = sum_of_group<Lanes>(gradient.dot(value[f], held));
       if (!taken[f]) continue;
-      if (problem.boost.normalize) of_weight -= row.delta;
+      if (problem.edit.rule == Rule::row) of_weight -= row.delta;
       const float weight = fast_exp2(fmaf(score, p.factor, -row.reference) - row.rest);
       of_gain += weight * of_weight;
       sums.add(row.gain * weight * of_weight, key[f]);
@@ -161,7 +161,7 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
   sums[0].clear();
   sums[1].clear();
   int32_t begin = 0, end = 0;
-  if (problem.boost.indices != nullptr) {
+  if (problem.edit.indices != nullptr) {
     begin = parameters.starts[heads * (shape.keys + 1) + j];
     end = parameters.starts[heads * (shape.keys + 1) + j + 1];
   }
@@ -169,7 +169,7 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
     key.read(*reinterpret_cast<const U*>(rows_of<T>(p.key, batch, key_head) + j * p.key.strides[2] + from), held);
     value.read(*reinterpret_cast<const U*>(rows_of<T>(p.value, batch, key_head) + j * p.value.strides[2] + from), held);
   }
-  const int32_t* entries = parameters.entries + heads * p.rows * problem.boost.capacity;
+  const int32_t* entries = parameters.entries + heads * p.rows * problem.edit.capacity;
   for (int32_t first = begin; first < end; first += kGroups * kFlight) {
     U query[kFlight], gradient[kFlight];
     const uint32_t* words[kFlight];
@@ -192,7 +192,7 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
       if (first + f * kGroups + group >= end) continue;
       GradientRow row;
       row.read(words[f], words[f] + 4);
-      if (problem.boost.normalize) of_weight -= row.delta;
+      if (problem.edit.rule == Rule::row) of_weight -= row.delta;
       const float weight = row.gain * fast_exp2(fmaf(score, p.factor, -row.reference) - row.rest);
       sums[0].add(weight * of_weight, query[f]);
       sums[1].add(weight, gradient[f]);

@@ -12,14 +12,21 @@ namespace {
 
 struct CudaDevice {
   using Gain = DeviceGain;
+  static constexpr bool values_on_host = false;
   static const float* numbers(const DeviceGain& gain) { return gain.data; }
+  static void clear(const Tensor& tensor) {
+    Tensor zeros = tensor;
+    torch::stable::zero_(zeros);
+  }
 
   static Tensor attend(AttentionProblem& problem, const Operand& /*query*/, const AttentionTensors& tensors,
                        const DeviceGain* gain) {
+    refuse_unserved(problem.shape, problem.visibility, problem.edit, &problem.emit);
     return attend_on_device(problem, tensors.query, tensors.key, tensors.value, gain == nullptr ? 1 : gain->stride);
   }
 
   static void receive(const ReceivedProblem& problem, const Operand& query) {
+    refuse_unserved(problem.shape, problem.visibility, problem.edit, nullptr);
     const DeviceScope scope(query);
     cuda::ReceivedPlan plan = cuda::plan_received(problem, scope.device());
     const Tensor workspace = scope.bytes(plan.workspace_bytes);
@@ -28,12 +35,13 @@ struct CudaDevice {
 
   static void differentiate(const GradientProblem& problem, const Operand& query, const DeviceGain* gain,
                             const BackwardTensors* tensors) {
+    refuse_unserved(problem.shape, problem.visibility, problem.edit, nullptr);
     const DeviceScope scope(query);
     const int gain_stride = gain == nullptr ? 1 : gain->stride;
     if (tensors != nullptr && differentiate_parts(problem, query, gain_stride, *tensors, scope)) return;
     cuda::GradientPlan plan = cuda::plan_gradient(problem, scope.device(), gain_stride);
     const Tensor workspace = scope.bytes(plan.workspace_bytes);
-    DeviceStatus status(problem.boost, query);
+    DeviceStatus status(problem.edit, query);
     cuda::start_gradient(plan, workspace.mutable_data_ptr(), status.data(), scope.stream());
     status.check(scope.stream());
   }
@@ -74,7 +82,7 @@ struct CudaDevice {
     const Tensor workspace = scope.bytes(plan.workspace_bytes);
     Tensor zeros = empty<1>({plan.zero_numbers}, dtype_codes().int32, query);
     torch::stable::zero_(zeros);
-    const DeviceStatus status(problem.boost, query);
+    const DeviceStatus status(problem.edit, query);
     cuda::start_sparse_gradient(plan, workspace.mutable_data_ptr(), static_cast<int32_t*>(zeros.mutable_data_ptr()),
                                 status.data(), scope.stream());
     status.check(scope.stream());
@@ -85,19 +93,25 @@ struct CudaDevice {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
-  library.impl("source_attention", TORCH_BOX(&source_attention<CudaDevice>));
-  library.impl("source_attention_training", TORCH_BOX(&source_attention<CudaDevice>));
-  library.impl("rebalanced_attention", TORCH_BOX(&rebalanced_attention<CudaDevice>));
-  library.impl("rebalanced_attention_training", TORCH_BOX(&rebalanced_attention_training<CudaDevice>));
-  library.impl("received_attention", TORCH_BOX(&received_attention<CudaDevice>));
-  library.impl("received_attention_training", TORCH_BOX(&received_attention_training<CudaDevice>));
+  library.impl("attention", &boxed<&attention<CudaDevice>>);
+  library.impl("attention_training", &boxed<&attention<CudaDevice>>);
+  library.impl("attention_backward", &boxed<&attention_backward<CudaDevice>>);
+  library.impl("source_attention", &boxed<&source_attention<CudaDevice>>);
+  library.impl("source_attention_training", &boxed<&source_attention<CudaDevice>>);
+  library.impl("rebalanced_attention", &boxed<&rebalanced_attention<CudaDevice>>);
+  library.impl("rebalanced_attention_training", &boxed<&rebalanced_attention_training<CudaDevice>>);
+  library.impl("received_attention", &boxed<&received_attention<CudaDevice>>);
+  library.impl("received_attention_training", &boxed<&received_attention_training<CudaDevice>>);
+  library.impl("received_attention.edited", &boxed<&received_attention<CudaDevice>>);
+  library.impl("received_attention_training.edited", &boxed<&received_attention_training<CudaDevice>>);
   library.impl("outlier_mask", TORCH_BOX(&outlier_mask<CudaDevice>));
   library.impl("rebalance", TORCH_BOX(&rebalance_uniform<CudaDevice>));
   library.impl("rebalance.per_head", TORCH_BOX(&rebalance_per_head<CudaDevice>));
   library.impl("rebalance_backward", TORCH_BOX(&rebalance_backward<CudaDevice>));
-  library.impl("source_attention_backward", TORCH_BOX(&source_attention_backward<CudaDevice>));
-  library.impl("rebalanced_attention_backward", TORCH_BOX(&rebalanced_attention_backward<CudaDevice>));
-  library.impl("received_attention_backward", TORCH_BOX(&received_attention_backward<CudaDevice>));
+  library.impl("source_attention_backward", &boxed<&source_attention_backward<CudaDevice>>);
+  library.impl("rebalanced_attention_backward", &boxed<&rebalanced_attention_backward<CudaDevice>>);
+  library.impl("received_attention_backward", &boxed<&received_attention_backward<CudaDevice>>);
+  library.impl("received_attention_backward.edited", &boxed<&received_attention_backward_edited<CudaDevice>>);
 }
 
 }  // namespace attnrb::ops

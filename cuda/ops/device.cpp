@@ -99,8 +99,8 @@ bool checks_wanted() {
 
 }  // namespace
 
-DeviceStatus::DeviceStatus(const AttentionProblem::Boost& boost, const Operand& like) : capacity_(boost.capacity) {
-  if (boost.indices == nullptr || !checks_wanted()) return;
+DeviceStatus::DeviceStatus(const Edit& edit, const Operand& like) : capacity_(edit.capacity) {
+  if (edit.indices == nullptr || !checks_wanted()) return;
   tensor_ = empty<1>({1}, dtype_codes().int32, like);
   torch::stable::zero_(*tensor_);
 }

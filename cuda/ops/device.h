@@ -72,7 +72,7 @@ struct DeviceGain {
 // told; the environment variable ATTNRB_CUDA_CHECKS asks for that, and the refusal is then the CPU's.
 class DeviceStatus {
  public:
-  DeviceStatus(const AttentionProblem::Boost& boost, const Operand& like);
+  DeviceStatus(const Edit& edit, const Operand& like);
   int32_t* data() const;           // null where nobody asked
   void check(void* stream) const;  // after the kernels; waits where somebody asked
 

@@ -24,7 +24,7 @@ void add_sparse_part(const AttentionProblem& problem, const Tensor& dense_lse, c
       cuda::plan_sparse(problem, static_cast<const float*>(lse.data()), strides, scope.device(), gain_stride);
   Tensor doubtful = empty<1>({plan.doubtful_numbers}, dtype_codes().int32, query);
   torch::stable::zero_(doubtful);
-  const DeviceStatus status(problem.boost, query);
+  const DeviceStatus status(problem.edit, query);
   cuda::start_sparse(plan, static_cast<int32_t*>(doubtful.mutable_data_ptr()), status.data(), scope.stream());
   status.check(scope.stream());
 }
@@ -32,7 +32,7 @@ void add_sparse_part(const AttentionProblem& problem, const Tensor& dense_lse, c
 void attend_alone(const AttentionProblem& problem, const DeviceScope& scope, const Operand& query, int gain_stride) {
   cuda::AttentionPlan plan = cuda::plan_attention(problem, scope.device(), true, gain_stride);
   const Tensor workspace = scope.bytes(plan.workspace_bytes);
-  const DeviceStatus status(problem.boost, query);
+  const DeviceStatus status(problem.edit, query);
   cuda::start_attention(plan, workspace.mutable_data_ptr(), status.data(), scope.stream());
   status.check(scope.stream());
 }
@@ -45,7 +45,7 @@ Tensor attend_on_device(AttentionProblem& problem, const Tensor& query, const Te
   const DeviceScope scope(like);
   const OutputLayout layout(problem.shape);
   // Plain attention, where there is no outlier set at all, is left to the kernels that the tests compare it with.
-  const bool sparse = problem.emit.indices != nullptr || problem.boost.indices != nullptr;
+  const bool sparse = problem.emit.indices != nullptr || problem.edit.indices != nullptr;
   if (sparse && problem.shape.queries >= kFewestQueries && cuda::sparse_suits(problem)) {
     const std::optional<DenseAttention> dense =
         attend_densely(query, key, value, problem.visibility.causal, double(problem.scoring.scale));

@@ -184,15 +184,21 @@ AttentionProblem AttentionCase::problem() {
     problem.emit.indices = found.data();
     problem.emit.counts = found_counts.data();
   } else if (role == Role::rebalanced) {
-    // Even without room for outliers the pointers are not null: the op has tensors to take them from.
+    // Even without room for outliers the pointers are not null.
     if (indices.empty()) indices.reserve(1);
-    problem.boost.indices = indices.data();
-    problem.boost.counts = counts.data();
-    problem.boost.capacity = capacity;
-    problem.boost.gain = gain.data();
-    problem.boost.normalize = normalize;
+    problem.edit = edit();
   }
   return problem;
+}
+
+Edit AttentionCase::edit() const {
+  Edit edit;
+  edit.indices = indices.data();
+  edit.counts = counts.data();
+  edit.capacity = capacity;
+  edit.gain = gain.data();
+  edit.rule = normalize ? Rule::row : Rule::none;
+  return edit;
 }
 
 ReceivedProblem AttentionCase::received_problem(std::vector<float>& received) const {

@@ -40,6 +40,7 @@ struct AttentionCase {
 
   // The problem, with results that hold sentinels again.
   AttentionProblem problem();
+  Edit edit() const;
   ReceivedProblem received_problem(std::vector<float>& received) const;
   std::string describe() const;
 

@@ -36,7 +36,7 @@ GradientCase::GradientCase(AttentionCase& of, Random& random, bool of_received) 
       grad_received.push_back(float(random.uniform(-1.0, 1.0)));
 
   AttentionProblem forward = attention.problem();
-  if (received) forward.boost = {};
+  if (received) forward.edit = {};
   const AttentionTruth truth = attention_truth(forward);
   for (const Bounded& each : truth.lse) lse.push_back(float(each.value));
   for (int64_t row = 0, at = 0; row < attention.rows(); ++row)
@@ -76,8 +76,7 @@ GradientProblem GradientCase::problem() {
   problem.grad_value = target(grad_value);
   if (!grad_lse.empty()) problem.grad_lse = grad_lse.data();
   if (attention.role == Role::rebalanced) {
-    problem.boost = {attention.indices.data(), attention.counts.data(), attention.capacity, attention.gain.data(),
-                     attention.normalize};
+    problem.edit = attention.edit();
     problem.grad_gain = grad_gain.data();
   }
   return problem;

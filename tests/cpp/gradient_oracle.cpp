@@ -55,7 +55,7 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
   const RowSource source{shape, dtype, problem.query, problem.key, problem.visibility, problem.scoring};
   const int64_t group = shape.heads / shape.key_heads, keys = shape.keys, width = shape.width,
                 value_width = shape.value_width;
-  const bool received = problem.grad_received != nullptr, normalize = problem.boost.normalize;
+  const bool received = problem.grad_received != nullptr, normalize = problem.edit.rule == Rule::row;
   const double cap = problem.scoring.softcap;
   const double rounding = dtype == DType::bfloat16 ? tile_probability_rounding(dtype) : 0.0;
   const double cuda_rounding = cuda_probability_rounding(dtype), least = dtype == DType::float16 ? 0x1p-25 : 0.0;
@@ -77,10 +77,10 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
 
         std::set<int64_t> outliers;
         double gain = 0.0;
-        if (problem.boost.indices != nullptr) {
-          const int32_t* slots = problem.boost.indices + index * problem.boost.capacity;
-          outliers.insert(slots, slots + problem.boost.counts[index]);
-          gain = double(problem.boost.gain[h]);
+        if (problem.edit.indices != nullptr) {
+          const int32_t* slots = problem.edit.indices + index * problem.edit.capacity;
+          outliers.insert(slots, slots + problem.edit.counts[index]);
+          gain = double(problem.edit.gain[h]);
         }
         std::vector<double> factor(size_t(keys), 1.0);
         double divisor = 1.0;

@@ -122,24 +122,24 @@ AttentionTruth attention_truth(const AttentionProblem& problem) {
         const int64_t index = (b * shape.heads + h) * shape.queries + i;
 
         std::set<int64_t> outliers;
-        if (problem.boost.indices != nullptr) {
-          const int32_t* slots = problem.boost.indices + index * problem.boost.capacity;
-          outliers.insert(slots, slots + problem.boost.counts[index]);
+        if (problem.edit.indices != nullptr) {
+          const int32_t* slots = problem.edit.indices + index * problem.edit.capacity;
+          outliers.insert(slots, slots + problem.edit.counts[index]);
         }
-        const double gain = outliers.empty() ? 0.0 : double(problem.boost.gain[h]);
+        const double gain = outliers.empty() ? 0.0 : double(problem.edit.gain[h]);
         const auto factor = [&](int64_t j) {
           return outliers.count(problem.visibility.key_offset + j) != 0 ? 1.0 + gain : 1.0;
         };
         double divisor = 1.0;
-        if (problem.boost.normalize)
+        if (problem.edit.rule == Rule::row)
           for (int64_t j = 0; j < shape.keys; ++j) divisor += (factor(j) - 1.0) * row.weights[size_t(j)];
 
         const double lse = row.lse + std::log(divisor), lse_rounding = 2.0 * kRounding * std::fabs(lse);
         // Tiles round probabilities; a normalized row divides by rounded ones.
         const double rounding = tile_probability_rounding(problem.dtype);
-        const double divisor_rounding = problem.boost.normalize ? rounding : 0.0;
+        const double divisor_rounding = problem.edit.rule == Rule::row ? rounding : 0.0;
         const double cuda_rounding = cuda_probability_rounding(problem.dtype);
-        const double cuda_divisor_rounding = problem.boost.normalize ? cuda_rounding : 0.0;
+        const double cuda_divisor_rounding = problem.edit.rule == Rule::row ? cuda_rounding : 0.0;
         truth.lse.push_back({lse, row.error + lse_rounding, row.tile_error + divisor_rounding + lse_rounding,
                              row.cuda_error + cuda_divisor_rounding + lse_rounding});
         for (int64_t j = 0; j < shape.keys; ++j) {

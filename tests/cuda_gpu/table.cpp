@@ -152,7 +152,7 @@ struct Zeros {
 
 AttentionProblem lend(const AttentionProblem& given, Loan& loan) {
   AttentionProblem problem = given;
-  if (problem.boost.capacity == 0) problem.boost = {};
+  if (problem.edit.capacity == 0) problem.edit = {};
   const Shape& shape = problem.shape;
   const int64_t bytes = element_size(problem.dtype), rows = shape.batch * shape.heads * shape.queries;
   loan.read(problem.query, {shape.batch, shape.heads, shape.queries, shape.width}, bytes);
@@ -167,9 +167,9 @@ AttentionProblem lend(const AttentionProblem& given, Loan& loan) {
   loan.write(problem.softmax, 2 * rows);
   loan.write(problem.emit.indices, rows * problem.emit.capacity);
   loan.write(problem.emit.counts, rows);
-  loan.read(problem.boost.indices, rows * problem.boost.capacity);
-  loan.read(problem.boost.counts, rows);
-  loan.read(problem.boost.gain, shape.heads);
+  loan.read(problem.edit.indices, rows * problem.edit.capacity);
+  loan.read(problem.edit.counts, rows);
+  loan.read(problem.edit.gain, shape.heads);
   return problem;
 }
 
@@ -205,7 +205,7 @@ void received_attention(const ReceivedProblem& given, const ThreadPool&, Scratch
 
 GradientProblem lend(const GradientProblem& given, Loan& loan) {
   GradientProblem problem = given;
-  if (problem.boost.capacity == 0) problem.boost = {};
+  if (problem.edit.capacity == 0) problem.edit = {};
   const Shape& shape = problem.shape;
   const int64_t bytes = element_size(problem.dtype), rows = shape.batch * shape.heads * shape.queries;
   const int64_t of_query[4] = {shape.batch, shape.heads, shape.queries, shape.width};
@@ -221,9 +221,9 @@ GradientProblem lend(const GradientProblem& given, Loan& loan) {
   loan.read(problem.output, of_output, bytes);
   loan.read(problem.grad_output, of_output, bytes);
   loan.read(problem.grad_lse, rows);
-  loan.read(problem.boost.indices, rows * problem.boost.capacity);
-  loan.read(problem.boost.counts, rows);
-  loan.read(problem.boost.gain, shape.heads);
+  loan.read(problem.edit.indices, rows * problem.edit.capacity);
+  loan.read(problem.edit.counts, rows);
+  loan.read(problem.edit.gain, shape.heads);
   loan.read(problem.grad_received, shape.batch * shape.heads * shape.keys);
   loan.write(problem.grad_query, of_query, bytes);
   loan.write(problem.grad_key, of_key, bytes);

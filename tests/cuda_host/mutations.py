@@ -255,8 +255,8 @@ FORWARD: list[Fault] = [
     Fault(
         "the gain of the first head for all",
         "kernels/attention.h",
-        "boost.gain[row_place(p, key_head, first_row() + 8 * i).head * p.gain_stride]",
-        "boost.gain[0]",
+        "edit.gain[row_place(p, key_head, first_row() + 8 * i).head * p.gain_stride]",
+        "edit.gain[0]",
     ),
     Fault(
         "rows of a group stand in the wrong order",

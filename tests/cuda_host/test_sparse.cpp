@@ -24,7 +24,7 @@ struct DensePart {
     std::vector<float> rows(size_t(shape.batch * shape.heads * shape.queries));
     plain.lse = rows.data();
     plain.emit = {};
-    plain.boost = {};
+    plain.edit = {};
     ScratchLease scratch;
     emulated_cuda_kernels.attention(plain, test_pool(1), *scratch);
     const int64_t padded = (shape.queries + 31) / 32 * 32;
@@ -57,9 +57,9 @@ Status add_sparse_part(const AttentionProblem& problem, const DensePart& dense) 
 // says, since |g| <= 1 + g here.
 AttentionTruth truth_of_parts(const AttentionProblem& problem) {
   AttentionTruth truth = attention_truth(problem);
-  if (problem.boost.indices == nullptr) return truth;
+  if (problem.edit.indices == nullptr) return truth;
   AttentionProblem plain = problem;
-  plain.boost = {};
+  plain.edit = {};
   const AttentionTruth dense = attention_truth(plain);
   for (size_t i = 0; i < truth.output.size(); ++i) {
     const size_t row = i / size_t(problem.shape.value_width);

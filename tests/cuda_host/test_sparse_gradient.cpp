@@ -62,7 +62,7 @@ struct SparseGradientCase {
         attention.output.set(row / shape.queries / shape.heads, row / shape.queries % shape.heads, row % shape.queries,
                              d, truth.output[size_t(at)].value);
     GradientProblem plain = problem(dense);
-    plain.boost = {};
+    plain.edit = {};
     plain.grad_gain = nullptr;
     ScratchLease scratch;
     emulated_cuda_kernels.gradient(plain, test_pool(1), *scratch);
@@ -85,8 +85,7 @@ struct SparseGradientCase {
     grad_sinks.assign(size_t(attention.shape.heads), -77.0f);
     problem.grad_sinks = grad_sinks.data();
     if (attention.role == Role::rebalanced) {
-      problem.boost = {attention.indices.data(), attention.counts.data(), attention.capacity, attention.gain.data(),
-                       attention.normalize};
+      problem.edit = attention.edit();
       problem.grad_gain = grad_gain.data();
     }
     return problem;
@@ -232,7 +231,7 @@ TEST(SparseGradient, TakesOnlyWhatAFlashBackwardComputes) {
   EXPECT_FALSE(suits([](GradientProblem& p) { p.visibility.window = 4; }));
   EXPECT_FALSE(suits([](GradientProblem& p) { p.grad_output.strides[3] = 0; }));
   EXPECT_FALSE(suits([](GradientProblem& p) { p.output.strides[1] += 1; }));
-  EXPECT_FALSE(suits([](GradientProblem& p) { p.boost.capacity = int64_t(1) << 30; }));
+  EXPECT_FALSE(suits([](GradientProblem& p) { p.edit.capacity = int64_t(1) << 30; }));
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ class Gradient {
   }
 
   bool received() const { return problem_.grad_received != nullptr; }
-  bool boosts() const { return problem_.boost.indices != nullptr; }
+  bool boosts() const { return problem_.edit.indices != nullptr; }
 
   void carve_shared(int64_t elements) {
     for (void* base = nullptr;;) {
@@ -398,7 +398,7 @@ class Gradient {
     else
       differentiate_row<false, false>(scores, products, weight_gradients, index, range);
     if (outliers > 0)
-      gain += strengthen(worker, scores, products, outliers, problem_.boost.gain[head], data_.deltas[index]);
+      gain += strengthen(worker, scores, products, outliers, problem_.edit.gain[head], data_.deltas[index]);
   }
 
   template <bool Partial, bool Capped>
@@ -443,10 +443,10 @@ class Gradient {
   // Notes the row's outliers in this tile, with what the dense pass overwrites; returns how many.
   int32_t gather(const Worker& worker, const Block& block, const Row& row, const float* scores,
                  const float* weight_gradients, int64_t index, const KeyRange& range) const {
-    const AttentionProblem::Boost& boost = problem_.boost;
-    const int32_t* slots = boost.indices + index * boost.capacity;
+    const Edit& edit = problem_.edit;
+    const int32_t* slots = edit.indices + index * edit.capacity;
     const int64_t base = block.key + problem_.visibility.key_offset;
-    int32_t low = 0, high = boost.counts[index];
+    int32_t low = 0, high = edit.counts[index];
     const int32_t count = high;
     while (low < high) {
       const int32_t middle = (low + high) / 2;
@@ -475,7 +475,7 @@ class Gradient {
     for (int32_t c = 0; c < outliers; ++c) {
       const int32_t j = worker.places[c];
       const float weight = weights[j], weight_gradient = worker.weight_gradients[c];
-      if (problem_.boost.normalize) {
+      if (problem_.edit.rule == Rule::row) {
         sum += double(weight) * (double(weight_gradient) - double(delta));
         gradients[j] *= 1.0f + gain;
       } else {

@@ -45,7 +45,7 @@ class GradientRows {
     const FlushSubnormals flush;
     for (int64_t query = first; query < end; ++query) {
       const int64_t row = (batch * shape_.heads + head) * shape_.queries + query;
-      if (problem_.boost.indices != nullptr) {
+      if (problem_.edit.indices != nullptr) {
         const Status status = check_outliers(row);
         if (status != Status::ok) return status;
       }
@@ -124,9 +124,9 @@ class GradientRows {
   }
 
   Status check_outliers(int64_t row) const {
-    const AttentionProblem::Boost& boost = problem_.boost;
-    const int32_t *slots = boost.indices + row * boost.capacity, count = boost.counts[row];
-    if (count < 0 || count > boost.capacity) return Status::outlier_count;
+    const Edit& edit = problem_.edit;
+    const int32_t *slots = edit.indices + row * edit.capacity, count = edit.counts[row];
+    if (count < 0 || count > edit.capacity) return Status::outlier_count;
     for (int32_t c = 1; c < count; ++c)
       if (slots[c] <= slots[c - 1]) return Status::unsorted_outliers;
     return Status::ok;

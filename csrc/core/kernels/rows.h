@@ -64,7 +64,7 @@ class RowRules {
         threshold_(float(problem.emit.threshold)) {}
 
   bool emits() const { return problem_.emit.indices != nullptr; }
-  bool boosts() const { return problem_.boost.indices != nullptr; }
+  bool boosts() const { return problem_.edit.indices != nullptr; }
   float query_factor() const { return query_factor_; }
   float to_log2() const { return to_log2_; }
 
@@ -78,7 +78,7 @@ class RowRules {
   ATTNRB_INLINE void prefetch(int64_t batch, int64_t head, int64_t query) const {
     if (!boosts()) return;
     const int64_t index = (batch * problem_.shape.heads + head) * problem_.shape.queries + query;
-    const int32_t* row = problem_.boost.indices + index * problem_.boost.capacity;
+    const int32_t* row = problem_.edit.indices + index * problem_.edit.capacity;
     __builtin_prefetch(row);
     __builtin_prefetch(row + 15);
   }
@@ -191,7 +191,7 @@ class RowRules {
 
   // Writes the row's outliers: ascending slots, then -1.
   void emit(const Row& row, const float* scores, const int32_t* positions, int64_t count, int64_t index) const {
-    const AttentionProblem::Emit& emit = problem_.emit;
+    const Emit& emit = problem_.emit;
     int32_t* out = emit.indices + index * emit.capacity;
     const float threshold = row.max + std::log2(row.sum) + threshold_log2_;
     int64_t kept = 0;
@@ -225,11 +225,11 @@ class RowRules {
   }
 
   Status start_boost(Row& row, int64_t head, int64_t index) const {
-    const AttentionProblem::Boost& boost = problem_.boost;
-    row.gain = boost.gain[head];
-    row.boost = boost.indices + index * boost.capacity;
-    const int32_t count = boost.counts[index];
-    if (count < 0 || count > boost.capacity) return Status::outlier_count;
+    const Edit& edit = problem_.edit;
+    row.gain = edit.gain[head];
+    row.boost = edit.indices + index * edit.capacity;
+    const int32_t count = edit.counts[index];
+    if (count < 0 || count > edit.capacity) return Status::outlier_count;
     row.boost_count = count;
     if (row.gain != 0.0f && count > 0) row.boost_key = row.boost[0] - problem_.visibility.key_offset;
     return Status::ok;
@@ -249,7 +249,7 @@ class RowRules {
         const float before = Engine::load_probability(probabilities, at - key);
         Engine::scale_probability(probabilities, at - key, factor);
         // What the output really gained: rounded probabilities must not be divided by exact ones.
-        if (problem_.boost.normalize) row.boosted += Engine::load_probability(probabilities, at - key) - before;
+        if (problem_.edit.rule == Rule::row) row.boosted += Engine::load_probability(probabilities, at - key) - before;
       }
       const int64_t last = at;
       at = ++next < row.boost_count ? row.boost[next] - offset : kNoKey;
