@@ -26,7 +26,8 @@ int64_t tile_keys(DType dtype, int width) {
 // Four blocks for each multiprocessor keep a device busy; a split shorter than two tiles costs more than it brings.
 int split_keys(const AttentionProblem& problem, int64_t blocks, int64_t keys_in_tile, const Device& device) {
   int64_t keys = problem.shape.keys;
-  if (problem.visibility.window > 0) keys = std::min(keys, problem.visibility.window + problem.shape.queries);
+  for (const int64_t reach : {problem.visibility.window, problem.visibility.chunk})
+    if (reach > 0) keys = std::min(keys, reach + problem.shape.queries);
   const int64_t wanted = divide_up(4 * int64_t(device.multiprocessors), blocks);
   const int64_t useful = divide_up(divide_up(keys, keys_in_tile), 2);
   return 2 * blocks > 4 * int64_t(device.multiprocessors)
@@ -41,12 +42,26 @@ int64_t carve_partials(AttentionParameters& p, void* workspace) {
   Carver carver(workspace);
   p.partials.state = carver.take<float>(4 * count);
   p.partials.sums = carver.take<float>(count * shape.value_width);
+  const Edit& edit = p.problem.edit;
+  if (edit.indices != nullptr && edit.rule == Rule::rest) {
+    p.partials.chosen_state = carver.take<float>(4 * count);
+    p.partials.chosen_sums = carver.take<float>(count * shape.value_width);
+  }
   if (p.problem.emit.indices != nullptr) {
     p.partials.candidate_scores = carver.take<float>(count * p.problem.emit.capacity);
     p.partials.candidates = carver.take<int32_t>(count * p.problem.emit.capacity);
     p.partials.candidate_counts = carver.take<int32_t>(count);
   }
   return carver.taken();
+}
+
+// See Task: what is asked for most has kernels of its own.
+Task task_of(const AttentionProblem& problem, bool values) {
+  const Edit& edit = problem.edit;
+  const bool emits = problem.emit.indices != nullptr, boosts = edit.indices != nullptr;
+  if (!values) return edit.key_bias != nullptr ? Task::biased_softmax : Task::softmax;
+  if (edit.key_bias != nullptr || (boosts && (emits || edit.rule == Rule::rest))) return Task::edited;
+  return emits ? Task::source : Task::rebalance;
 }
 
 }  // namespace
@@ -61,8 +76,8 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   AttentionParameters& p = plan.parameters;
   p.problem = problem;
   set_rows(p, problem, values ? shape.value_width : 0, gain_stride);
-  plan.task = !values ? Task::softmax : problem.emit.indices != nullptr ? Task::source : Task::rebalance;
-  if (plan.task == Task::source) p.threshold_log2 = float(std::log2(problem.emit.threshold));
+  plan.task = task_of(problem, values);
+  if (problem.emit.indices != nullptr) p.threshold_log2 = float(std::log2(problem.emit.threshold));
 
   const int64_t size = element_size(problem.dtype), unit = 16 / size;
   const int64_t value_width = values ? shape.value_width : 0;
@@ -101,6 +116,8 @@ ReceivedPlan plan_received(const ReceivedProblem& problem, const Device& device)
   rows.visibility = problem.visibility;
   rows.scoring = problem.scoring;
   rows.lse = problem.lse;
+  rows.edit = problem.edit;
+  rows.edit.indices = nullptr;
 
   ReceivedPlan plan;
   plan.softmax = plan_attention(rows, device, false);

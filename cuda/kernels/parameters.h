@@ -24,12 +24,16 @@ struct Operand {
   bool aligned;
 };
 
-enum class Task { source, rebalance, softmax };  // find outliers; strengthen them; only the rows' softmax
+// Find outliers; strengthen them; only the rows' softmax; whatever an edit may ask for, a key bias, rule rest and outliers
+// found in the same call among it; the rows' softmax with a key bias.
+enum class Task { source, rebalance, softmax, edited, biased_softmax };
 
 // Row (b, k, r) of split s has index ((b Hk + k) rows + r) splits + s.
 struct Partials {
   float* state = nullptr;               // [index, 4]: m, l, strengthened mass, 1 where a key was seen
   float* sums = nullptr;                // [index, value_width]
+  float* chosen_state = nullptr;        // under rule rest, the same of a row's outliers; `state` is of the others then
+  float* chosen_sums = nullptr;
   float* candidate_scores = nullptr;    // [index, capacity]
   int32_t* candidates = nullptr;        // [index, capacity], key positions
   int32_t* candidate_counts = nullptr;  // [index]
@@ -47,7 +51,6 @@ struct AttentionParameters {
   int32_t columns = 0;        // of a query or key row in shared memory
   int32_t value_columns = 0;  // of a value row
   int32_t gain_stride = 1;    // 0: one gain for all heads
-  bool pairs = false;         // output columns may be written in pairs
   float factor = 1.0f;        // scores are factor * product, or cap * tanh(inner * product), times log2(e)
   float inner = 0.0f, cap = 0.0f;
   float threshold_log2 = 0.0f;
