@@ -88,6 +88,10 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   const int64_t keys = tile_keys(problem.dtype, plan.width);
   const int64_t row_bytes = (p.columns + unit) * size, value_row_bytes = (p.value_columns + unit) * size;
   plan.shared_bytes = kTileRows * row_bytes + 2 * keys * std::max(row_bytes, value_row_bytes);
+  if (plan.task == Task::edited || plan.task == Task::biased_softmax) {
+    p.kept = int32_t(plan.shared_bytes);
+    plan.shared_bytes += kKeptWords * kThreads * int64_t(sizeof(uint32_t));
+  }
   check_shared("query", plan.shared_bytes, device);
 
   const int64_t blocks = shape.batch * shape.key_heads * p.row_tiles * p.slices;

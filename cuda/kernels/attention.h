@@ -59,16 +59,26 @@ struct TileMarks {
   }
 };
 
-// Of a lane's two rows: the softmax of their outliers, and the tiles that hold some.
-struct ChosenSoftmax {
-  float max[2], sum[2];  // sum is this lane's share
-  TileMarks marks;
+// This thread's words: see Note: [Kept words].
+class KeptWords {
+ public:
+  ATTNRB_DEVICE explicit KeptWords(const AttentionParameters& p)
+      : words(reinterpret_cast<uint32_t*>(shared_memory() + p.kept) + thread_index()) {}
 
-  ATTNRB_DEVICE void start(int tiles) {
-    max[0] = max[1] = minus_infinity();
-    sum[0] = sum[1] = 0.0f;
-    marks.start(tiles);
+  // Of the two rows, their heads and the keys that have a bias.
+  ATTNRB_DEVICE uint32_t& bias_head(int i) const { return words[i * kThreads]; }
+  ATTNRB_DEVICE uint32_t& bias_limit(int i) const { return words[(2 + i) * kThreads]; }
+  // The softmax of the rows' outliers (the sum is this lane's share), and the tiles that hold some.
+  ATTNRB_DEVICE float chosen_max(int i) const { return bit_cast<float>(words[(4 + i) * kThreads]); }
+  ATTNRB_DEVICE float chosen_sum(int i) const { return bit_cast<float>(words[(6 + i) * kThreads]); }
+  ATTNRB_DEVICE void set_chosen(int i, float max, float sum) const {
+    words[(4 + i) * kThreads] = bit_cast<uint32_t>(max);
+    words[(6 + i) * kThreads] = bit_cast<uint32_t>(sum);
   }
+  ATTNRB_DEVICE uint32_t& chosen_tiles() const { return words[8 * kThreads]; }
+
+ private:
+  uint32_t* words;
 };
 
 template <class T, int Width, Task task>
@@ -112,11 +122,15 @@ class AttentionBlock {
 
   ATTNRB_DEVICE void run() {
     rows.start(p, batch, key_head, first_row());
-    if (kBiased && has_bias()) bias.start(p, batch, key_head, first_row());
+    if (kBiased && has_bias()) keep_bias();
     if (p.wanted_rows != nullptr) leave_unwanted();
     if (kMayEmit) marks.start(tiles_of_keys());
     if (kMayBoost) broken = cursor.start(p, batch, key_head, warp_row);
-    if (kEdited) chosen.start(tiles_of_keys());
+    if (rest()) {
+      const KeptWords kept(p);
+      for (int i = 0; i < 2; ++i) kept.set_chosen(i, minus_infinity(), 0.0f);
+      kept.chosen_tiles() = 0;
+    }
     clear(sums);
 
     set_key_tiles();
@@ -134,6 +148,30 @@ class AttentionBlock {
     float max, sum, boosted;
     bool seen;
   };
+
+  ATTNRB_DEVICE void keep_bias() const {
+    BiasPair bias;
+    bias.start(p, batch, key_head, first_row());
+    const KeptWords kept(p);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = first_row() + 8 * i;
+      kept.bias_head(i) = uint32_t(row_place(p, key_head, row < p.rows ? row : p.rows - 1).head);
+      kept.bias_limit(i) = uint32_t(bias.row[i].limit);
+    }
+  }
+  ATTNRB_DEVICE BiasPair kept_bias() const {
+    const KeptWords kept(p);
+    BiasPair bias;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bias.row[i].aim(p, batch, int(kept.bias_head(i)));
+      bias.row[i].limit = int(kept.bias_limit(i));
+    }
+    return bias;
+  }
+  // As many tiles to a bit as there are of those that hold outliers to be found.
+  ATTNRB_DEVICE TileMarks chosen_marks() const { return {KeptWords(p).chosen_tiles(), marks.shift}; }
 
   ATTNRB_DEVICE bool has_bias() const { return p.problem.edit.key_bias != nullptr; }
   ATTNRB_DEVICE bool emits() const { return kMayEmit && (!kEdited || p.problem.emit.indices != nullptr); }
@@ -167,11 +205,12 @@ class AttentionBlock {
 
   // See Note: [Rule rest on the device]. The ends are those of the others' softmax, and become the whole row's.
   ATTNRB_DEVICE void finish_rest(RowEnd (&end)[2]) {
+    const KeptWords kept(p);
     float of_chosen[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float chosen_sum = quad_sum(chosen.sum[i]);
-      const RestShares shares = rest_shares(end[i].max, end[i].sum, chosen.max[i], chosen_sum,
+      const float chosen_max = kept.chosen_max(i), chosen_sum = quad_sum(kept.chosen_sum(i));
+      const RestShares shares = rest_shares(end[i].max, end[i].sum, chosen_max, chosen_sum,
                                             rows.valid[i] ? gain_of(p, head_of(i)) : 0.0f);
       of_chosen[i] = 1.0f;
       if (p.splits == 1) {
@@ -184,7 +223,7 @@ class AttentionBlock {
         of_chosen[i] = chosen_sum == 0.0f ? 0.0f : shares.of_chosen / chosen_sum;
       } else {
         write_part(i, end[i], p.partials.state, p.partials.sums);
-        const RowEnd of_outliers{chosen.max[i], chosen_sum, 0.0f, end[i].seen};
+        const RowEnd of_outliers{chosen_max, chosen_sum, 0.0f, end[i].seen};
         write_state(i, of_outliers, p.partials.chosen_state);
 #pragma unroll
         for (int n = 0; n < Tiles::value_tiles; ++n)
@@ -265,7 +304,9 @@ class AttentionBlock {
     bool partial = finish_scores(s, first);
     const bool found = kMayBoost && cursor.any_before(first + kKeys);
     if (found && rest()) {
-      chosen.marks.mark(tile);
+      TileMarks chosen = chosen_marks();
+      chosen.mark(tile);
+      KeptWords(p).chosen_tiles() = chosen.word;
       set_aside(s, first);
       // Outliers have a weight of zero here, which must not meet a value of NaN or infinity.
       partial = true;
@@ -286,7 +327,7 @@ class AttentionBlock {
       return partial;
     }
     rows.scale_scores(p, s);
-    const uint32_t removed = bias.add(p, batch, key_head, warp_row, s, first);
+    const uint32_t removed = kept_bias().add(p, batch, key_head, warp_row, s, first);
     partial = partial || any(removed != 0);
     rows.hide_scores(p, s, first, partial, removed);
     return partial;
@@ -408,6 +449,7 @@ class AttentionBlock {
 
   // Takes the outliers' scores out of a tile and adds them to their own softmax: see Note: [Rule rest on the device].
   ATTNRB_DEVICE void set_aside(float (&s)[Tiles::score_tiles][4], int first) {
+    const KeptWords kept(p);
     uint64_t row_bits[2];
     take_outliers(first, row_bits);
 #pragma unroll
@@ -418,26 +460,26 @@ class AttentionBlock {
 #pragma unroll
         for (int e = 0; e < 2; ++e)
           if ((row_bits[i] >> (8 * n + e)) & 1) largest = fmaxf(largest, s[n][2 * i + e]);
-      const float high = fmaxf(chosen.max[i], quad_max(largest)), from = reference(high);
-      chosen.sum[i] *= fast_exp2(chosen.max[i] - from);
-      chosen.max[i] = high;
+      const float high = fmaxf(kept.chosen_max(i), quad_max(largest)), from = reference(high);
+      float sum = kept.chosen_sum(i) * fast_exp2(kept.chosen_max(i) - from);
 #pragma unroll
       for (int n = 0; n < Tiles::score_tiles; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           if (!((row_bits[i] >> (8 * n + e)) & 1)) continue;
-          chosen.sum[i] += fast_exp2(s[n][2 * i + e] - from);
+          sum += fast_exp2(s[n][2 * i + e] - from);
           s[n][2 * i + e] = minus_infinity();
         }
+      kept.set_chosen(i, high, sum);
     }
   }
 
   // Adds factor times the outliers' values, weighed relative to their maximum, to the sums.
   ATTNRB_DEVICE void add_chosen(const float (&factor)[2]) {
-    chosen.marks.join(reinterpret_cast<uint32_t*>(first_buffer));
+    TileMarks chosen = chosen_marks();
+    chosen.join(reinterpret_cast<uint32_t*>(first_buffer));
     cursor.restart(p);
-    for (int tile = chosen.marks.next(first_tile, last_tile); tile < last_tile;
-         tile = chosen.marks.next(tile + 1, last_tile)) {
+    for (int tile = chosen.next(first_tile, last_tile); tile < last_tile; tile = chosen.next(tile + 1, last_tile)) {
       const int first = tile * kKeys;
       load_keys(tile, 0);
       load_values(tile);
@@ -448,6 +490,7 @@ class AttentionBlock {
         float s[Tiles::score_tiles][4];
         score(s, buffer(0));
         finish_scores(s, first);
+        const KeptWords kept(p);
         uint64_t row_bits[2];
         take_outliers(first, row_bits);
 #pragma unroll
@@ -456,7 +499,7 @@ class AttentionBlock {
           for (int e = 0; e < 4; ++e) {
             const int i = e / 2;
             const bool taken = (row_bits[i] >> (8 * n + e % 2)) & 1;
-            s[n][e] = taken ? fast_exp2(s[n][e] - reference(chosen.max[i])) * factor[i] : 0.0f;
+            s[n][e] = taken ? fast_exp2(s[n][e] - reference(kept.chosen_max(i))) * factor[i] : 0.0f;
           }
         const float unchanged[2] = {1.0f, 1.0f};
         accumulate(s, unchanged, true);
@@ -650,8 +693,6 @@ class AttentionBlock {
   int64_t batch, key_head, tile_row, warp_row;
   T *queries, *first_buffer;
   RowPair rows;
-  BiasPair bias;  // of an edit that has one
-  ChosenSoftmax chosen;
   TileMarks marks;
   BoostCursor cursor;
   unsigned broken = 0;

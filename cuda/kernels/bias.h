@@ -23,22 +23,25 @@ ATTNRB_DEVICE float bounded_bias(float bias) {
 // One row of the bias, indexed by key position.
 struct BiasRow {
   const float* first = nullptr;  // of key position 0
-  int64_t stride = 0;
-  int limit = 0;  // positions from here on have none
+  int limit = 0;                 // positions from here on have none
 
   ATTNRB_DEVICE void start(const AttentionParameters& p, int64_t batch, const RowPlace& place) {
+    aim(p, batch, place.head);
     const Edit& edit = p.problem.edit;
-    const Visibility& visibility = p.problem.visibility;
-    stride = edit.bias_strides[2];
-    first = edit.key_bias + batch * edit.bias_strides[0] + place.head * edit.bias_strides[1] +
-            visibility.key_offset * stride;
     const bool holds =
-        edit.first_query == nullptr || query_slot(visibility, batch, place.query) >= edit.first_query[batch];
-    const int64_t held = edit.bias_slots - visibility.key_offset;
+        edit.first_query == nullptr || query_slot(p.problem.visibility, batch, place.query) >= edit.first_query[batch];
+    const int64_t held = edit.bias_slots - p.problem.visibility.key_offset;
     limit = !holds || held < 0 ? 0 : int(held < p.problem.shape.keys ? held : p.problem.shape.keys);
   }
+  ATTNRB_DEVICE void aim(const AttentionParameters& p, int64_t batch, int head) {
+    const int64_t* strides = p.problem.edit.bias_strides;
+    first = p.problem.edit.key_bias + batch * strides[0] + head * strides[1] +
+            p.problem.visibility.key_offset * strides[2];
+  }
   // Of a key that there is.
-  ATTNRB_DEVICE float of(int key) const { return key < limit ? bounded_bias(first[key * stride]) : 0.0f; }
+  ATTNRB_DEVICE float of(const AttentionParameters& p, int key) const {
+    return key < limit ? bounded_bias(first[key * p.problem.edit.bias_strides[2]]) : 0.0f;
+  }
 };
 
 struct BiasPair {
@@ -59,7 +62,7 @@ struct BiasPair {
                               int first, int keys) const {
     const Edit& edit = p.problem.edit;
     const int last = first + keys;
-    bool plain = row[0].limit >= last && row[1].limit >= last && row[0].stride == 1;
+    bool plain = row[0].limit >= last && row[1].limit >= last && edit.bias_strides[2] == 1;
     const int heads = edit.bias_strides[1] == 0 ? 1 : p.group < 16 ? p.group : 16;
     for (int r = 0; plain && r < heads; ++r) {
       const int64_t head = key_head * p.group + (warp_row + r) % p.group;
@@ -89,7 +92,7 @@ struct BiasPair {
     for (int n = 0; n < Tiles; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float bias = row[e / 2].of(column + 8 * n + e % 2);
+        const float bias = row[e / 2].of(p, column + 8 * n + e % 2);
         const bool removes = bias == minus_infinity();
         removed |= uint32_t(removes) << (4 * n + e);
         s[n][e] = removes ? minus_infinity() : fmaf(bias, kLog2E, s[n][e]);

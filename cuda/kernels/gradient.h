@@ -492,7 +492,7 @@ class GradientBlock {
           float bias = 0.0f;
           const BiasRow& bias_row = kOwnsKeys ? bias_of_column : own_bias[i];
           if (biased()) {
-            bias = bias_row.of(int(key));
+            bias = bias_row.of(p, int(key));
             visible = visible && bias != minus_infinity();
           }
           seen |= uint32_t(visible) << (4 * n + e);

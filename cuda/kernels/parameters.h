@@ -51,6 +51,7 @@ struct AttentionParameters {
   int32_t columns = 0;        // of a query or key row in shared memory
   int32_t value_columns = 0;  // of a value row
   int32_t gain_stride = 1;    // 0: one gain for all heads
+  int32_t kept = 0;           // bytes of shared memory before Note: [Kept words]
   float factor = 1.0f;        // scores are factor * product, or cap * tanh(inner * product), times log2(e)
   float inner = 0.0f, cap = 0.0f;
   float threshold_log2 = 0.0f;
@@ -64,6 +65,11 @@ struct ReceivedParameters {
   float* received = nullptr;
   int32_t stages = 2;  // of queries: one where two do not fit shared memory
 };
+
+// Note: [Kept words]
+// What an edited row needs once a tile or less would press registers that sums of values need: each thread keeps these
+// words behind the buffers in shared memory, the same word of all threads side by side.
+constexpr int kKeptWords = 9;
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kTileRows = 16 * kWarps;
 

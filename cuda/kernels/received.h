@@ -177,9 +177,9 @@ class ReceivedBlock {
   int counts[Tiles::score_tiles][2];
 };
 
-// `Biased`: scores have a key bias.
+// `Biased`: scores have a key bias. Left alone, ptxas spills a few registers there to come down to 128.
 template <class T, int Width, bool Biased>
-ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads) received_kernel(ATTNRB_PARAMETERS ReceivedParameters parameters) {
+ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, Biased ? 2 : 1) received_kernel(ATTNRB_PARAMETERS ReceivedParameters parameters) {
   ReceivedBlock<T, Width, Biased> block(parameters, block_index());
   block.run();
 }

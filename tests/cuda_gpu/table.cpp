@@ -152,7 +152,7 @@ struct Zeros {
 
 AttentionProblem lend(const AttentionProblem& given, Loan& loan) {
   AttentionProblem problem = given;
-  if (problem.edit.capacity == 0) problem.edit = {};
+  if (problem.edit.capacity == 0) problem.edit.indices = nullptr;
   const Shape& shape = problem.shape;
   const int64_t bytes = element_size(problem.dtype), rows = shape.batch * shape.heads * shape.queries;
   loan.read(problem.query, {shape.batch, shape.heads, shape.queries, shape.width}, bytes);
@@ -205,7 +205,7 @@ void received_attention(const ReceivedProblem& given, const ThreadPool&, Scratch
 
 GradientProblem lend(const GradientProblem& given, Loan& loan) {
   GradientProblem problem = given;
-  if (problem.edit.capacity == 0) problem.edit = {};
+  if (problem.edit.capacity == 0) problem.edit.indices = nullptr;
   const Shape& shape = problem.shape;
   const int64_t bytes = element_size(problem.dtype), rows = shape.batch * shape.heads * shape.queries;
   const int64_t of_query[4] = {shape.batch, shape.heads, shape.queries, shape.width};
