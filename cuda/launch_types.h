@@ -42,6 +42,9 @@ struct TypeLaunches {
         return attention_of_width<Task::rebalance>(plan, stream);
       case Task::edited:
         return attention_of_width<Task::edited>(plan, stream);
+      case Task::rest:
+        return plan.width == 64 ? attention_of<64, Task::rest>(plan, stream)
+                                : attention_of<256, Task::rest>(plan, stream);
       case Task::softmax:
         return softmax_of_width<Task::softmax>(plan, stream);
       case Task::biased_softmax:

@@ -60,7 +60,8 @@ Task task_of(const AttentionProblem& problem, bool values) {
   const Edit& edit = problem.edit;
   const bool emits = problem.emit.indices != nullptr, boosts = edit.indices != nullptr;
   if (!values) return edit.key_bias != nullptr ? Task::biased_softmax : Task::softmax;
-  if (edit.key_bias != nullptr || (boosts && (emits || edit.rule == Rule::rest))) return Task::edited;
+  if (boosts && edit.rule == Rule::rest) return Task::rest;
+  if (edit.key_bias != nullptr || (boosts && emits)) return Task::edited;
   return emits ? Task::source : Task::rebalance;
 }
 
@@ -82,13 +83,15 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   const int64_t size = element_size(problem.dtype), unit = 16 / size;
   const int64_t value_width = values ? shape.value_width : 0;
   plan.width = width_class(std::max(shape.width, value_width));
+  // Both softmaxes and sums of 128 columns are too much for registers: there are slices of 64.
+  if (plan.task == Task::rest && plan.width == 128) plan.width = 64;
   p.slices = int32_t(std::max<int64_t>(1, divide_up(value_width, plan.width)));
   p.columns = int32_t(round_up(shape.width, 2 * unit));
   p.value_columns = int32_t(round_up(std::clamp<int64_t>(value_width, 1, plan.width), 16));
   const int64_t keys = tile_keys(problem.dtype, plan.width);
   const int64_t row_bytes = (p.columns + unit) * size, value_row_bytes = (p.value_columns + unit) * size;
   plan.shared_bytes = kTileRows * row_bytes + 2 * keys * std::max(row_bytes, value_row_bytes);
-  if (plan.task == Task::edited || plan.task == Task::biased_softmax) {
+  if (plan.task == Task::edited || plan.task == Task::biased_softmax || plan.task == Task::rest) {
     p.kept = int32_t(plan.shared_bytes);
     plan.shared_bytes += kKeptWords * kThreads * int64_t(sizeof(uint32_t));
   }

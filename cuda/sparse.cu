@@ -34,8 +34,8 @@ void start(const SparsePlan& plan, void* stream) {
 bool sparse_suits(const AttentionProblem& problem) {
   const Shape& shape = problem.shape;
   const Visibility& visible = problem.visibility;
-  const bool square = shape.queries == shape.keys && visible.query_offsets == nullptr &&
-                      visible.query_offset == visible.key_offset;
+  const bool square =
+      shape.queries == shape.keys && visible.query_offsets == nullptr && visible.query_offset == visible.key_offset;
   // A key bias would have to enter their scores; and under rule rest, what all others weigh together is summed from
   // themselves.
   const Edit& edit = problem.edit;

@@ -10,7 +10,7 @@ struct SparsePlan {
   SparseParameters parameters;
   int64_t select_blocks = 0, shared_bytes = 0;  // 0 where no outliers are wanted
   int64_t correction_blocks = 0;                // 0 where there are none to strengthen
-  AttentionPlan again;           // of doubtful rows
+  AttentionPlan again;                          // of doubtful rows
   int64_t doubtful_numbers = 0;  // int32 numbers, zeros, that the caller has to lend until the work is done
 };
 

@@ -68,6 +68,7 @@ class KeptWords {
   // Of the two rows, their heads and the keys that have a bias.
   ATTNRB_DEVICE uint32_t& bias_head(int i) const { return words[i * kThreads]; }
   ATTNRB_DEVICE uint32_t& bias_limit(int i) const { return words[(2 + i) * kThreads]; }
+  ATTNRB_DEVICE uint32_t& first_in_group() const { return words[14 * kThreads]; }  // head of the warp's first row
   // The softmax of the rows' outliers (the sum is this lane's share), and the tiles that hold some.
   ATTNRB_DEVICE float chosen_max(int i) const { return bit_cast<float>(words[(4 + i) * kThreads]); }
   ATTNRB_DEVICE float chosen_sum(int i) const { return bit_cast<float>(words[(6 + i) * kThreads]); }
@@ -76,6 +77,21 @@ class KeptWords {
     words[(6 + i) * kThreads] = bit_cast<uint32_t>(sum);
   }
   ATTNRB_DEVICE uint32_t& chosen_tiles() const { return words[8 * kThreads]; }
+  // Where this lane is in the outlier list of a row.
+  ATTNRB_DEVICE int cursor_position() const { return int(words[9 * kThreads]); }
+  ATTNRB_DEVICE BoostCursor cursor() const {
+    const uint64_t slots = uint64_t(words[12 * kThreads]) | uint64_t(words[13 * kThreads]) << 32;
+    return {reinterpret_cast<const int32_t*>(slots), int32_t(words[10 * kThreads]), int32_t(words[11 * kThreads]),
+            cursor_position()};
+  }
+  ATTNRB_DEVICE void set_cursor(const BoostCursor& cursor) const {
+    const uint64_t slots = reinterpret_cast<uint64_t>(cursor.slots);
+    words[9 * kThreads] = uint32_t(cursor.position);
+    words[10 * kThreads] = uint32_t(cursor.count);
+    words[11 * kThreads] = uint32_t(cursor.next);
+    words[12 * kThreads] = uint32_t(slots);
+    words[13 * kThreads] = uint32_t(slots >> 32);
+  }
 
  private:
   uint32_t* words;
@@ -85,7 +101,7 @@ template <class T, int Width, Task task>
 class AttentionBlock {
   using Tiles = Tile<T, Width>;
   static constexpr int kKeys = Tiles::keys;
-  static constexpr bool kEdited = task == Task::edited;
+  static constexpr bool kRest = task == Task::rest, kEdited = task == Task::edited || kRest;
   static constexpr bool kBiased = kEdited || task == Task::biased_softmax;
   static constexpr bool kValues = task != Task::softmax && task != Task::biased_softmax;
   static constexpr bool kMayEmit = kEdited || task == Task::source;
@@ -126,7 +142,8 @@ class AttentionBlock {
     if (p.wanted_rows != nullptr) leave_unwanted();
     if (kMayEmit) marks.start(tiles_of_keys());
     if (kMayBoost) broken = cursor.start(p, batch, key_head, warp_row);
-    if (rest()) {
+    if (kEdited) KeptWords(p).set_cursor(cursor);
+    if (kRest) {
       const KeptWords kept(p);
       for (int i = 0; i < 2; ++i) kept.set_chosen(i, minus_infinity(), 0.0f);
       kept.chosen_tiles() = 0;
@@ -153,6 +170,7 @@ class AttentionBlock {
     BiasPair bias;
     bias.start(p, batch, key_head, first_row());
     const KeptWords kept(p);
+    kept.first_in_group() = uint32_t(warp_row % p.group);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t row = first_row() + 8 * i;
@@ -175,9 +193,6 @@ class AttentionBlock {
 
   ATTNRB_DEVICE bool has_bias() const { return p.problem.edit.key_bias != nullptr; }
   ATTNRB_DEVICE bool emits() const { return kMayEmit && (!kEdited || p.problem.emit.indices != nullptr); }
-  ATTNRB_DEVICE bool rest() const {
-    return kEdited && p.problem.edit.indices != nullptr && p.problem.edit.rule == Rule::rest;
-  }
   ATTNRB_DEVICE int tiles_of_keys() const { return int((p.problem.shape.keys + kKeys - 1) / kKeys); }
 
   ATTNRB_DEVICE void finish() {
@@ -190,7 +205,7 @@ class AttentionBlock {
       if (p.splits == 1 && rows.valid[i]) join_sink(p, head_of(i), end[i].max, end[i].sum, end[i].boosted);
       if (!end[i].seen) end[i].sum = end[i].boosted = 0.0f;
     }
-    if (rest()) {
+    if constexpr (kRest) {
       finish_rest(end);
     } else {
 #pragma unroll
@@ -210,8 +225,8 @@ class AttentionBlock {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float chosen_max = kept.chosen_max(i), chosen_sum = quad_sum(kept.chosen_sum(i));
-      const RestShares shares = rest_shares(end[i].max, end[i].sum, chosen_max, chosen_sum,
-                                            rows.valid[i] ? gain_of(p, head_of(i)) : 0.0f);
+      const RestShares shares =
+          rest_shares(end[i].max, end[i].sum, chosen_max, chosen_sum, rows.valid[i] ? gain_of(p, head_of(i)) : 0.0f);
       of_chosen[i] = 1.0f;
       if (p.splits == 1) {
         const float own = exp2f(reference(rows.max[i]) - reference(end[i].max));
@@ -302,8 +317,8 @@ class AttentionBlock {
     if (!active) return;
 
     bool partial = finish_scores(s, first);
-    const bool found = kMayBoost && cursor.any_before(first + kKeys);
-    if (found && rest()) {
+    const bool found = kMayBoost && any(next_outlier() < first + kKeys);
+    if (found && kRest) {
       TileMarks chosen = chosen_marks();
       chosen.mark(tile);
       KeptWords(p).chosen_tiles() = chosen.word;
@@ -313,9 +328,9 @@ class AttentionBlock {
     }
     float factor[2], largest[2];
     rows.absorb(s, factor, largest);
-    if (emits()) mark_outliers(tile, largest, found && rest());
+    if (emits()) mark_outliers(tile, largest, found && kRest);
     if (!kValues) return;
-    if (found && !rest()) strengthen(s, first);
+    if (found && !kRest) strengthen(s, first);
     accumulate(s, factor, partial);
   }
 
@@ -327,7 +342,7 @@ class AttentionBlock {
       return partial;
     }
     rows.scale_scores(p, s);
-    const uint32_t removed = kept_bias().add(p, batch, key_head, warp_row, s, first);
+    const uint32_t removed = kept_bias().add(p, batch, key_head, int(KeptWords(p).first_in_group()), s, first);
     partial = partial || any(removed != 0);
     rows.hide_scores(p, s, first, partial, removed);
     return partial;
@@ -434,15 +449,24 @@ class AttentionBlock {
           const float before = s[n][2 * i + e];
           s[n][2 * i + e] *= 1.0f + gain;
           // What the output really gains: rounded probabilities must not be divided by exact ones.
-          if (p.problem.edit.rule == Rule::row)
-            rows.boosted[i] += to_float(from_float<T>(s[n][2 * i + e])) - before;
+          if (p.problem.edit.rule == Rule::row) rows.boosted[i] += to_float(from_float<T>(s[n][2 * i + e])) - before;
         }
     }
   }
 
+  ATTNRB_DEVICE int next_outlier() const { return kEdited ? KeptWords(p).cursor_position() : cursor.position; }
+
   // The outliers of this lane's rows in a tile: bit 8 n + e for this lane's element e of score tile n.
   ATTNRB_DEVICE void take_outliers(int first, uint64_t (&row_bits)[2]) {
-    const uint64_t bits = cursor.take(p, first, kKeys);
+    uint64_t bits = 0;
+    if (kEdited) {
+      const KeptWords kept(p);
+      BoostCursor at = kept.cursor();
+      bits = at.take(p, first, kKeys);
+      kept.set_cursor(at);
+    } else {
+      bits = cursor.take(p, first, kKeys);
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) row_bits[i] = shuffle(bits, lane / 4 + 8 * i) >> (lane % 4 * 2);
   }
@@ -478,7 +502,9 @@ class AttentionBlock {
   ATTNRB_DEVICE void add_chosen(const float (&factor)[2]) {
     TileMarks chosen = chosen_marks();
     chosen.join(reinterpret_cast<uint32_t*>(first_buffer));
-    cursor.restart(p);
+    BoostCursor start = KeptWords(p).cursor();
+    start.restart(p);
+    KeptWords(p).set_cursor(start);
     for (int tile = chosen.next(first_tile, last_tile); tile < last_tile; tile = chosen.next(tile + 1, last_tile)) {
       const int first = tile * kKeys;
       load_keys(tile, 0);
@@ -583,9 +609,7 @@ class AttentionBlock {
         if (first_column + 8 * n + column + e < width) out[8 * n + column + e] = sums[n][2 * i + e];
   }
 
-  ATTNRB_DEVICE bool is_broken(int i) const {
-    return kMayBoost && ((broken >> (lane / 4 + 8 * i)) & 1u) != 0;
-  }
+  ATTNRB_DEVICE bool is_broken(int i) const { return kMayBoost && ((broken >> (lane / 4 + 8 * i)) & 1u) != 0; }
 
   ATTNRB_DEVICE int64_t partial_index(int64_t row) const {
     return ((batch * p.problem.shape.key_heads + key_head) * p.rows + row) * p.splits + split;

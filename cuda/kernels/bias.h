@@ -35,8 +35,8 @@ struct BiasRow {
   }
   ATTNRB_DEVICE void aim(const AttentionParameters& p, int64_t batch, int head) {
     const int64_t* strides = p.problem.edit.bias_strides;
-    first = p.problem.edit.key_bias + batch * strides[0] + head * strides[1] +
-            p.problem.visibility.key_offset * strides[2];
+    first =
+        p.problem.edit.key_bias + batch * strides[0] + head * strides[1] + p.problem.visibility.key_offset * strides[2];
   }
   // Of a key that there is.
   ATTNRB_DEVICE float of(const AttentionParameters& p, int key) const {
@@ -57,17 +57,18 @@ struct BiasPair {
   }
 
   // Whether the `keys` keys from `first` on are ordinary: see Note: [Key bias on the device]. The warp's sixteen rows
-  // begin at `warp_row`.
-  ATTNRB_DEVICE bool ordinary(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t warp_row,
-                              int first, int keys) const {
+  // begin with head `in_group` of the key head's.
+  ATTNRB_DEVICE bool ordinary(const AttentionParameters& p, int64_t batch, int64_t key_head, int in_group, int first,
+                              int keys) const {
     const Edit& edit = p.problem.edit;
     const int last = first + keys;
     bool plain = row[0].limit >= last && row[1].limit >= last && edit.bias_strides[2] == 1;
     const int heads = edit.bias_strides[1] == 0 ? 1 : p.group < 16 ? p.group : 16;
     for (int r = 0; plain && r < heads; ++r) {
-      const int64_t head = key_head * p.group + (warp_row + r) % p.group;
-      const float* bias = edit.key_bias + batch * edit.bias_strides[0] + head * edit.bias_strides[1] +
-                          p.problem.visibility.key_offset + first;
+      const int of_row = in_group + r < p.group ? in_group + r : in_group + r - p.group;
+      const float* bias = edit.key_bias + batch * edit.bias_strides[0] +
+                          (key_head * p.group + of_row) * edit.bias_strides[1] + p.problem.visibility.key_offset +
+                          first;
       for (int key = thread_index() % 32; key < keys; key += 32) plain = plain && fabsf(bias[key]) <= kFarBias;
     }
     return !any(!plain);
@@ -76,20 +77,23 @@ struct BiasPair {
   // Adds to the scores of a tile whose rows begin as in ordinary(). Returns which of this lane's scores a bias removed,
   // bit 4 n + e for element e of score tile n; those are minus infinity.
   template <int Tiles>
-  ATTNRB_DEVICE uint32_t add(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t warp_row,
+  ATTNRB_DEVICE uint32_t add(const AttentionParameters& p, int64_t batch, int64_t key_head, int in_group,
                              float (&s)[Tiles][4], int first) const {
     const int column = first + thread_index() % 4 * 2;
-    if (ordinary(p, batch, key_head, warp_row, first, 8 * Tiles)) {
+    if (ordinary(p, batch, key_head, in_group, first, 8 * Tiles)) {
       const float* bias[2] = {row[0].first + column, row[1].first + column};
 #pragma unroll
-      for (int n = 0; n < Tiles; ++n)
+      for (int n = 0; n < Tiles; ++n) {
+        if (n % 2 == 0) keep_loads_apart();
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[n][e] = fmaf(bias[e / 2][8 * n + e % 2], kLog2E, s[n][e]);
+      }
       return 0;
     }
     uint32_t removed = 0;
 #pragma unroll
-    for (int n = 0; n < Tiles; ++n)
+    for (int n = 0; n < Tiles; ++n) {
+      keep_loads_apart();
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float bias = row[e / 2].of(p, column + 8 * n + e % 2);
@@ -97,6 +101,7 @@ struct BiasPair {
         removed |= uint32_t(removes) << (4 * n + e);
         s[n][e] = removes ? minus_infinity() : fmaf(bias, kLog2E, s[n][e]);
       }
+    }
     return removed;
   }
 };

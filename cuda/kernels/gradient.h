@@ -244,15 +244,15 @@ class GradientBlock {
 
   // Rows of the group with their words behind them.
   ATTNRB_DEVICE void load_rows(T* queries, T* gradients, int count, int64_t first, int chunk) {
-    const InnerRows rows = inner_rows(first);
-    const uint32_t heads = uint32_t(group());
+    const int64_t first_query = first / group();
+    const uint32_t rest = uint32_t(first - first_query * group()), heads = uint32_t(group());
     const auto load = [&](T* tile, int columns, const Operand& operand) {
       const T* base = static_cast<const T*>(operand.data) + batch * operand.strides[0] +
-                      (int64_t(key_head) * p.group + in_group) * operand.strides[1];
+                      (kOneHead ? key_head * p.group + in_group : key_head * heads) * operand.strides[1];
       load_tile<T, kThreads>(tile, count, columns, operand, chunk * Width, [&](int r) -> const T* {
         if (first + r >= row_count()) return nullptr;
-        const uint32_t query = (rows.rest + uint32_t(r)) / heads, head = rows.rest + uint32_t(r) - query * heads;
-        return base + head * operand.strides[1] + (rows.first_query + query) * operand.strides[2];
+        const uint32_t query = (rest + uint32_t(r)) / heads, head = rest + uint32_t(r) - query * heads;
+        return base + head * operand.strides[1] + (first_query + query) * operand.strides[2];
       });
     };
     load(queries, p.columns, p.query);
@@ -384,7 +384,7 @@ class GradientBlock {
   }
   ATTNRB_DEVICE RowPlace place_of(const InnerRows& rows, int r) const {
     const uint32_t at = rows.rest + uint32_t(r), query = at / uint32_t(group());
-    return {rows.first_query + query, key_head * p.group + in_group + int(at - query * uint32_t(group()))};
+    return {rows.first_query + query, key_head * p.group + (kOneHead ? in_group : int(at - query * uint32_t(group())))};
   }
 
   ATTNRB_DEVICE void visit(Scores& scores, Scores& products, int64_t first, int stage, uint32_t marks) {

@@ -29,9 +29,8 @@ ATTNRB_DEVICE int64_t removed_from(const AttentionParameters& p, int64_t batch, 
   const int64_t* strides = edit.bias_strides;
   if (edit.key_bias[batch * strides[0] + head * strides[1] + slot * strides[2]] != minus_infinity()) return queries;
   if (edit.first_query == nullptr) return 0;
-  return first_query(queries, [&](int64_t query) {
-    return query_slot(problem.visibility, batch, query) >= edit.first_query[batch];
-  });
+  return first_query(
+      queries, [&](int64_t query) { return query_slot(problem.visibility, batch, query) >= edit.first_query[batch]; });
 }
 
 // shares[b, h, j] = grad_received_j / number of queries that see key j. A thread for each.

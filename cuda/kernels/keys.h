@@ -14,13 +14,13 @@ class HeadRows {
   ATTNRB_DEVICE HeadRows(const Operand& operand, int64_t batch, int64_t key_head, int64_t column = 0)
       : first_(static_cast<const T*>(operand.data) + batch * operand.strides[0] + key_head * operand.strides[1] +
                column),
-        stride_(operand.strides[2]) {}
+        strides_(operand.strides) {}
 
-  ATTNRB_DEVICE const T* row(int64_t key) const { return first_ + key * stride_; }
+  ATTNRB_DEVICE const T* row(int64_t key) const { return first_ + key * strides_[2]; }
 
  private:
   const T* first_;
-  int64_t stride_;
+  const int64_t* strides_;  // where the kernel's parameters are: held in no register
 };
 
 }  // namespace attnrb::cuda

@@ -36,7 +36,7 @@ ATTNRB_DEVICE float gain_of(const AttentionParameters& p, int head) {
 struct BoostCursor {
   const int32_t* slots = nullptr;
   int32_t count = 0, next = 0;
-  int64_t position = 0;  // of the next outlier, or beyond all keys
+  int position = 0;  // of the next outlier, or beyond all keys; -1 for any before them
 
   // Rows that break the rules are reported and become NaN: the result has a bit for each.
   ATTNRB_DEVICE unsigned start(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t warp_row) {
@@ -81,10 +81,13 @@ struct BoostCursor {
   }
 
  private:
-  static constexpr int64_t kNone = int64_t(1) << 62;
+  static constexpr int kNone = 0x7fffffff;
 
   ATTNRB_DEVICE void advance(const AttentionParameters& p) {
-    position = next < count ? int64_t(slots[next]) - p.problem.visibility.key_offset : kNone;
+    position = kNone;
+    if (next >= count) return;
+    const int64_t at = int64_t(slots[next]) - p.problem.visibility.key_offset;
+    position = at < 0 ? -1 : int(at);
   }
 };
 

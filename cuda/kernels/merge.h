@@ -95,11 +95,10 @@ ATTNRB_DEVICE void merge_row(const AttentionParameters& p, int64_t batch, int64_
              place.head * problem.output_strides[1] + place.query * problem.output_strides[2];
     const int64_t width = problem.shape.value_width;
     for (int64_t d = lane; d < width; d += 32) {
-      float value =
-          by * merged_value(states, p.partials.sums + first * width, p.splits, width, d, merged.keys_max);
+      float value = by * merged_value(states, p.partials.sums + first * width, p.splits, width, d, merged.keys_max);
       if (chosen_states != nullptr)
-        value += of_chosen * merged_value(chosen_states, p.partials.chosen_sums + first * width, p.splits, width, d,
-                                          chosen_max);
+        value += of_chosen *
+                 merged_value(chosen_states, p.partials.chosen_sums + first * width, p.splits, width, d, chosen_max);
       out[d] = from_float<T>(value);
     }
   }

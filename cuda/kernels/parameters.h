@@ -24,15 +24,15 @@ struct Operand {
   bool aligned;
 };
 
-// Find outliers; strengthen them; only the rows' softmax; whatever an edit may ask for, a key bias, rule rest and outliers
-// found in the same call among it; the rows' softmax with a key bias.
-enum class Task { source, rebalance, softmax, edited, biased_softmax };
+// Find outliers; strengthen them; only the rows' softmax; all of that at once where there may be a key bias; the rows'
+// softmax with a key bias; and whatever an edit may ask for, under rule rest.
+enum class Task { source, rebalance, softmax, edited, biased_softmax, rest };
 
 // Row (b, k, r) of split s has index ((b Hk + k) rows + r) splits + s.
 struct Partials {
-  float* state = nullptr;               // [index, 4]: m, l, strengthened mass, 1 where a key was seen
-  float* sums = nullptr;                // [index, value_width]
-  float* chosen_state = nullptr;        // under rule rest, the same of a row's outliers; `state` is of the others then
+  float* state = nullptr;         // [index, 4]: m, l, strengthened mass, 1 where a key was seen
+  float* sums = nullptr;          // [index, value_width]
+  float* chosen_state = nullptr;  // under rule rest, the same of a row's outliers; `state` is of the others then
   float* chosen_sums = nullptr;
   float* candidate_scores = nullptr;    // [index, capacity]
   int32_t* candidates = nullptr;        // [index, capacity], key positions
@@ -69,7 +69,7 @@ struct ReceivedParameters {
 // Note: [Kept words]
 // What an edited row needs once a tile or less would press registers that sums of values need: each thread keeps these
 // words behind the buffers in shared memory, the same word of all threads side by side.
-constexpr int kKeptWords = 9;
+constexpr int kKeptWords = 15;
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kTileRows = 16 * kWarps;
 

@@ -109,7 +109,7 @@ class ReceivedBlock {
     if (Biased) {
       BiasPair bias;
       bias.start(p, batch, head, first_row);
-      removed = bias.add(p, batch, head, tile * kTileRows + 16 * warp, s, first_key);
+      removed = bias.add(p, batch, head, 0, s, first_key);
     }
 
     float from[2] = {0.0f, 0.0f}, share[2] = {0.0f, 0.0f};
@@ -179,7 +179,8 @@ class ReceivedBlock {
 
 // `Biased`: scores have a key bias. Left alone, ptxas spills a few registers there to come down to 128.
 template <class T, int Width, bool Biased>
-ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, Biased ? 2 : 1) received_kernel(ATTNRB_PARAMETERS ReceivedParameters parameters) {
+ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, Biased ? 2 : 1)
+    received_kernel(ATTNRB_PARAMETERS ReceivedParameters parameters) {
   ReceivedBlock<T, Width, Biased> block(parameters, block_index());
   block.run();
 }

@@ -49,9 +49,7 @@ struct Sum {
 
 }  // namespace
 
-bool Near::holds(double got) const {
-  return std::isinf(value) ? got == value : std::fabs(got - value) <= tolerance;
-}
+bool Near::holds(double got) const { return std::isinf(value) ? got == value : std::fabs(got - value) <= tolerance; }
 
 EditedCase::EditedCase(uint64_t seed) : attention(generate_case(seed)) {
   Random random(seed + 5000000);
@@ -133,8 +131,7 @@ EditedRow edited_row(const AttentionProblem& problem, int64_t b, int64_t h, int6
   const Edit& edit = problem.edit;
   const int64_t keys = shape.keys, key_head = h / (shape.heads / shape.key_heads);
   const double scale = problem.scoring.scale, cap = problem.scoring.softcap;
-  const bool reached =
-      edit.first_query == nullptr || slot_of(problem.visibility, b, i) >= edit.first_query[b];
+  const bool reached = edit.first_query == nullptr || slot_of(problem.visibility, b, i) >= edit.first_query[b];
   EditedRow row;
   row.scores.assign(size_t(keys), 0.0);
   row.weights.assign(size_t(keys), 0.0);
@@ -157,8 +154,8 @@ EditedRow edited_row(const AttentionProblem& problem, int64_t b, int64_t h, int6
     row.any = true;
     double product = 0.0, size = 0.0;
     for (int64_t d = 0; d < shape.width; ++d) {
-      const double term = element(problem.query, problem.dtype, b, h, i, d) *
-                          element(problem.key, problem.dtype, b, key_head, j, d);
+      const double term =
+          element(problem.query, problem.dtype, b, h, i, d) * element(problem.key, problem.dtype, b, key_head, j, d);
       product += term;
       size += std::fabs(term);
     }
@@ -221,7 +218,8 @@ EditedTruth edited_truth(const AttentionProblem& problem) {
         const double gain = edit.indices != nullptr ? double(edit.gain[h]) : 0.0;
         const bool row_rule = edit.indices != nullptr && edit.rule == Rule::row, rest = edit.rule == Rule::rest;
         // A normalised row is divided by rounded probabilities.
-        const double of_divisor = row_rule ? (1.0 + 2.0 * std::fabs(gain)) * row.mass * row.of_others * (rounding + row.error) : 0.0;
+        const double of_divisor =
+            row_rule ? (1.0 + 2.0 * std::fabs(gain)) * row.mass * row.of_others * (rounding + row.error) : 0.0;
         truth.lse.push_back({row.returned_lse, row.error + of_divisor + 4.0 * kRounding * std::fabs(row.returned_lse)});
         for (int64_t d = 0; d < shape.value_width; ++d) {
           double value = 0.0, size = 0.0, of_rest = 0.0, unweighted = 0.0;
@@ -391,10 +389,9 @@ EditedGradients edited_gradients(const GradientProblem& problem, const int64_t (
           const double factor = rest && !row.marked[at] ? 1.0 + share : std::fabs(row.marked[at] ? row.of_marked : a);
           const double delta_factor = row_rule ? factor : 1.0;
           const double size = factor * dp_size[at] + delta_factor * std::fabs(delta) + share * others;
-          const double of_error =
-              p * (factor * dp_error[at] + delta_factor * delta_error + share * others_mean_error +
-                   2.0 * (error + 8.0 * kRounding) * size) +
-              1e-36;
+          const double of_error = p * (factor * dp_error[at] + delta_factor * delta_error + share * others_mean_error +
+                                       2.0 * (error + 8.0 * kRounding) * size) +
+                                  1e-36;
           const double tanh = cap > 0.0 ? row.scores[at] / cap : 0.0, slope = 1.0 - tanh * tanh;
           const double slope_error =
               cap > 0.0 ? 2.0 * std::fabs(tanh) * (row.error / cap + 4.0 * kRounding) + 4.0 * kRounding : 0.0;
@@ -432,8 +429,9 @@ EditedGradients edited_gradients(const GradientProblem& problem, const int64_t (
           marked_size += m * others;
           marked_error += m * others_mean_error;
         }
-        gains[size_t(h)].add(of_gain, marked_error + marked_size * 2.0 * (error + 8.0 * kRounding + sum_error(keys) +
-                                                                         cut_off_error(keys)));
+        gains[size_t(h)].add(
+            of_gain,
+            marked_error + marked_size * 2.0 * (error + 8.0 * kRounding + sum_error(keys) + cut_off_error(keys)));
         if (problem.scoring.sinks != nullptr) {
           const double share = std::exp(double(problem.scoring.sinks[h]) - row.lse);
           const double of_sink = share * (upstream_lse - mean);
@@ -450,12 +448,9 @@ EditedGradients edited_gradients(const GradientProblem& problem, const int64_t (
   };
   const double scale = problem.scoring.scale;
   const int64_t rows_of_key = shape.queries * group, rows_of_head = shape.batch * shape.queries;
-  return {all(query, dtype, scale, keys),
-          all(key, dtype, scale, rows_of_key),
-          all(value, dtype, 1.0, rows_of_key),
-          all(gains, DType::float32, 1.0, 1),
-          all(sinks, DType::float32, 1.0, 1),
-          all(bias, DType::float32, 1.0, rows_of_head)};
+  return {all(query, dtype, scale, keys),      all(key, dtype, scale, rows_of_key),
+          all(value, dtype, 1.0, rows_of_key), all(gains, DType::float32, 1.0, 1),
+          all(sinks, DType::float32, 1.0, 1),  all(bias, DType::float32, 1.0, rows_of_head)};
 }
 
 }  // namespace attnrb::testing

@@ -9,8 +9,8 @@
 
 namespace attnrb::testing {
 
-// An attention case, and what this adds to it: a key bias, first queries, rule rest, lists that all queries share, slots
-// for each sequence, chunks, and outliers found in the same call.
+// An attention case, and what this adds to it: a key bias, first queries, rule rest, lists that all queries share,
+// slots for each sequence, chunks, and outliers found in the same call.
 struct EditedCase {
   AttentionCase attention;
   Rule rule = Rule::none;

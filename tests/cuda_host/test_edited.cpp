@@ -31,8 +31,8 @@ std::vector<const Kernels*> tables() { return {&emulated_cuda_kernels, &emulated
   for (int64_t index = 0; index < attention.rows(); ++index) {
     const EditedRow& row = truth.rows[size_t(index)];
     const int64_t b = index / shape.queries / shape.heads;
-    const int64_t offset = edited.query_offsets.empty() ? attention.visibility.query_offset
-                                                        : edited.query_offsets[size_t(b)];
+    const int64_t offset =
+        edited.query_offsets.empty() ? attention.visibility.query_offset : edited.query_offsets[size_t(b)];
     const int32_t* slots = attention.found.data() + index * capacity;
     const int32_t count = attention.found_counts[size_t(index)];
     if (count < 0 || count > capacity) return ::testing::AssertionFailure() << "count " << count << " of row " << index;
@@ -46,8 +46,8 @@ std::vector<const Kernels*> tables() { return {&emulated_cuda_kernels, &emulated
       const double margin = (row.error + 4.0 * 0x1p-24 * std::fabs(row.lse)) * attention.threshold;
       if (eligible && std::fabs(weight - attention.threshold) <= margin) continue;
       if (emitted != (eligible && weight > attention.threshold))
-        return ::testing::AssertionFailure() << "row " << index << ", slot " << slot << " of weight " << weight << " is "
-                                             << (emitted ? "" : "not ") << "among the outliers";
+        return ::testing::AssertionFailure() << "row " << index << ", slot " << slot << " of weight " << weight
+                                             << " is " << (emitted ? "" : "not ") << "among the outliers";
     }
     if (next != count) return ::testing::AssertionFailure() << "row " << index << " has slots that do not ascend";
     for (int64_t c = count; c < capacity; ++c)
