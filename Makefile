@@ -19,7 +19,7 @@ CUDA_TEST_TARGETS := 80-real;90-real;100-virtual
 EMULATED_CASES := 400
 EMULATED_OPS := $(CURDIR)/build/cuda-host/tests/cuda_host/libattnrb_cuda_host_ops.so
 EMULATED_TESTS := $(addprefix tests/python/test_,accuracy_attention.py accuracy_weights.py accuracy_not_finite.py \
-  dense_part.py dense_gradients.py ops_errors.py ops_gradient.py training_accuracy.py training_ops.py)
+  cuda_edit.py dense_part.py dense_gradients.py ops_errors.py ops_gradient.py training_accuracy.py training_ops.py)
 EMULATED_GRADIENTS := ATTNRB_TEST_GRADIENT_SAMPLE=11 ATTNRB_TEST_REPEATS=2
 # What concerns autograd and float64, not kernels.
 EMULATED_LEFT_OUT := -k 'not (checkpointing or gradcheck or several_forwards or compiled)'

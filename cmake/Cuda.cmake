@@ -49,10 +49,10 @@ message(STATUS "attnrb: CUDA ops with nvcc ${ATTNRB_CUDA_VERSION} for ${ATTNRB_C
 
 set(cuda_dir ${PROJECT_SOURCE_DIR}/cuda)
 include(${cuda_dir}/sources.cmake)
-add_library(attnrb_cuda MODULE ${ATTNRB_CUDA_KERNELS} ${ATTNRB_CUDA_HOST} ${ATTNRB_CUDA_OPS})
+add_library(attnrb_cuda MODULE ${ATTNRB_CUDA_KERNELS} ${ATTNRB_CUDA_HOST} ${ATTNRB_CUDA_OPS} ${ATTNRB_CUDA_BACKEND})
 set_target_properties(attnrb_cuda PROPERTIES SUFFIX ".so" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF
                                              CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static)
-target_include_directories(attnrb_cuda PRIVATE ${cuda_dir} ${PROJECT_SOURCE_DIR}/csrc)
+target_include_directories(attnrb_cuda PRIVATE ${ATTNRB_CUDA_BACKEND_HEADERS} ${cuda_dir} ${PROJECT_SOURCE_DIR}/csrc)
 target_compile_definitions(attnrb_cuda PRIVATE USE_CUDA)
 target_compile_options(attnrb_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
 if(ATTNRB_WERROR)

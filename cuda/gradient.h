@@ -10,7 +10,8 @@ namespace attnrb::cuda {
 // A backward laid out for a device.
 struct GradientPlan {
   GradientParameters parameters;
-  int width = 64;  // class of widths
+  int width = 64;       // class of widths
+  bool edited = false;  // a key bias, or outliers under rule rest
   int64_t query_blocks = 0, key_blocks = 0;
   int64_t shared_bytes = 0;
   int64_t workspace_bytes = 0;  // device memory the caller has to lend until the work is done
@@ -42,6 +43,7 @@ extern const GradientLaunches float32_gradients, bfloat16_gradients, float16_gra
 // Of all dtypes (gradient_sums.cu).
 void start_shares(const GradientPlan& plan, void* stream);
 void start_head_sums(const GradientPlan& plan, void* stream);
+void start_bias_sums(const GradientPlan& plan, void* stream);
 void start_gain_sums(const struct RebalanceGradientParameters& parameters, void* stream);
 
 }  // namespace attnrb::cuda

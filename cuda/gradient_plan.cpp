@@ -20,7 +20,10 @@ int64_t carve(GradientParameters& g, void* workspace) {
   const int64_t rows = shape.batch * shape.heads * shape.queries;
   Carver carver(workspace);
   g.words = carver.take<uint32_t>(8 * rows);
-  if (g.rows.problem.edit.indices != nullptr) g.gain_rows = carver.take<float>(rows);
+  const Edit& edit = g.rows.problem.edit;
+  if (edit.indices != nullptr) g.gain_rows = carver.take<float>(rows);
+  if (edit.indices != nullptr && edit.rule == Rule::rest) g.rest_rows = carver.take<float>(2 * rows);
+  if (g.grad_bias != nullptr) g.bias_keys = carver.take<float>(shape.batch * shape.heads * shape.keys);
   if (g.grad_received != nullptr) g.shares = carver.take<float>(shape.batch * shape.heads * shape.keys);
   return carver.taken();
 }
@@ -57,6 +60,8 @@ GradientPlan plan_gradient(const GradientProblem& problem, const Device& device,
   g.grad_value = problem.grad_value;
   g.grad_gain = problem.grad_gain;
   g.grad_sinks = problem.grad_sinks;
+  g.grad_bias = problem.grad_bias;
+  std::copy_n(problem.grad_bias_strides, 3, g.grad_bias_strides);
   while (((shape.keys - 1) >> g.bucket_shift) >= 64) ++g.bucket_shift;
 
   AttentionParameters& p = g.rows;
@@ -64,7 +69,9 @@ GradientPlan plan_gradient(const GradientProblem& problem, const Device& device,
   set_rows(p, problem, shape.value_width, gain_stride);
 
   const int64_t widest = std::max(shape.width, shape.value_width), size = element_size(problem.dtype);
-  plan.width = widest <= 64 && problem.grad_received == nullptr ? 64 : 128;
+  const Edit& edit = problem.edit;
+  plan.edited = edit.key_bias != nullptr || (edit.indices != nullptr && edit.rule == Rule::rest);
+  plan.width = widest <= 64 && problem.grad_received == nullptr && !plan.edited ? 64 : 128;
   g.chunks = int32_t(divide_up(widest, plan.width));
   p.columns = int32_t(round_up(std::min<int64_t>(shape.width, plan.width), 16));
   p.value_columns = int32_t(round_up(std::min<int64_t>(shape.value_width, plan.width), 16));
@@ -76,6 +83,10 @@ GradientPlan plan_gradient(const GradientProblem& problem, const Device& device,
   const int64_t heads = shape.batch * shape.key_heads;
   plan.query_blocks = check_blocks(heads * p.row_tiles * p.slices);
   plan.key_blocks = check_blocks(heads * divide_up(shape.keys, kTileRows) * p.slices);
+  if (problem.grad_bias != nullptr) {
+    check_blocks(plan.key_blocks * p.group);
+    check_blocks(divide_up(shape.batch * shape.heads * edit.bias_slots, kThreads));
+  }
   check_blocks(divide_up(shape.batch * shape.heads * std::max(shape.queries, shape.keys), kWarps));
   plan.workspace_bytes = carve(g, nullptr);
   return plan;
@@ -97,8 +108,13 @@ void start_gradient_tiles(const GradientPlan& plan, void* stream) {
     start.task(plan, GradientTask::received_queries, stream);
     start.task(plan, GradientTask::received_keys, stream);
   } else {
+    if (g.rest_rows != nullptr) start.task(plan, GradientTask::rest, stream);
     start.task(plan, GradientTask::queries, stream);
     start.task(plan, GradientTask::keys, stream);
+  }
+  if (g.grad_bias != nullptr) {
+    start.task(plan, GradientTask::bias, stream);
+    start_bias_sums(plan, stream);
   }
   if (g.grad_gain != nullptr || g.grad_sinks != nullptr) start_head_sums(plan, stream);
 }

@@ -16,6 +16,14 @@ void start_head_sums(const GradientPlan& plan, void* stream) {
                                      2 * kThreads * int64_t(sizeof(double)), stream, plan.parameters);
 }
 
+void start_bias_sums(const GradientPlan& plan, void* stream) {
+  const GradientParameters& g = plan.parameters;
+  const Shape& shape = g.rows.problem.shape;
+  const int64_t count = (g.grad_bias_strides[0] == 0 ? 1 : shape.batch) *
+                        (g.grad_bias_strides[1] == 0 ? 1 : shape.heads) * g.rows.problem.edit.bias_slots;
+  launch<bias_sums_kernel<kThreads>>((count + kThreads - 1) / kThreads, kThreads, 0, stream, g);
+}
+
 void start_gain_sums(const RebalanceGradientParameters& parameters, void* stream) {
   launch<gain_sums_kernel<kThreads>>(parameters.problem.shape.heads, kThreads, kThreads * int64_t(sizeof(double)),
                                      stream, parameters);

@@ -16,25 +16,37 @@ struct TypeGradients {
     launch<gradient_rows_kernel<T>>((rows + kWarps - 1) / kWarps, kThreads, 0, stream, plan.parameters);
   }
 
-  template <int Width, GradientTask which>
+  template <int Width, GradientTask which, bool Edited>
   static void start(const GradientPlan& plan, int64_t blocks, void* stream) {
-    launch<gradient_kernel<T, Width, which>>(blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
+    launch<gradient_kernel<T, Width, which, Edited>>(blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
+  }
+
+  // Edited rows have no kernels of their own for narrow operands.
+  template <GradientTask which>
+  static void start_of(const GradientPlan& plan, int64_t blocks, void* stream) {
+    constexpr bool kNarrow = which == GradientTask::queries || which == GradientTask::keys;
+    if (plan.edited) return start<128, which, true>(plan, blocks, stream);
+    if constexpr (kNarrow)
+      if (plan.width == 64) return start<64, which, false>(plan, blocks, stream);
+    start<128, which, false>(plan, blocks, stream);
   }
 
   static void task(const GradientPlan& plan, GradientTask which, void* stream) {
     switch (which) {
       case GradientTask::queries:
-        return plan.width == 64 ? start<64, GradientTask::queries>(plan, plan.query_blocks, stream)
-                                : start<128, GradientTask::queries>(plan, plan.query_blocks, stream);
+        return start_of<GradientTask::queries>(plan, plan.query_blocks, stream);
       case GradientTask::keys:
-        return plan.width == 64 ? start<64, GradientTask::keys>(plan, plan.key_blocks, stream)
-                                : start<128, GradientTask::keys>(plan, plan.key_blocks, stream);
+        return start_of<GradientTask::keys>(plan, plan.key_blocks, stream);
       case GradientTask::received_deltas:
-        return start<128, GradientTask::received_deltas>(plan, plan.query_blocks, stream);
+        return start_of<GradientTask::received_deltas>(plan, plan.query_blocks, stream);
       case GradientTask::received_queries:
-        return start<128, GradientTask::received_queries>(plan, plan.query_blocks, stream);
+        return start_of<GradientTask::received_queries>(plan, plan.query_blocks, stream);
       case GradientTask::received_keys:
-        return start<128, GradientTask::received_keys>(plan, plan.key_blocks, stream);
+        return start_of<GradientTask::received_keys>(plan, plan.key_blocks, stream);
+      case GradientTask::rest:
+        return start<128, GradientTask::rest, true>(plan, plan.query_blocks, stream);
+      case GradientTask::bias:
+        return start<128, GradientTask::bias, true>(plan, plan.key_blocks * plan.parameters.rows.group, stream);
     }
   }
 

@@ -26,15 +26,30 @@ struct TypeLaunches {
       attention_of<256, task>(plan, stream);
   }
 
-  static void attention(const AttentionPlan& plan, void* stream) {
-    if (plan.task == Task::source)
-      attention_of_width<Task::source>(plan, stream);
-    else if (plan.task == Task::rebalance)
-      attention_of_width<Task::rebalance>(plan, stream);
-    else if (plan.width == 256)
-      attention_of<256, Task::softmax>(plan, stream);
+  template <Task task>
+  static void softmax_of_width(const AttentionPlan& plan, void* stream) {
+    if (plan.width == 256)
+      attention_of<256, task>(plan, stream);
     else
-      attention_of<128, Task::softmax>(plan, stream);
+      attention_of<128, task>(plan, stream);
+  }
+
+  static void attention(const AttentionPlan& plan, void* stream) {
+    switch (plan.task) {
+      case Task::source:
+        return attention_of_width<Task::source>(plan, stream);
+      case Task::rebalance:
+        return attention_of_width<Task::rebalance>(plan, stream);
+      case Task::edited:
+        return attention_of_width<Task::edited>(plan, stream);
+      case Task::rest:
+        return plan.width == 64 ? attention_of<64, Task::rest>(plan, stream)
+                                : attention_of<256, Task::rest>(plan, stream);
+      case Task::softmax:
+        return softmax_of_width<Task::softmax>(plan, stream);
+      case Task::biased_softmax:
+        return softmax_of_width<Task::biased_softmax>(plan, stream);
+    }
   }
 
   static void merge(const AttentionPlan& plan, void* stream) {
@@ -43,11 +58,19 @@ struct TypeLaunches {
     launch<merge_kernel<T>>((rows + kWarps - 1) / kWarps, kThreads, 0, stream, p);
   }
 
-  static void received(const ReceivedPlan& plan, void* stream) {
+  template <bool Biased>
+  static void received_of(const ReceivedPlan& plan, void* stream) {
     if (plan.softmax.width == 256)
-      launch<received_kernel<T, 256>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
+      launch<received_kernel<T, 256, Biased>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
     else
-      launch<received_kernel<T, 128>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
+      launch<received_kernel<T, 128, Biased>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
+  }
+
+  static void received(const ReceivedPlan& plan, void* stream) {
+    if (plan.softmax.task == Task::biased_softmax)
+      received_of<true>(plan, stream);
+    else
+      received_of<false>(plan, stream);
   }
 
   static void outlier_mask(const OutlierMaskParameters& parameters, int64_t blocks, void* stream) {

@@ -26,7 +26,8 @@ int64_t tile_keys(DType dtype, int width) {
 // Four blocks for each multiprocessor keep a device busy; a split shorter than two tiles costs more than it brings.
 int split_keys(const AttentionProblem& problem, int64_t blocks, int64_t keys_in_tile, const Device& device) {
   int64_t keys = problem.shape.keys;
-  if (problem.visibility.window > 0) keys = std::min(keys, problem.visibility.window + problem.shape.queries);
+  for (const int64_t reach : {problem.visibility.window, problem.visibility.chunk})
+    if (reach > 0) keys = std::min(keys, reach + problem.shape.queries);
   const int64_t wanted = divide_up(4 * int64_t(device.multiprocessors), blocks);
   const int64_t useful = divide_up(divide_up(keys, keys_in_tile), 2);
   return 2 * blocks > 4 * int64_t(device.multiprocessors)
@@ -41,12 +42,27 @@ int64_t carve_partials(AttentionParameters& p, void* workspace) {
   Carver carver(workspace);
   p.partials.state = carver.take<float>(4 * count);
   p.partials.sums = carver.take<float>(count * shape.value_width);
+  const Edit& edit = p.problem.edit;
+  if (edit.indices != nullptr && edit.rule == Rule::rest) {
+    p.partials.chosen_state = carver.take<float>(4 * count);
+    p.partials.chosen_sums = carver.take<float>(count * shape.value_width);
+  }
   if (p.problem.emit.indices != nullptr) {
     p.partials.candidate_scores = carver.take<float>(count * p.problem.emit.capacity);
     p.partials.candidates = carver.take<int32_t>(count * p.problem.emit.capacity);
     p.partials.candidate_counts = carver.take<int32_t>(count);
   }
   return carver.taken();
+}
+
+// See Task: what is asked for most has kernels of its own.
+Task task_of(const AttentionProblem& problem, bool values) {
+  const Edit& edit = problem.edit;
+  const bool emits = problem.emit.indices != nullptr, boosts = edit.indices != nullptr;
+  if (!values) return edit.key_bias != nullptr ? Task::biased_softmax : Task::softmax;
+  if (boosts && edit.rule == Rule::rest) return Task::rest;
+  if (edit.key_bias != nullptr || (boosts && emits)) return Task::edited;
+  return emits ? Task::source : Task::rebalance;
 }
 
 }  // namespace
@@ -61,18 +77,24 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   AttentionParameters& p = plan.parameters;
   p.problem = problem;
   set_rows(p, problem, values ? shape.value_width : 0, gain_stride);
-  plan.task = !values ? Task::softmax : problem.emit.indices != nullptr ? Task::source : Task::rebalance;
-  if (plan.task == Task::source) p.threshold_log2 = float(std::log2(problem.emit.threshold));
+  plan.task = task_of(problem, values);
+  if (problem.emit.indices != nullptr) p.threshold_log2 = float(std::log2(problem.emit.threshold));
 
   const int64_t size = element_size(problem.dtype), unit = 16 / size;
   const int64_t value_width = values ? shape.value_width : 0;
   plan.width = width_class(std::max(shape.width, value_width));
+  // Both softmaxes and sums of 128 columns are too much for registers: there are slices of 64.
+  if (plan.task == Task::rest && plan.width == 128) plan.width = 64;
   p.slices = int32_t(std::max<int64_t>(1, divide_up(value_width, plan.width)));
   p.columns = int32_t(round_up(shape.width, 2 * unit));
   p.value_columns = int32_t(round_up(std::clamp<int64_t>(value_width, 1, plan.width), 16));
   const int64_t keys = tile_keys(problem.dtype, plan.width);
   const int64_t row_bytes = (p.columns + unit) * size, value_row_bytes = (p.value_columns + unit) * size;
   plan.shared_bytes = kTileRows * row_bytes + 2 * keys * std::max(row_bytes, value_row_bytes);
+  if (plan.task == Task::edited || plan.task == Task::biased_softmax || plan.task == Task::rest) {
+    p.kept = int32_t(plan.shared_bytes);
+    plan.shared_bytes += kKeptWords * kThreads * int64_t(sizeof(uint32_t));
+  }
   check_shared("query", plan.shared_bytes, device);
 
   const int64_t blocks = shape.batch * shape.key_heads * p.row_tiles * p.slices;
@@ -101,6 +123,8 @@ ReceivedPlan plan_received(const ReceivedProblem& problem, const Device& device)
   rows.visibility = problem.visibility;
   rows.scoring = problem.scoring;
   rows.lse = problem.lse;
+  rows.edit = problem.edit;
+  rows.edit.indices = nullptr;
 
   ReceivedPlan plan;
   plan.softmax = plan_attention(rows, device, false);

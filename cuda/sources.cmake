@@ -10,3 +10,6 @@ set(ATTNRB_CUDA_OPS
   ${cuda}/ops/dense.cpp
   ${cuda}/ops/device.cpp
   ${cuda}/ops/library.cpp)
+# What is the device's alone; tests/cuda_host has files of the same names for the emulated one.
+set(ATTNRB_CUDA_BACKEND ${cuda}/backend/dense.cpp ${cuda}/backend/device.cpp)
+set(ATTNRB_CUDA_BACKEND_HEADERS ${cuda}/backend)

@@ -17,15 +17,16 @@ constexpr int64_t kMostBlocks = 65535;
 
 template <class T>
 void start(const SparsePlan& plan, void* stream) {
-  if (plan.parameters.rows.problem.emit.indices != nullptr)
-    return launch<select_kernel<T>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
+  // What is found is found by the weights before they are strengthened.
+  if (plan.select_blocks > 0)
+    launch<select_kernel<T>>(plan.select_blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
   const int32_t width = plan.parameters.rows.query.width;
   if (width <= 64)
-    launch<correction_kernel<T, 8>>(plan.blocks, kThreads, 0, stream, plan.parameters);
+    launch<correction_kernel<T, 8>>(plan.correction_blocks, kThreads, 0, stream, plan.parameters);
   else if (width <= 128)
-    launch<correction_kernel<T, 16>>(plan.blocks, kThreads, 0, stream, plan.parameters);
+    launch<correction_kernel<T, 16>>(plan.correction_blocks, kThreads, 0, stream, plan.parameters);
   else
-    launch<correction_kernel<T, 32>>(plan.blocks, kThreads, 0, stream, plan.parameters);
+    launch<correction_kernel<T, 32>>(plan.correction_blocks, kThreads, 0, stream, plan.parameters);
 }
 
 }  // namespace
@@ -33,14 +34,19 @@ void start(const SparsePlan& plan, void* stream) {
 bool sparse_suits(const AttentionProblem& problem) {
   const Shape& shape = problem.shape;
   const Visibility& visible = problem.visibility;
-  const bool square = shape.queries == shape.keys && visible.query_offset == visible.key_offset;
+  const bool square =
+      shape.queries == shape.keys && visible.query_offsets == nullptr && visible.query_offset == visible.key_offset;
+  // A key bias would have to enter their scores; and under rule rest, what all others weigh together is summed from
+  // themselves.
+  const Edit& edit = problem.edit;
+  const bool beside = edit.key_bias == nullptr && (edit.indices == nullptr || edit.rule != Rule::rest);
   const auto aligned = [&](const View& view) { return operand_of(view, shape.width, problem.dtype).aligned; };
   // A scale of zero or less turns the order of scores around, in which flash kernels look for a row's largest.
   const bool plain_scores =
       problem.scoring.scale > 0.0f && problem.scoring.softcap == 0.0f && problem.scoring.sinks == nullptr;
-  return problem.dtype != DType::float32 && plain_scores && shape.width == shape.value_width &&
+  return problem.dtype != DType::float32 && plain_scores && beside && shape.width == shape.value_width &&
          shape.width <= kWidest && shape.batch <= kMostBlocks && shape.heads <= kMostBlocks &&
-         (!visible.causal || square) && visible.window == 0 && visible.key_start == nullptr &&
+         (!visible.causal || square) && visible.window == 0 && visible.chunk == 0 && visible.key_start == nullptr &&
          visible.key_end == nullptr && visible.mask == nullptr && aligned(problem.query) && aligned(problem.key) &&
          aligned(problem.value);
 }
@@ -58,13 +64,11 @@ SparsePlan plan_sparse(const AttentionProblem& problem, const float* dense_lse, 
   const int64_t heads = shape.batch * shape.key_heads;
   plan.doubtful_numbers = heads * (p.row_tiles + p.rows);
   plan.again = plan_attention(problem, device, true, gain_stride, false);
-  if (problem.emit.indices == nullptr) {
-    plan.blocks = check_blocks(divide_up(heads * p.rows, kWarps));
-    return plan;
-  }
+  if (problem.edit.indices != nullptr) plan.correction_blocks = check_blocks(divide_up(heads * p.rows, kWarps));
+  if (problem.emit.indices == nullptr) return plan;
   p.threshold_log2 = float(std::log2(problem.emit.threshold));
   p.columns = int32_t(round_up(shape.width, 16));
-  plan.blocks = check_blocks(heads * p.row_tiles);
+  plan.select_blocks = check_blocks(heads * p.row_tiles);
   plan.shared_bytes = 3 * kTileRows * (p.columns * element_size(problem.dtype) + 16);
   check_shared("query", plan.shared_bytes, device);
   return plan;

@@ -8,17 +8,18 @@ namespace attnrb::cuda {
 
 struct SparsePlan {
   SparseParameters parameters;
-  int64_t blocks = 0, shared_bytes = 0;
-  AttentionPlan again;           // of doubtful rows
+  int64_t select_blocks = 0, shared_bytes = 0;  // 0 where no outliers are wanted
+  int64_t correction_blocks = 0;                // 0 where there are none to strengthen
+  AttentionPlan again;                          // of doubtful rows
   int64_t doubtful_numbers = 0;  // int32 numbers, zeros, that the caller has to lend until the work is done
 };
 
 // Whether the kernels below can go with another library's: 16-bit operands in whole units of 16 bytes, widths up to
-// 256, queries that see all keys or those up to their own, and scores that any library computes: without softcap or
-// sinks, a positive scale.
+// 256, queries that see all keys or those up to their own, scores that any library computes (without softcap, sinks or
+// key bias, a positive scale), and no outliers under rule rest.
 bool sparse_suits(const AttentionProblem& problem);
 
-// `problem` as for plan_attention(): emit or boost is set, and output holds the dense output.
+// `problem` as for plan_attention(): emit or edit is set, or both, and output holds the dense output.
 SparsePlan plan_sparse(const AttentionProblem& problem, const float* dense_lse, const int64_t (&lse_strides)[3],
                        const Device& device, int gain_stride = 1);
 void start_sparse(SparsePlan& plan, int32_t* doubtful, int32_t* status, void* stream);

@@ -56,6 +56,7 @@ struct Processor {
 
 STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
   library.impl("attention", &boxed<&attention<Processor>>);
+  library.impl("attention.output", &boxed<&attention_output<Processor>>);
   library.impl("attention_training", &boxed<&attention<Processor>>);
   library.impl("attention_backward", &boxed<&attention_backward<Processor>>);
   library.impl("source_attention", &boxed<&source_attention<Processor>>);

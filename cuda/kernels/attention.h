@@ -10,10 +10,20 @@
 // was visited (Note: [One-pass outliers], csrc/core/kernels/rows.h), so the first pass marks the tiles in which some
 // entry did, and the second computes scores anew for those alone and selects with the final threshold, in ascending
 // order and straight into place: no buffer of candidates is needed.
+//
+// Note: [Rule rest on the device]
+// What a row's outliers and what all others get is known when the last key was seen. So the first pass computes the
+// softmax of the others (as the running one, sinks included) and of the outliers the maximum and the sum alone:
+// R, l_R and l_S. Then m = S / (S + R) of both sums, and with s = (1 + g) m the row is
+// (1 - s) R / l_R + s U / l_S: what is left adds s U / l_S from the tiles that hold outliers, scores computed anew. The
+// mass of the others is summed from themselves; where there is none, s is 1. Blocks that share the keys of a row leave
+// both softmaxes, which the merge puts together.
 #pragma once
 
+#include "bias.h"
+#include "marks.h"
 #include "products.h"
-#include "rows.h"
+#include "rest.h"
 
 namespace attnrb::cuda {
 
@@ -49,10 +59,53 @@ struct TileMarks {
   }
 };
 
+// This thread's words: see Note: [Kept words].
+class KeptWords {
+ public:
+  ATTNRB_DEVICE explicit KeptWords(const AttentionParameters& p)
+      : words(reinterpret_cast<uint32_t*>(shared_memory() + p.kept) + thread_index()) {}
+
+  // Of the two rows, their heads and the keys that have a bias.
+  ATTNRB_DEVICE uint32_t& bias_head(int i) const { return words[i * kThreads]; }
+  ATTNRB_DEVICE uint32_t& bias_limit(int i) const { return words[(2 + i) * kThreads]; }
+  ATTNRB_DEVICE uint32_t& first_in_group() const { return words[14 * kThreads]; }  // head of the warp's first row
+  // The softmax of the rows' outliers (the sum is this lane's share), and the tiles that hold some.
+  ATTNRB_DEVICE float chosen_max(int i) const { return bit_cast<float>(words[(4 + i) * kThreads]); }
+  ATTNRB_DEVICE float chosen_sum(int i) const { return bit_cast<float>(words[(6 + i) * kThreads]); }
+  ATTNRB_DEVICE void set_chosen(int i, float max, float sum) const {
+    words[(4 + i) * kThreads] = bit_cast<uint32_t>(max);
+    words[(6 + i) * kThreads] = bit_cast<uint32_t>(sum);
+  }
+  ATTNRB_DEVICE uint32_t& chosen_tiles() const { return words[8 * kThreads]; }
+  // Where this lane is in the outlier list of a row.
+  ATTNRB_DEVICE int cursor_position() const { return int(words[9 * kThreads]); }
+  ATTNRB_DEVICE BoostCursor cursor() const {
+    const uint64_t slots = uint64_t(words[12 * kThreads]) | uint64_t(words[13 * kThreads]) << 32;
+    return {reinterpret_cast<const int32_t*>(slots), int32_t(words[10 * kThreads]), int32_t(words[11 * kThreads]),
+            cursor_position()};
+  }
+  ATTNRB_DEVICE void set_cursor(const BoostCursor& cursor) const {
+    const uint64_t slots = reinterpret_cast<uint64_t>(cursor.slots);
+    words[9 * kThreads] = uint32_t(cursor.position);
+    words[10 * kThreads] = uint32_t(cursor.count);
+    words[11 * kThreads] = uint32_t(cursor.next);
+    words[12 * kThreads] = uint32_t(slots);
+    words[13 * kThreads] = uint32_t(slots >> 32);
+  }
+
+ private:
+  uint32_t* words;
+};
+
 template <class T, int Width, Task task>
 class AttentionBlock {
   using Tiles = Tile<T, Width>;
   static constexpr int kKeys = Tiles::keys;
+  static constexpr bool kRest = task == Task::rest, kEdited = task == Task::edited || kRest;
+  static constexpr bool kBiased = kEdited || task == Task::biased_softmax;
+  static constexpr bool kValues = task != Task::softmax && task != Task::biased_softmax;
+  static constexpr bool kMayEmit = kEdited || task == Task::source;
+  static constexpr bool kMayBoost = kEdited || task == Task::rebalance;
 
  public:
   ATTNRB_DEVICE AttentionBlock(const AttentionParameters& parameters, int64_t block) : p(parameters) {
@@ -84,14 +137,18 @@ class AttentionBlock {
   }
 
   ATTNRB_DEVICE void run() {
-    rows.start(p, batch, key_head, warp_row + lane / 4);
+    rows.start(p, batch, key_head, first_row());
+    if (kBiased && has_bias()) keep_bias();
     if (p.wanted_rows != nullptr) leave_unwanted();
-    if (task == Task::source) marks.start(int((p.problem.shape.keys + kKeys - 1) / kKeys));
-    if (task == Task::rebalance) broken = cursor.start(p, batch, key_head, warp_row);
-#pragma unroll
-    for (int n = 0; n < Tiles::value_tiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[n][e] = 0.0f;
+    if (kMayEmit) marks.start(tiles_of_keys());
+    if (kMayBoost) broken = cursor.start(p, batch, key_head, warp_row);
+    if (kEdited) KeptWords(p).set_cursor(cursor);
+    if (kRest) {
+      const KeptWords kept(p);
+      for (int i = 0; i < 2; ++i) kept.set_chosen(i, minus_infinity(), 0.0f);
+      kept.chosen_tiles() = 0;
+    }
+    clear(sums);
 
     set_key_tiles();
     load_queries();
@@ -99,26 +156,107 @@ class AttentionBlock {
     commit_copies();
     for (int tile = first_tile; tile < last_tile; ++tile) visit(tile);
     wait_for_copies();
-
-    float max[2], sum[2], boosted[2];
-    bool seen[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      max[i] = rows.max[i];
-      sum[i] = quad_sum(rows.sum[i]);
-      boosted[i] = quad_sum(rows.boosted[i]);
-      // In a partial tile each lane knows of its own keys only.
-      seen[i] = quad_sum(rows.seen[i] ? 1.0f : 0.0f) != 0.0f;
-      if (p.splits == 1 && rows.valid[i])
-        join_sink(p, row_place(p, key_head, first_row() + 8 * i).head, max[i], sum[i], boosted[i]);
-      if (!seen[i]) sum[i] = boosted[i] = 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) write_row(i, max[i], sum[i], boosted[i], seen[i]);
-    if (task == Task::source) select(max, sum);
+    finish();
   }
 
  private:
+  // Of a row after its last key.
+  struct RowEnd {
+    float max, sum, boosted;
+    bool seen;
+  };
+
+  ATTNRB_DEVICE void keep_bias() const {
+    BiasPair bias;
+    bias.start(p, batch, key_head, first_row());
+    const KeptWords kept(p);
+    kept.first_in_group() = uint32_t(warp_row % p.group);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = first_row() + 8 * i;
+      kept.bias_head(i) = uint32_t(row_place(p, key_head, row < p.rows ? row : p.rows - 1).head);
+      kept.bias_limit(i) = uint32_t(bias.row[i].limit);
+    }
+  }
+  ATTNRB_DEVICE BiasPair kept_bias() const {
+    const KeptWords kept(p);
+    BiasPair bias;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bias.row[i].aim(p, batch, int(kept.bias_head(i)));
+      bias.row[i].limit = int(kept.bias_limit(i));
+    }
+    return bias;
+  }
+  // As many tiles to a bit as there are of those that hold outliers to be found.
+  ATTNRB_DEVICE TileMarks chosen_marks() const { return {KeptWords(p).chosen_tiles(), marks.shift}; }
+
+  ATTNRB_DEVICE bool has_bias() const { return p.problem.edit.key_bias != nullptr; }
+  ATTNRB_DEVICE bool emits() const { return kMayEmit && (!kEdited || p.problem.emit.indices != nullptr); }
+  ATTNRB_DEVICE int tiles_of_keys() const { return int((p.problem.shape.keys + kKeys - 1) / kKeys); }
+
+  ATTNRB_DEVICE void finish() {
+    RowEnd end[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      // In a partial tile each lane knows of its own keys only.
+      end[i] = {rows.max[i], quad_sum(rows.sum[i]), quad_sum(rows.boosted[i]),
+                quad_sum(rows.seen[i] ? 1.0f : 0.0f) != 0.0f};
+      if (p.splits == 1 && rows.valid[i]) join_sink(p, head_of(i), end[i].max, end[i].sum, end[i].boosted);
+      if (!end[i].seen) end[i].sum = end[i].boosted = 0.0f;
+    }
+    if constexpr (kRest) {
+      finish_rest(end);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // Values were summed relative to the keys' own maximum, the denominator may stand relative to a sink.
+        const float own = exp2f(reference(rows.max[i]) - reference(end[i].max));
+        write_row(i, end[i], end[i].seen ? own / (end[i].sum + end[i].boosted) : 0.0f);
+      }
+    }
+    if (emits()) select(end);
+  }
+
+  // See Note: [Rule rest on the device]. The ends are those of the others' softmax, and become the whole row's.
+  ATTNRB_DEVICE void finish_rest(RowEnd (&end)[2]) {
+    const KeptWords kept(p);
+    float of_chosen[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float chosen_max = kept.chosen_max(i), chosen_sum = quad_sum(kept.chosen_sum(i));
+      const RestShares shares =
+          rest_shares(end[i].max, end[i].sum, chosen_max, chosen_sum, rows.valid[i] ? gain_of(p, head_of(i)) : 0.0f);
+      of_chosen[i] = 1.0f;
+      if (p.splits == 1) {
+        const float own = exp2f(reference(rows.max[i]) - reference(end[i].max));
+        const float of_rest = end[i].sum == 0.0f ? 0.0f : own * (shares.of_rest / end[i].sum);
+#pragma unroll
+        for (int n = 0; n < Tiles::value_tiles; ++n)
+#pragma unroll
+          for (int e = 2 * i; e < 2 * i + 2; ++e) sums[n][e] *= of_rest;
+        of_chosen[i] = chosen_sum == 0.0f ? 0.0f : shares.of_chosen / chosen_sum;
+      } else {
+        write_part(i, end[i], p.partials.state, p.partials.sums);
+        const RowEnd of_outliers{chosen_max, chosen_sum, 0.0f, end[i].seen};
+        write_state(i, of_outliers, p.partials.chosen_state);
+#pragma unroll
+        for (int n = 0; n < Tiles::value_tiles; ++n)
+#pragma unroll
+          for (int e = 2 * i; e < 2 * i + 2; ++e) sums[n][e] = 0.0f;
+      }
+      end[i].max = shares.max;
+      end[i].sum = shares.sum;
+    }
+    add_chosen(of_chosen);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (p.splits == 1)
+        write_row(i, end[i], 1.0f);
+      else
+        write_sums(i, p.partials.chosen_sums);
+  }
+
   ATTNRB_DEVICE void leave_unwanted() {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -128,6 +266,7 @@ class AttentionBlock {
   }
 
   ATTNRB_DEVICE int64_t first_row() const { return warp_row + lane / 4; }
+  ATTNRB_DEVICE int head_of(int i) const { return row_place(p, key_head, first_row() + 8 * i).head; }
 
   // The tiles of keys that some row sees, and this block's share of them.
   ATTNRB_DEVICE void set_key_tiles() {
@@ -153,11 +292,10 @@ class AttentionBlock {
   }
 
   ATTNRB_DEVICE void load_operand(const Operand& operand, int columns, int first_column, int tile, int which) {
-    const T* base = static_cast<const T*>(operand.data) + batch * operand.strides[0] + key_head * operand.strides[1];
+    const HeadRows<T> keys(operand, batch, key_head);
     const int64_t first = int64_t(tile) * kKeys, left = p.problem.shape.keys - first;
-    load_tile<T, kThreads>(buffer(which), kKeys, columns, operand, first_column, [&](int r) -> const T* {
-      return r < left ? base + (first + r) * operand.strides[2] : nullptr;
-    });
+    load_tile<T, kThreads>(buffer(which), kKeys, columns, operand, first_column,
+                           [&](int r) -> const T* { return r < left ? keys.row(first + r) : nullptr; });
   }
   ATTNRB_DEVICE void load_keys(int tile, int which) { load_operand(p.key, p.columns, 0, tile, which); }
   ATTNRB_DEVICE void load_values(int tile) { load_operand(p.value, p.value_columns, slice * Width, tile, 1); }
@@ -168,7 +306,7 @@ class AttentionBlock {
     const bool active = rows.active(first, first + kKeys);
     wait_for_copies();
     block_sync();
-    if (task != Task::softmax) load_values(tile);
+    if (kValues) load_values(tile);
     commit_copies();
     float s[Tiles::score_tiles][4];
     if (active) score(s, buffer(0));
@@ -178,14 +316,36 @@ class AttentionBlock {
     commit_copies();
     if (!active) return;
 
-    const bool partial = rows.partial(p, first, first + kKeys);
-    rows.finish_scores(p, s, first, partial);
+    bool partial = finish_scores(s, first);
+    const bool found = kMayBoost && any(next_outlier() < first + kKeys);
+    if (found && kRest) {
+      TileMarks chosen = chosen_marks();
+      chosen.mark(tile);
+      KeptWords(p).chosen_tiles() = chosen.word;
+      set_aside(s, first);
+      // Outliers have a weight of zero here, which must not meet a value of NaN or infinity.
+      partial = true;
+    }
     float factor[2], largest[2];
     rows.absorb(s, factor, largest);
-    if (task == Task::source) mark_outliers(tile, largest);
-    if (task == Task::softmax) return;
-    if (task == Task::rebalance && cursor.any_before(first + kKeys)) strengthen(s, first);
+    if (emits()) mark_outliers(tile, largest, found && kRest);
+    if (!kValues) return;
+    if (found && !kRest) strengthen(s, first);
     accumulate(s, factor, partial);
+  }
+
+  // Products become scores; whether some of them are hidden.
+  ATTNRB_DEVICE bool finish_scores(float (&s)[Tiles::score_tiles][4], int first) {
+    bool partial = rows.partial(p, first, first + kKeys);
+    if (!kBiased || !has_bias()) {
+      rows.finish_scores(p, s, first, partial);
+      return partial;
+    }
+    rows.scale_scores(p, s);
+    const uint32_t removed = kept_bias().add(p, batch, key_head, int(KeptWords(p).first_in_group()), s, first);
+    partial = partial || any(removed != 0);
+    rows.hide_scores(p, s, first, partial, removed);
+    return partial;
   }
 
   // s = query rows of this warp times the keys in `keys`.
@@ -275,14 +435,12 @@ class AttentionBlock {
 
   // See Note: [Strengthened probabilities]: they have joined the row's sum already.
   ATTNRB_DEVICE void strengthen(float (&s)[Tiles::score_tiles][4], int first) {
-    const uint64_t bits = cursor.take(p, first, kKeys);
-    const uint64_t row_bits[2] = {shuffle(bits, lane / 4) >> (lane % 4 * 2),
-                                  shuffle(bits, lane / 4 + 8) >> (lane % 4 * 2)};
+    uint64_t row_bits[2];
+    take_outliers(first, row_bits);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!rows.valid[i] || row_bits[i] == 0) continue;
-      const Edit& edit = p.problem.edit;
-      const float gain = edit.gain[row_place(p, key_head, first_row() + 8 * i).head * p.gain_stride];
+      const float gain = gain_of(p, head_of(i));
 #pragma unroll
       for (int n = 0; n < Tiles::score_tiles; ++n)
 #pragma unroll
@@ -291,13 +449,95 @@ class AttentionBlock {
           const float before = s[n][2 * i + e];
           s[n][2 * i + e] *= 1.0f + gain;
           // What the output really gains: rounded probabilities must not be divided by exact ones.
-          if (edit.rule == Rule::row) rows.boosted[i] += to_float(from_float<T>(s[n][2 * i + e])) - before;
+          if (p.problem.edit.rule == Rule::row) rows.boosted[i] += to_float(from_float<T>(s[n][2 * i + e])) - before;
         }
     }
   }
 
+  ATTNRB_DEVICE int next_outlier() const { return kEdited ? KeptWords(p).cursor_position() : cursor.position; }
+
+  // The outliers of this lane's rows in a tile: bit 8 n + e for this lane's element e of score tile n.
+  ATTNRB_DEVICE void take_outliers(int first, uint64_t (&row_bits)[2]) {
+    uint64_t bits = 0;
+    if (kEdited) {
+      const KeptWords kept(p);
+      BoostCursor at = kept.cursor();
+      bits = at.take(p, first, kKeys);
+      kept.set_cursor(at);
+    } else {
+      bits = cursor.take(p, first, kKeys);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) row_bits[i] = shuffle(bits, lane / 4 + 8 * i) >> (lane % 4 * 2);
+  }
+
+  // Takes the outliers' scores out of a tile and adds them to their own softmax: see Note: [Rule rest on the device].
+  ATTNRB_DEVICE void set_aside(float (&s)[Tiles::score_tiles][4], int first) {
+    const KeptWords kept(p);
+    uint64_t row_bits[2];
+    take_outliers(first, row_bits);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float largest = minus_infinity();
+#pragma unroll
+      for (int n = 0; n < Tiles::score_tiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if ((row_bits[i] >> (8 * n + e)) & 1) largest = fmaxf(largest, s[n][2 * i + e]);
+      const float high = fmaxf(kept.chosen_max(i), quad_max(largest)), from = reference(high);
+      float sum = kept.chosen_sum(i) * fast_exp2(kept.chosen_max(i) - from);
+#pragma unroll
+      for (int n = 0; n < Tiles::score_tiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (!((row_bits[i] >> (8 * n + e)) & 1)) continue;
+          sum += fast_exp2(s[n][2 * i + e] - from);
+          s[n][2 * i + e] = minus_infinity();
+        }
+      kept.set_chosen(i, high, sum);
+    }
+  }
+
+  // Adds factor times the outliers' values, weighed relative to their maximum, to the sums.
+  ATTNRB_DEVICE void add_chosen(const float (&factor)[2]) {
+    TileMarks chosen = chosen_marks();
+    chosen.join(reinterpret_cast<uint32_t*>(first_buffer));
+    BoostCursor start = KeptWords(p).cursor();
+    start.restart(p);
+    KeptWords(p).set_cursor(start);
+    for (int tile = chosen.next(first_tile, last_tile); tile < last_tile; tile = chosen.next(tile + 1, last_tile)) {
+      const int first = tile * kKeys;
+      load_keys(tile, 0);
+      load_values(tile);
+      commit_copies();
+      wait_for_copies();
+      block_sync();
+      if (rows.active(first, first + kKeys)) {
+        float s[Tiles::score_tiles][4];
+        score(s, buffer(0));
+        finish_scores(s, first);
+        const KeptWords kept(p);
+        uint64_t row_bits[2];
+        take_outliers(first, row_bits);
+#pragma unroll
+        for (int n = 0; n < Tiles::score_tiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int i = e / 2;
+            const bool taken = (row_bits[i] >> (8 * n + e % 2)) & 1;
+            s[n][e] = taken ? fast_exp2(s[n][e] - reference(kept.chosen_max(i))) * factor[i] : 0.0f;
+          }
+        const float unchanged[2] = {1.0f, 1.0f};
+        accumulate(s, unchanged, true);
+      }
+      block_sync();
+    }
+  }
+
   // See Note: [Two passes for outliers]. The sum is at least 1 from the first visible key on.
-  ATTNRB_DEVICE void mark_outliers(int tile, const float (&largest)[2]) {
+  // `certainly`: scores were set aside, of which `largest` does not tell.
+  ATTNRB_DEVICE void mark_outliers(int tile, const float (&largest)[2], bool certainly) {
+    if (certainly) marks.mark(tile);
     const float slack = p.threshold_log2 - 1e-4f;
     if (!any((rows.valid[0] && largest[0] > rows.max[0] + slack) ||
              (rows.valid[1] && largest[1] > rows.max[1] + slack)))
@@ -311,44 +551,26 @@ class AttentionBlock {
     if (any(above)) marks.mark(tile);
   }
 
-  // Writes what is known of a row after its last key.
-  ATTNRB_DEVICE void write_row(int i, float max, float sum, float boosted, bool seen) {
-    const int64_t row = first_row() + 8 * i;
+  // Writes what is known of a row after its last key; `by`: what its sums are multiplied by.
+  ATTNRB_DEVICE void write_row(int i, const RowEnd& end, float by) {
     if (!rows.valid[i]) return;
-    const AttentionProblem& problem = p.problem;
-    const RowPlace place = row_place(p, key_head, row);
-    const int column = lane % 4 * 2, first_column = slice * Width;
     if (p.splits > 1) {
-      const int64_t index = partial_index(row);
-      if (lane % 4 == 0 && slice == 0) {
-        float* state = p.partials.state + 4 * index;
-        state[0] = max;
-        state[1] = sum;
-        state[2] = is_broken(i) ? bit_cast<float>(uint32_t(0x7fc00000u)) : boosted;
-        state[3] = seen ? 1.0f : 0.0f;
-      }
-      if (task == Task::softmax) return;
-      float* out = p.partials.sums + index * problem.shape.value_width + first_column;
-#pragma unroll
-      for (int n = 0; n < Tiles::value_tiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (first_column + 8 * n + column + e < problem.shape.value_width)
-            out[8 * n + column + e] = sums[n][2 * i + e];
+      write_part(i, end, p.partials.state, p.partials.sums);
       return;
     }
+    const AttentionProblem& problem = p.problem;
+    const RowPlace place = row_place(p, key_head, first_row() + 8 * i);
+    const int column = lane % 4 * 2, first_column = slice * Width;
     if (lane % 4 == 0 && slice == 0) {
       const int64_t index = (batch * problem.shape.heads + place.head) * problem.shape.queries + place.query;
-      if (problem.lse != nullptr) problem.lse[index] = seen ? (max + log2f(sum + boosted)) * kLn2 : minus_infinity();
+      if (problem.lse != nullptr)
+        problem.lse[index] = end.seen ? (end.max + log2f(end.sum + end.boosted)) * kLn2 : minus_infinity();
       if (problem.softmax != nullptr) {
-        problem.softmax[2 * index] = max;
-        problem.softmax[2 * index + 1] = sum;
+        problem.softmax[2 * index] = end.max;
+        problem.softmax[2 * index + 1] = end.sum;
       }
     }
-    if (task == Task::softmax) return;
-    const float denominator = sum + boosted;
-    // Values were summed relative to the keys' own maximum, the denominator may stand relative to a sink.
-    float by = seen ? exp2f(reference(rows.max[i]) - reference(max)) / denominator : 0.0f;
+    if (!kValues) return;
     if (is_broken(i)) by = bit_cast<float>(uint32_t(0x7fc00000u));
     T* out = static_cast<T*>(problem.output) + batch * problem.output_strides[0] +
              place.head * problem.output_strides[1] + place.query * problem.output_strides[2] + first_column;
@@ -362,16 +584,39 @@ class AttentionBlock {
     }
   }
 
-  ATTNRB_DEVICE bool is_broken(int i) const {
-    return task == Task::rebalance && ((broken >> (lane / 4 + 8 * i)) & 1u) != 0;
+  // A split's share of a row: see Note: [Split keys].
+  ATTNRB_DEVICE void write_part(int i, const RowEnd& end, float* states, float* all_sums) {
+    write_state(i, end, states);
+    if (kValues) write_sums(i, all_sums);
   }
+  ATTNRB_DEVICE void write_state(int i, const RowEnd& end, float* states) {
+    if (!rows.valid[i] || lane % 4 != 0 || slice != 0) return;
+    float* state = states + 4 * partial_index(first_row() + 8 * i);
+    state[0] = end.max;
+    state[1] = end.sum;
+    state[2] = is_broken(i) ? bit_cast<float>(uint32_t(0x7fc00000u)) : end.boosted;
+    state[3] = end.seen ? 1.0f : 0.0f;
+  }
+  ATTNRB_DEVICE void write_sums(int i, float* all_sums) {
+    if (!rows.valid[i]) return;
+    const int64_t width = p.problem.shape.value_width;
+    const int column = lane % 4 * 2, first_column = slice * Width;
+    float* out = all_sums + partial_index(first_row() + 8 * i) * width + first_column;
+#pragma unroll
+    for (int n = 0; n < Tiles::value_tiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (first_column + 8 * n + column + e < width) out[8 * n + column + e] = sums[n][2 * i + e];
+  }
+
+  ATTNRB_DEVICE bool is_broken(int i) const { return kMayBoost && ((broken >> (lane / 4 + 8 * i)) & 1u) != 0; }
 
   ATTNRB_DEVICE int64_t partial_index(int64_t row) const {
     return ((batch * p.problem.shape.key_heads + key_head) * p.rows + row) * p.splits + split;
   }
 
   // The second pass of Note: [Two passes for outliers].
-  ATTNRB_DEVICE void select(const float (&max)[2], const float (&sum)[2]) {
+  ATTNRB_DEVICE void select(const RowEnd (&end)[2]) {
     if (slice != 0) return;
     // All warps are done with the first buffer: behind the last tile's scores there was a barrier.
     marks.join(reinterpret_cast<uint32_t*>(first_buffer));
@@ -385,12 +630,11 @@ class AttentionBlock {
     const int slot_offset = p.splits > 1 ? 0 : int(problem.visibility.key_offset);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      threshold[i] = max[i] + log2f(sum[i]) + p.threshold_log2;
+      threshold[i] = end[i].max + log2f(end[i].sum) + p.threshold_log2;
       own[i] = -1;
       if (!rows.valid[i]) continue;
       const RowPlace place = row_place(p, key_head, first_row() + 8 * i);
-      const int64_t position = problem.visibility.query_offset + place.query - problem.visibility.key_offset;
-      if (position >= 0 && position < problem.shape.keys) own[i] = int(position);
+      own[i] = own_key(p, batch, place.query);
       if (p.splits > 1) {
         found[i] = p.partials.candidates + partial_index(first_row() + 8 * i) * capacity;
         scores[i] = p.partials.candidate_scores + partial_index(first_row() + 8 * i) * capacity;
@@ -412,7 +656,7 @@ class AttentionBlock {
       if (rows.active(first, first + kKeys)) {
         float s[Tiles::score_tiles][4];
         score(s, buffer(which));
-        rows.finish_scores(p, s, first, rows.partial(p, first, first + kKeys));
+        finish_scores(s, first);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
           take(s, i, first, threshold[i], own[i], found[i], scores[i], slot_offset, counts[i]);
@@ -482,7 +726,7 @@ class AttentionBlock {
 // Left alone, ptxas spills a register of the softmax kernel to come below 96 or 128 of them: shared memory holds three
 // blocks of it at a time, and that many registers do not press.
 template <class T, int Width, Task task>
-ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, task == Task::softmax ? 3 : 1)
+ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, task == Task::softmax || task == Task::biased_softmax ? 3 : 1)
     attention_kernel(ATTNRB_PARAMETERS AttentionParameters parameters) {
   AttentionBlock<T, Width, task> block(parameters, block_index());
   if (block.wanted()) block.run();

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "marks.h"
 #include "sparse_parameters.h"
 
 namespace attnrb::cuda {
@@ -51,14 +52,13 @@ class CorrectionRow {
     const Edit& edit = p.problem.edit;
     const int64_t* strides = parameters.lse_strides;
     const float lse = parameters.dense_lse[batch * strides[0] + place.head * strides[1] + place.query * strides[2]];
-    const int32_t* slots = edit.indices + index * edit.capacity;
-    const int32_t count = edit.counts[index];
-    const float gain = edit.gain[place.head * p.gain_stride];
-    const bool broken = is_broken(slots, count);
+    const OutlierList list = outliers_of(p, batch, place);
+    const float gain = gain_of(p, place.head);
+    const bool broken = breaks_rules(p, list);
     float sums[U::size], mass = 0.0f;
 #pragma unroll
     for (int i = 0; i < U::size; ++i) sums[i] = 0.0f;
-    if (!broken && gain != 0.0f) add_outliers(slots, count, lse * kLog2E, sums, mass);
+    if (!broken && gain != 0.0f) add_outliers(list, lse * kLog2E, sums, mass);
     // Groups of lanes had different outliers.
 #pragma unroll
     for (int mask = Lanes; mask < 32; mask *= 2) {
@@ -72,27 +72,15 @@ class CorrectionRow {
   }
 
  private:
-  ATTNRB_DEVICE bool is_broken(const int32_t* slots, int32_t count) const {
-    const bool outside = count < 0 || count > p.problem.edit.capacity;
-    bool unsorted = false;
-    if (!outside)
-      for (int c = lane + 1; c < count; c += 32) unsorted = unsorted || slots[c] <= slots[c - 1];
-    const bool broken = outside || any(unsorted);
-    if (broken && lane == 0)
-      report_status(p.status, int32_t(outside ? Status::outlier_count : Status::unsorted_outliers));
-    return broken;
-  }
-
-  ATTNRB_DEVICE void add_outliers(const int32_t* slots, int32_t count, float reference, float (&sums)[U::size],
-                                  float& mass) const {
+  ATTNRB_DEVICE void add_outliers(const OutlierList& list, float reference, float (&sums)[U::size], float& mass) const {
+    const int32_t* slots = list.slots;
+    const int32_t count = list.count;
     const T* query = static_cast<const T*>(p.query.data) + batch * p.query.strides[0] +
                      place.head * p.query.strides[1] + place.query * p.query.strides[2];
     // Lanes beyond the width read its first unit, which counts for nothing.
     const bool held = column < p.query.width;
     const int from = held ? column : 0;
-    const T* keys = static_cast<const T*>(p.key.data) + batch * p.key.strides[0] + key_head * p.key.strides[1] + from;
-    const T* values =
-        static_cast<const T*>(p.value.data) + batch * p.value.strides[0] + key_head * p.value.strides[1] + from;
+    const HeadRows<T> keys(p.key, batch, key_head, from), values(p.value, batch, key_head, from);
     const Interval seen = visible_interval(p.problem.visibility, batch, place.query, p.problem.shape.keys);
     const int64_t key_offset = p.problem.visibility.key_offset;
     float q[U::size];
@@ -111,8 +99,8 @@ class CorrectionRow {
         taken[f] = c < count && slot >= seen.low && slot < seen.high;
         // Loads without conditions: those of one turn are under way together.
         const int64_t at = taken[f] ? slot : 0;
-        key[f] = *reinterpret_cast<const U*>(keys + at * p.key.strides[2]);
-        value[f] = *reinterpret_cast<const U*>(values + at * p.value.strides[2]);
+        key[f] = *reinterpret_cast<const U*>(keys.row(at));
+        value[f] = *reinterpret_cast<const U*>(values.row(at));
       }
       keep_loads_apart();
 #pragma unroll

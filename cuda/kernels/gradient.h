@@ -19,14 +19,14 @@ namespace attnrb::cuda {
 
 // Sixteen lanes walk down the outlier lists of a warp's sixteen rows, in ascending order.
 struct OutlierWalk {
-  const int32_t* slots = nullptr;
-  int32_t count = 0, next = 0;
+  OutlierList list;
+  int32_t next = 0;
 
   // The row's outliers among the `keys` <= 32 keys from `first` on, one bit each; earlier ones are passed over.
   ATTNRB_DEVICE uint32_t take(int64_t key_offset, int64_t first, int keys) {
     uint32_t bits = 0;
-    for (; next < count; ++next) {
-      const int64_t at = int64_t(slots[next]) - key_offset - first;
+    for (; next < list.count; ++next) {
+      const int64_t at = int64_t(list.slots[next]) - key_offset - first;
       if (at >= keys) break;
       if (at >= 0) bits |= 1u << at;
     }
@@ -34,10 +34,34 @@ struct OutlierWalk {
   }
 };
 
-template <class T, int Width, GradientTask task>
+// Of a row's weights, and of weights times their gradients: the outliers' and all others'.
+struct RestSums {
+  float others, along_others, chosen, along_chosen;
+
+  ATTNRB_DEVICE void add(bool marked, float weight, float along) {
+    others += marked ? 0.0f : weight;
+    along_others += marked ? 0.0f : along;
+    chosen += marked ? weight : 0.0f;
+    along_chosen += marked ? along : 0.0f;
+  }
+  ATTNRB_DEVICE void join() {
+    others = quad_sum(others);
+    along_others = quad_sum(along_others);
+    chosen = quad_sum(chosen);
+    along_chosen = quad_sum(along_chosen);
+  }
+};
+
+// `Edited`: there may be a key bias or rule rest.
+template <class T, int Width, GradientTask task, bool Edited>
 class GradientBlock {
-  static constexpr bool kOwnsKeys = task == GradientTask::keys || task == GradientTask::received_keys;
-  static constexpr bool kReceived = task != GradientTask::queries && task != GradientTask::keys;
+  // Rows are those of one head.
+  static constexpr bool kOneHead = task == GradientTask::bias;
+  static constexpr bool kOwnsKeys = task == GradientTask::keys || task == GradientTask::received_keys || kOneHead;
+  static constexpr bool kReceived = task == GradientTask::received_deltas || task == GradientTask::received_queries ||
+                                    task == GradientTask::received_keys;
+  // Sums of rows or keys, and no gradients of operands.
+  static constexpr bool kSums = task == GradientTask::received_deltas || task == GradientTask::rest || kOneHead;
   static constexpr int kUnit = 16 / int(sizeof(T)), kStep = 2 * kUnit;
   static constexpr int kOwn = GradientTile<T>::own, kInner = GradientTile<T>::inner;
   static constexpr int kScoreTiles = kInner / 8, kSumTiles = Width / 8;
@@ -51,9 +75,14 @@ class GradientBlock {
     warp = thread_index() / 32;
     slice = int(block % p.slices);
     block /= p.slices;
-    const int64_t heads = shape.batch * shape.key_heads, tile = block / heads;
-    batch = int(block % heads / shape.key_heads);
-    key_head = int(block % heads % shape.key_heads);
+    const int64_t heads_of_batch = kOneHead ? shape.heads : shape.key_heads;
+    const int64_t heads = shape.batch * heads_of_batch, tile = block / heads;
+    batch = int(block % heads / heads_of_batch);
+    key_head = int(block % heads % heads_of_batch);
+    if (kOneHead) {
+      in_group = key_head % p.group;
+      key_head /= p.group;
+    }
     // Under a causal mask the first keys are seen by the most rows, and the last rows see the most keys.
     own_first = (kOwnsKeys ? tile : p.row_tiles - 1 - tile) * kOwn;
     warp_first = own_first + 16 * warp;
@@ -63,8 +92,8 @@ class GradientBlock {
   }
 
   ATTNRB_DEVICE void run() {
-    // Deltas take all chunks and have one owner.
-    if (task == GradientTask::received_deltas && slice != 0) return;
+    // They take all chunks and have one owner.
+    if (kSums && slice != 0) return;
     start_own();
     clear(first_sums);
     clear(second_sums);
@@ -103,6 +132,11 @@ class GradientBlock {
   }
 
  private:
+  ATTNRB_DEVICE int group() const { return kOneHead ? 1 : p.group; }
+  ATTNRB_DEVICE int64_t row_count() const { return kOneHead ? p.problem.shape.queries : p.rows; }
+  ATTNRB_DEVICE bool biased() const { return Edited && p.problem.edit.key_bias != nullptr; }
+  ATTNRB_DEVICE bool rest() const { return Edited && parameters.rest_rows != nullptr; }
+
   template <int Tiles>
   static ATTNRB_DEVICE void clear(float (&c)[Tiles][4]) {
 #pragma unroll
@@ -128,6 +162,7 @@ class GradientBlock {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sums_of_row[i] = 0.0f;
+      rest_sums[i] = {0.0f, 0.0f, 0.0f, 0.0f};
       own_mask[i] = nullptr;
       own_head[i] = 0;
       if (kOwnsKeys) continue;
@@ -135,8 +170,10 @@ class GradientBlock {
       if (row >= p.rows) continue;
       const uint32_t* words = row_words(row);
       own_row[i].read(words, words + 4);
+      if (rest() && task == GradientTask::queries) own_row[i].read_rest(parameters, row_index(row));
       const RowPlace place = row_place(p, key_head, row);
       own_head[i] = place.head;
+      if (biased()) own_bias[i].start(p, batch, place);
       const Visibility& visibility = p.problem.visibility;
       if (visibility.mask != nullptr)
         own_mask[i] = visibility.mask + batch * visibility.mask_strides[0] + place.head * visibility.mask_strides[1] +
@@ -145,19 +182,13 @@ class GradientBlock {
     if (kOwnsKeys || p.problem.edit.indices == nullptr || lane >= 16 || warp_first + lane >= p.rows) return;
     GradientRow row;
     row.read(row_words(warp_first + lane), row_words(warp_first + lane) + 4);
-    if (row.buckets != 0) walk.count = outliers_of(row_place(p, key_head, warp_first + lane), walk.slots);
+    if (row.buckets != 0) walk.list = outliers_of(p, batch, row_place(p, key_head, warp_first + lane));
   }
 
-  ATTNRB_DEVICE const uint32_t* row_words(int64_t row) const {
-    return parameters.words + 8 * ((batch * p.problem.shape.key_heads + key_head) * p.rows + row);
+  ATTNRB_DEVICE int64_t row_index(int64_t row) const {
+    return (batch * p.problem.shape.key_heads + key_head) * p.rows + (kOneHead ? row * p.group + in_group : row);
   }
-
-  ATTNRB_DEVICE int32_t outliers_of(const RowPlace& place, const int32_t*& slots) const {
-    const Shape& shape = p.problem.shape;
-    const int64_t row = (batch * shape.heads + place.head) * shape.queries + place.query;
-    slots = p.problem.edit.indices + row * p.problem.edit.capacity;
-    return p.problem.edit.counts[row];
-  }
+  ATTNRB_DEVICE const uint32_t* row_words(int64_t row) const { return parameters.words + 8 * row_index(row); }
 
   // The inner items that some own item meets; returns the first.
   ATTNRB_DEVICE int64_t set_inner() {
@@ -166,8 +197,8 @@ class GradientBlock {
     if (kOwnsKeys) {
       const auto seen = [&](int64_t query) { return visible_interval(visibility, batch, query, shape.keys); };
       inner_end =
-          p.group * first_query(shape.queries, [&](int64_t query) { return seen(query).low >= own_first + kOwn; });
-      return p.group * first_query(shape.queries, [&](int64_t query) { return seen(query).high > own_first; });
+          group() * first_query(shape.queries, [&](int64_t query) { return seen(query).low >= own_first + kOwn; });
+      return group() * first_query(shape.queries, [&](int64_t query) { return seen(query).high > own_first; });
     }
     const int64_t last = (own_first + kOwn < p.rows ? own_first + kOwn : p.rows) - 1;
     const Interval interval = visible_interval(visibility, batch, own_first / p.group, last / p.group + 1, shape.keys);
@@ -202,9 +233,9 @@ class GradientBlock {
 
   ATTNRB_DEVICE void load_keys(T* keys, T* values, int count, int64_t first, int chunk) {
     const auto load = [&](T* tile, int columns, const Operand& operand) {
-      const T* base = static_cast<const T*>(operand.data) + batch * operand.strides[0] + key_head * operand.strides[1];
+      const HeadRows<T> rows(operand, batch, key_head);
       load_tile<T, kThreads>(tile, count, columns, operand, chunk * Width, [&](int r) -> const T* {
-        return first + r < p.problem.shape.keys ? base + (first + r) * operand.strides[2] : nullptr;
+        return first + r < p.problem.shape.keys ? rows.row(first + r) : nullptr;
       });
     };
     load(keys, p.columns, p.key);
@@ -213,15 +244,15 @@ class GradientBlock {
 
   // Rows of the group with their words behind them.
   ATTNRB_DEVICE void load_rows(T* queries, T* gradients, int count, int64_t first, int chunk) {
-    const int64_t first_query = first / p.group;
-    const uint32_t rest = uint32_t(first - first_query * p.group), group = uint32_t(p.group);
+    const int64_t first_query = first / group();
+    const uint32_t rest = uint32_t(first - first_query * group()), heads = uint32_t(group());
     const auto load = [&](T* tile, int columns, const Operand& operand) {
-      const T* base =
-          static_cast<const T*>(operand.data) + batch * operand.strides[0] + key_head * group * operand.strides[1];
+      const T* base = static_cast<const T*>(operand.data) + batch * operand.strides[0] +
+                      (kOneHead ? key_head * p.group + in_group : key_head * heads) * operand.strides[1];
       load_tile<T, kThreads>(tile, count, columns, operand, chunk * Width, [&](int r) -> const T* {
-        if (first + r >= p.rows) return nullptr;
-        const uint32_t query = (rest + uint32_t(r)) / group, in_group = rest + uint32_t(r) - query * group;
-        return base + in_group * operand.strides[1] + (first_query + query) * operand.strides[2];
+        if (first + r >= row_count()) return nullptr;
+        const uint32_t query = (rest + uint32_t(r)) / heads, head = rest + uint32_t(r) - query * heads;
+        return base + head * operand.strides[1] + (first_query + query) * operand.strides[2];
       });
     };
     load(queries, p.columns, p.query);
@@ -232,7 +263,7 @@ class GradientBlock {
   // Two threads a row.
   ATTNRB_DEVICE void load_words_behind(T* queries, T* gradients, int count, int64_t first) {
     for (int r = thread_index() / 2; r < count; r += kThreads / 2) {
-      const bool valid = first + r < p.rows;
+      const bool valid = first + r < row_count();
       const uint32_t* words = valid ? row_words(first + r) : parameters.words;
       if (thread_index() % 2 == 0)
         copy_async(queries + r * first_stride + p.columns, words, valid);
@@ -348,17 +379,17 @@ class GradientBlock {
     uint32_t rest;
   };
   ATTNRB_DEVICE InnerRows inner_rows(int64_t first) const {
-    const int64_t query = first / p.group;
-    return {query, uint32_t(first - query * p.group)};
+    const int64_t query = first / group();
+    return {query, uint32_t(first - query * group())};
   }
   ATTNRB_DEVICE RowPlace place_of(const InnerRows& rows, int r) const {
-    const uint32_t at = rows.rest + uint32_t(r), query = at / uint32_t(p.group);
-    return {rows.first_query + query, int(key_head) * p.group + int(at - query * uint32_t(p.group))};
+    const uint32_t at = rows.rest + uint32_t(r), query = at / uint32_t(group());
+    return {rows.first_query + query, key_head * p.group + (kOneHead ? in_group : int(at - query * uint32_t(group())))};
   }
 
   ATTNRB_DEVICE void visit(Scores& scores, Scores& products, int64_t first, int stage, uint32_t marks) {
     const uint32_t seen = differentiate(scores, products, first, stage, marks);
-    if (task == GradientTask::received_deltas) return;
+    if (kSums) return;
     constexpr uint32_t kAll = (1u << (4 * kScoreTiles)) - 1u;
     const bool hidden = any(seen != kAll);
     accumulate(first_sums, products, inner_operand(0, stage), first_stride, p.columns, seen, hidden);
@@ -393,16 +424,16 @@ class GradientBlock {
     const int64_t key_offset = p.problem.visibility.key_offset;
     uint32_t bits = 0;
     const int64_t last = warp_first + 15 < p.problem.shape.keys ? warp_first + 15 : p.problem.shape.keys - 1;
-    if (lane < kInner && first + lane < p.rows && last >= warp_first) {
+    if (lane < kInner && first + lane < row_count() && last >= warp_first) {
       const GradientRow row = inner_row(stage, lane);
       const int low = int(warp_first >> parameters.bucket_shift), high = int(last >> parameters.bucket_shift);
       const uint64_t near = (~uint64_t(0) << low) & (~uint64_t(0) >> (63 - high));
       if ((row.buckets & near) != 0) {
-        const int32_t* slots;
-        const int32_t count = outliers_of(place_of(inner_rows(first), lane), slots);
+        const OutlierList list = outliers_of(p, batch, place_of(inner_rows(first), lane));
         const int64_t base = warp_first + key_offset;
-        int32_t at = int32_t(first_query(count, [&](int64_t c) { return int64_t(slots[c]) >= base; }));
-        for (; at < count && int64_t(slots[at]) - base < 16; ++at) bits |= 1u << (int64_t(slots[at]) - base);
+        int32_t at = int32_t(first_query(list.count, [&](int64_t c) { return int64_t(list.slots[c]) >= base; }));
+        for (; at < list.count && int64_t(list.slots[at]) - base < 16; ++at)
+          bits |= 1u << (int64_t(list.slots[at]) - base);
       }
     }
     if (!any(bits != 0)) return 0;
@@ -430,8 +461,11 @@ class GradientBlock {
     const float factor = capped ? p.cap : p.factor;
     const bool masked = p.problem.visibility.mask != nullptr;
     const int64_t own_key = warp_first + lane / 4;
+    // Shares of received attention; the walk of a bias has both kinds.
+    const bool received = kReceived || (kOneHead && parameters.grad_received != nullptr);
+    const bool placed = kOwnsKeys && (masked || received || biased());
     InnerRows rows{0, 0};
-    if (kOwnsKeys && (masked || kReceived)) rows = inner_rows(first);
+    if (placed) rows = inner_rows(first);
     uint32_t seen = 0;
 #pragma unroll
     for (int n = 0; n < kScoreTiles; ++n)
@@ -441,8 +475,13 @@ class GradientBlock {
         if (kOwnsKeys) keep_loads_apart();
         GradientRow of_column;
         RowPlace place{0, 0};
+        BiasRow bias_of_column;
         if (kOwnsKeys) of_column = inner_row(stage, r);
-        if (kOwnsKeys && (masked || kReceived)) place = place_of(rows, r);
+        if (placed) place = place_of(rows, r);
+        if (kOwnsKeys && first + r < row_count()) {
+          if (rest()) of_column.read_rest(parameters, row_index(first + r));
+          if (biased()) bias_of_column.start(p, batch, place);
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int e = 2 * i + column;
@@ -450,20 +489,43 @@ class GradientBlock {
           const int64_t key = kOwnsKeys ? own_key + 8 * i : first + r;
           bool visible = key >= row.low && key < row.high;
           if (masked) visible = visible && mask_shows(kOwnsKeys ? mask_row(place) : own_mask[i], key);
+          float bias = 0.0f;
+          const BiasRow& bias_row = kOwnsKeys ? bias_of_column : own_bias[i];
+          if (biased()) {
+            bias = bias_row.of(p, int(key));
+            visible = visible && bias != minus_infinity();
+          }
           seen |= uint32_t(visible) << (4 * n + e);
           float gradient = products[n][e];
-          if (kReceived) gradient = visible ? share_of(kOwnsKeys ? place.head : own_head[i], key) : 0.0f;
+          if (received) gradient = visible ? share_of(kOwnsKeys ? place.head : own_head[i], key) : 0.0f;
 
           const float score = scores[n][e];
-          const float weight = visible ? fast_exp2(fmaf(score, factor, -row.reference) - row.rest) : 0.0f;
+          float from = -row.reference, low_part = row.rest;
+          if (biased()) {
+            from = fmaf(bias, kLog2E, from);
+            low_part = fmaf(bias, -kLog2ERest, low_part);
+          }
+          const float weight = visible ? fast_exp2(fmaf(score, factor, from) - low_part) : 0.0f;
           const bool marked = (marks >> (4 * n + e)) & 1u;
           if (task == GradientTask::received_deltas) {
             sums_of_row[i] += weight * gradient;
             continue;
           }
-          const float boost = marked ? 1.0f + row.gain : 1.0f;
+          if (task == GradientTask::rest) {
+            if (visible) rest_sums[i].add(marked, weight, weight * gradient);
+            continue;
+          }
+          float boost = marked ? 1.0f + row.gain : 1.0f;
           if (!kOwnsKeys && marked && visible) sums_of_row[i] += weight * (normalize ? gradient - row.delta : gradient);
           float of_score = normalize ? boost * (gradient - row.delta) : boost * gradient - row.delta;
+          if (rest()) {
+            if (!marked) boost = row.of_others;
+            of_score = boost * gradient - (marked ? row.outlier_delta : row.delta);
+          }
+          if (kOneHead) {
+            if (visible && key < bias_row.limit) sums_of_row[i] += weight * of_score;
+            continue;
+          }
           if (capped) of_score *= 1.0f - score * score;
           scores[n][e] = weight * boost;
           products[n][e] = visible ? weight * of_score : 0.0f;
@@ -492,9 +554,16 @@ class GradientBlock {
     for (int i = 0; i < 2; ++i) {
       const int64_t own = warp_first + lane / 4 + 8 * i;
       const float sum = quad_sum(sums_of_row[i]);
+      if (task == GradientTask::rest) rest_sums[i].join();
       if (own >= (kOwnsKeys ? p.problem.shape.keys : p.rows)) continue;
       const float scale = p.problem.scoring.scale;
-      if (task == GradientTask::received_deltas) {
+      if (task == GradientTask::rest) {
+        finish_rest(i, own);
+      } else if (kOneHead) {
+        const Shape& shape = p.problem.shape;
+        const int64_t head = int64_t(key_head) * p.group + in_group;
+        if (lane % 4 == 0) parameters.bias_keys[(batch * shape.heads + head) * shape.keys + own] = sum;
+      } else if (task == GradientTask::received_deltas) {
         if (lane % 4 == 0) const_cast<uint32_t*>(row_words(own))[2] = bit_cast<uint32_t>(sum);
       } else if (kOwnsKeys) {
         write(parameters.grad_key, key_head, own, p.problem.shape.width, first_sums, i, scale);
@@ -502,10 +571,37 @@ class GradientBlock {
       } else {
         const RowPlace place = row_place(p, key_head, own);
         write(parameters.grad_query, place.head, place.query, p.problem.shape.width, first_sums, i, scale);
-        if (parameters.gain_rows != nullptr && lane % 4 == 0 && slice == 0)
+        if (parameters.gain_rows != nullptr && !rest() && lane % 4 == 0 && slice == 0)
           parameters.gain_rows[(batch * p.problem.shape.key_heads + key_head) * p.rows + own] = sum;
       }
     }
+  }
+
+  // See Note: [Gradients of an edit].
+  ATTNRB_DEVICE void finish_rest(int i, int64_t own) const {
+    if (lane % 4 != 0) return;
+    constexpr float kSmallest = 1.17549435e-38f;  // normal number of float32, as in the forward
+    const GradientRow& row = own_row[i];
+    const RestSums& sums = rest_sums[i];
+    const float* sinks = p.problem.scoring.sinks;
+    float others = sums.others;
+    if (sinks != nullptr) others += exp2f(fmaf(sinks[own_head[i]], kLog2E, -row.reference) - row.rest);
+    float gain = row.gain, of_others = 1.0f, delta = row.delta, outlier_delta = row.delta, of_gain = 0.0f;
+    if (others >= kSmallest) {
+      const float mean = sums.along_others / others, share = gain * (sums.chosen / others);
+      of_others = 1.0f - share;
+      outlier_delta = row.delta + gain * mean;
+      delta = row.delta - share * mean;
+      of_gain = sums.along_chosen - sums.chosen * mean;
+    } else {
+      gain = 0.0f;  // nothing can share: the row stays plain
+    }
+    const int64_t index = row_index(own);
+    parameters.words[8 * index + 2] = bit_cast<uint32_t>(delta);
+    parameters.words[8 * index + 3] = bit_cast<uint32_t>(gain);
+    parameters.rest_rows[2 * index] = of_others;
+    parameters.rest_rows[2 * index + 1] = outlier_delta;
+    if (parameters.gain_rows != nullptr) parameters.gain_rows[index] = of_gain;
   }
 
   struct alignas(2 * sizeof(T)) Pair {
@@ -535,11 +631,14 @@ class GradientBlock {
   const GradientParameters& parameters;
   const AttentionParameters& p;
   int lane, warp, slice, batch, key_head, first_stride, second_stride;
+  int in_group = 0;  // of the one head
   int64_t own_first, warp_first, inner_end;
   GradientRow own_row[2];
   const bool* own_mask[2];
   int own_head[2];
-  float sums_of_row[2];  // of the gain's gradient, or delta: this lane's share
+  float sums_of_row[2];  // of the gain's gradient, or delta, or the bias' gradient: this lane's share
+  RestSums rest_sums[2];
+  BiasRow own_bias[2];
   OutlierWalk walk;
   Sums first_sums, second_sums;
 };
@@ -558,10 +657,10 @@ ATTNRB_DEVICE bool is_wanted(const GradientParameters& parameters) {
   return wanted[block % heads * tiles + (of_keys ? tile : tiles - 1 - tile)] != 0;
 }
 
-template <class T, int Width, GradientTask task>
+template <class T, int Width, GradientTask task, bool Edited>
 ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 2) gradient_kernel(ATTNRB_PARAMETERS GradientParameters parameters) {
   if (!is_wanted<task>(parameters)) return;
-  GradientBlock<T, Width, task> block(parameters, block_index());
+  GradientBlock<T, Width, task, Edited> block(parameters, block_index());
   block.run();
 }
 

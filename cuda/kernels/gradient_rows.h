@@ -3,8 +3,11 @@
 
 #include "elementwise.h"
 #include "gradient_parameters.h"
+#include "marks.h"
 
 namespace attnrb::cuda {
+
+constexpr float kLog2ERest = 1.92596299e-8f;  // log2(e) is kLog2E and this
 
 struct alignas(16) Words {
   uint32_t word[4];
@@ -16,6 +19,8 @@ struct GradientRow {
   float delta = 0.0f, gain = 0.0f;
   int low = 0, high = 0;
   uint64_t buckets = 0;
+  // Under rule rest, what weights of others are multiplied by, and delta for outliers.
+  float of_others = 1.0f, outlier_delta = 0.0f;
 
   ATTNRB_DEVICE void read(const void* first_half, const void* second_half) {
     const Words first = *static_cast<const Words*>(first_half), second = *static_cast<const Words*>(second_half);
@@ -26,6 +31,10 @@ struct GradientRow {
     low = int(second.word[0]);
     high = int(second.word[1]);
     buckets = uint64_t(second.word[2]) | uint64_t(second.word[3]) << 32;
+  }
+  ATTNRB_DEVICE void read_rest(const GradientParameters& parameters, int64_t index) {
+    of_others = parameters.rest_rows[2 * index];
+    outlier_delta = parameters.rest_rows[2 * index + 1];
   }
 };
 
@@ -57,26 +66,17 @@ ATTNRB_DEVICE float dot_output(const GradientParameters& parameters, int64_t bat
 }
 
 // The ranges in which a row has outliers. Rows that break the rules have none and are reported.
-ATTNRB_DEVICE uint64_t outlier_buckets(const GradientParameters& parameters, int64_t index, bool& broken) {
+ATTNRB_DEVICE uint64_t outlier_buckets(const GradientParameters& parameters, const OutlierList& list, bool& broken) {
   const AttentionParameters& p = parameters.rows;
-  const Edit& edit = p.problem.edit;
-  const int32_t* slots = edit.indices + index * edit.capacity;
-  const int32_t count = edit.counts[index];
-  const int lane = thread_index() % 32;
-  const bool outside = count < 0 || count > edit.capacity;
-  bool unsorted = false;
+  broken = breaks_rules(p, list);
   uint64_t buckets = 0;
-  if (!outside)
-    for (int c = lane; c < count; c += 32) {
-      unsorted = unsorted || (c > 0 && slots[c] <= slots[c - 1]);
-      const int64_t key = int64_t(slots[c]) - p.problem.visibility.key_offset;
+  if (!broken)
+    for (int c = thread_index() % 32; c < list.count; c += 32) {
+      const int64_t key = int64_t(list.slots[c]) - p.problem.visibility.key_offset;
       if (key >= 0 && key < p.problem.shape.keys) buckets |= uint64_t(1) << (key >> parameters.bucket_shift);
     }
   for (int mask = 1; mask < 32; mask *= 2) buckets |= shuffle_xor(buckets, mask);
-  broken = outside || any(unsorted);
-  if (broken && lane == 0)
-    report_status(p.status, int32_t(outside ? Status::outlier_count : Status::unsorted_outliers));
-  return broken ? 0 : buckets;
+  return buckets;
 }
 
 // A warp for each row.
@@ -107,14 +107,12 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads)
   uint64_t buckets = 0;
   if (problem.edit.indices != nullptr) {
     bool broken = false;
-    buckets = outlier_buckets(parameters, row, broken);
-    gain = problem.edit.gain[place.head * p.gain_stride];
+    buckets = outlier_buckets(parameters, outliers_of(p, batch, place), broken);
+    gain = gain_of(p, place.head);
     if (broken) delta = bit_cast<float>(uint32_t(0x7fc00000u));
   }
   if (thread_index() % 32 != 0) return;
-  // In two floats: rounded to one, a log-sum-exp of 20 would cost every weight of its row 1e-6. log2(e) is kLog2E and
-  // kLog2ERest.
-  constexpr float kLog2ERest = 1.92596299e-8f;
+  // In two floats: rounded to one, a log-sum-exp of 20 would cost every weight of its row 1e-6.
   const float reference = lse * kLog2E, rest = fmaf(lse, kLog2E, -reference) + lse * kLog2ERest;
   const Interval seen = visible_interval(problem.visibility, batch, place.query, problem.shape.keys);
   const Words first = {bit_cast<uint32_t>(active ? reference : 0.0f), bit_cast<uint32_t>(active ? rest : 0.0f),

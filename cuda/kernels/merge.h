@@ -1,7 +1,8 @@
 // Puts the parts of rows together whose keys were split over blocks: see Note: [Split keys].
 #pragma once
 
-#include "rows.h"
+#include "marks.h"
+#include "rest.h"
 
 namespace attnrb::cuda {
 
@@ -14,6 +15,42 @@ ATTNRB_DEVICE float warp_sum(float x) {
   return x;
 }
 
+// What the splits of a row left, put together; the same in all lanes.
+struct MergedRow {
+  float keys_max;  // finite reference of the splits' sums of values
+  float max, sum, boosted;
+  bool seen;
+};
+ATTNRB_DEVICE MergedRow merge_states(const float* states, int splits) {
+  const int lane = thread_index() % 32;
+  MergedRow row{0.0f, minus_infinity(), 0.0f, 0.0f, false};
+  for (int s = lane; s < splits; s += 32) {
+    row.max = fmaxf(row.max, states[4 * s]);
+    row.seen = row.seen || states[4 * s + 3] != 0.0f;
+  }
+  row.max = warp_max(row.max);
+  row.seen = any(row.seen);
+  row.keys_max = reference(row.max);
+  for (int s = lane; s < splits; s += 32) {
+    if (states[4 * s + 3] == 0.0f) continue;
+    const float factor = exp2f(states[4 * s] - row.keys_max);
+    row.sum += states[4 * s + 1] * factor;
+    row.boosted += states[4 * s + 2] * factor;
+  }
+  row.sum = warp_sum(row.sum);
+  row.boosted = warp_sum(row.boosted);
+  return row;
+}
+
+// The sum of values in a column, relative to keys_max. `sums` begins at the first split's.
+ATTNRB_DEVICE float merged_value(const float* states, const float* sums, int splits, int64_t width, int64_t column,
+                                 float keys_max) {
+  float value = 0.0f;
+  for (int s = 0; s < splits; ++s)
+    if (states[4 * s + 3] != 0.0f) value += sums[s * width + column] * exp2f(states[4 * s] - keys_max);
+  return value;
+}
+
 // One warp for one row.
 template <class T>
 ATTNRB_DEVICE void merge_row(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t row) {
@@ -21,28 +58,29 @@ ATTNRB_DEVICE void merge_row(const AttentionParameters& p, int64_t batch, int64_
   const int lane = thread_index() % 32;
   const int64_t first = ((batch * problem.shape.key_heads + key_head) * p.rows + row) * p.splits;
   const float* states = p.partials.state + 4 * first;
-
-  float max = minus_infinity();
-  bool seen = false;
-  for (int s = lane; s < p.splits; s += 32) {
-    max = fmaxf(max, states[4 * s]);
-    seen = seen || states[4 * s + 3] != 0.0f;
-  }
-  max = warp_max(max);
-  seen = any(seen);
-  const float keys_max = reference(max);
-  float sum = 0.0f, boosted = 0.0f;
-  for (int s = lane; s < p.splits; s += 32) {
-    if (states[4 * s + 3] == 0.0f) continue;
-    const float factor = exp2f(states[4 * s] - keys_max);
-    sum += states[4 * s + 1] * factor;
-    boosted += states[4 * s + 2] * factor;
-  }
-  sum = warp_sum(sum);
-  boosted = warp_sum(boosted);
+  const float* chosen_states = p.partials.chosen_state == nullptr ? nullptr : p.partials.chosen_state + 4 * first;
   const RowPlace place = row_place(p, key_head, row);
+
+  const MergedRow merged = merge_states(states, p.splits);
+  const bool seen = merged.seen;
+  float max = merged.max, sum = merged.sum, boosted = merged.boosted;
   join_sink(p, place.head, max, sum, boosted);
   if (!seen) sum = boosted = 0.0f;
+  // What the values' sums are multiplied by.
+  float by = seen ? exp2f(merged.keys_max - reference(max)) / (sum + boosted) : 0.0f, of_chosen = 0.0f,
+        chosen_max = 0.0f;
+  if (chosen_states != nullptr) {
+    // See Note: [Rule rest on the device].
+    const MergedRow chosen = merge_states(chosen_states, p.splits);
+    const RestShares shares = rest_shares(max, sum, chosen.max, chosen.sum, gain_of(p, place.head));
+    by = sum == 0.0f ? 0.0f : exp2f(merged.keys_max - reference(max)) * (shares.of_rest / sum);
+    by += boosted;  // zero, or NaN where the outliers break the rules
+    of_chosen = chosen.sum == 0.0f ? 0.0f : shares.of_chosen / chosen.sum;
+    chosen_max = chosen.keys_max;
+    max = shares.max;
+    sum = seen ? shares.sum : 0.0f;
+    boosted = 0.0f;
+  }
 
   const int64_t index = (batch * problem.shape.heads + place.head) * problem.shape.queries + place.query;
   if (lane == 0) {
@@ -53,15 +91,15 @@ ATTNRB_DEVICE void merge_row(const AttentionParameters& p, int64_t batch, int64_
     }
   }
   if (problem.output != nullptr) {
-    const float by = seen ? exp2f(keys_max - reference(max)) / (sum + boosted) : 0.0f;
     T* out = static_cast<T*>(problem.output) + batch * problem.output_strides[0] +
              place.head * problem.output_strides[1] + place.query * problem.output_strides[2];
-    for (int d = lane; d < problem.shape.value_width; d += 32) {
-      float value = 0.0f;
-      for (int s = 0; s < p.splits; ++s)
-        if (states[4 * s + 3] != 0.0f)
-          value += p.partials.sums[(first + s) * problem.shape.value_width + d] * exp2f(states[4 * s] - keys_max);
-      out[d] = from_float<T>(value * by);
+    const int64_t width = problem.shape.value_width;
+    for (int64_t d = lane; d < width; d += 32) {
+      float value = by * merged_value(states, p.partials.sums + first * width, p.splits, width, d, merged.keys_max);
+      if (chosen_states != nullptr)
+        value += of_chosen *
+                 merged_value(chosen_states, p.partials.chosen_sums + first * width, p.splits, width, d, chosen_max);
+      out[d] = from_float<T>(value);
     }
   }
   if (problem.emit.indices == nullptr) return;

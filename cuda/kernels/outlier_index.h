@@ -24,12 +24,10 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads)
     row.read(words, words + 4);
     if (row.buckets == 0) continue;
     const RowPlace place = row_place(p, heads % shape.key_heads, r);
-    const int64_t of_row = (batch * shape.heads + place.head) * shape.queries + place.query;
-    const int32_t* slots = problem.edit.indices + of_row * problem.edit.capacity;
-    const int32_t count = problem.edit.counts[of_row];
+    const OutlierList list = outliers_of(p, batch, place);
     // No key twice in a row: no two lanes meet.
-    for (int32_t c = lane; c < count; c += 32) {
-      const int64_t key = int64_t(slots[c]) - problem.visibility.key_offset;
+    for (int32_t c = lane; c < list.count; c += 32) {
+      const int64_t key = int64_t(list.slots[c]) - problem.visibility.key_offset;
       if (key < row.low || key >= row.high) continue;
       int32_t& at = parameters.places[(heads * shape.keys + key) * kIndexChunks + chunk];
       if (Fill)

@@ -24,12 +24,16 @@ struct Operand {
   bool aligned;
 };
 
-enum class Task { source, rebalance, softmax };  // find outliers; strengthen them; only the rows' softmax
+// Find outliers; strengthen them; only the rows' softmax; all of that at once where there may be a key bias; the rows'
+// softmax with a key bias; and whatever an edit may ask for, under rule rest.
+enum class Task { source, rebalance, softmax, edited, biased_softmax, rest };
 
 // Row (b, k, r) of split s has index ((b Hk + k) rows + r) splits + s.
 struct Partials {
-  float* state = nullptr;               // [index, 4]: m, l, strengthened mass, 1 where a key was seen
-  float* sums = nullptr;                // [index, value_width]
+  float* state = nullptr;         // [index, 4]: m, l, strengthened mass, 1 where a key was seen
+  float* sums = nullptr;          // [index, value_width]
+  float* chosen_state = nullptr;  // under rule rest, the same of a row's outliers; `state` is of the others then
+  float* chosen_sums = nullptr;
   float* candidate_scores = nullptr;    // [index, capacity]
   int32_t* candidates = nullptr;        // [index, capacity], key positions
   int32_t* candidate_counts = nullptr;  // [index]
@@ -47,7 +51,7 @@ struct AttentionParameters {
   int32_t columns = 0;        // of a query or key row in shared memory
   int32_t value_columns = 0;  // of a value row
   int32_t gain_stride = 1;    // 0: one gain for all heads
-  bool pairs = false;         // output columns may be written in pairs
+  int32_t kept = 0;           // bytes of shared memory before Note: [Kept words]
   float factor = 1.0f;        // scores are factor * product, or cap * tanh(inner * product), times log2(e)
   float inner = 0.0f, cap = 0.0f;
   float threshold_log2 = 0.0f;
@@ -61,6 +65,11 @@ struct ReceivedParameters {
   float* received = nullptr;
   int32_t stages = 2;  // of queries: one where two do not fit shared memory
 };
+
+// Note: [Kept words]
+// What an edited row needs once a tile or less would press registers that sums of values need: each thread keeps these
+// words behind the buffers in shared memory, the same word of all threads side by side.
+constexpr int kKeptWords = 15;
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kTileRows = 16 * kWarps;
 

@@ -2,11 +2,11 @@
 // tile of keys and walks over the queries. Sums are added in one order, so equal inputs give equal bits.
 #pragma once
 
-#include "rows.h"
+#include "bias.h"
 
 namespace attnrb::cuda {
 
-template <class T, int Width>
+template <class T, int Width, bool Biased>
 class ReceivedBlock {
   using Tiles = Tile<T, Width>;
   static constexpr int kKeys = Tiles::keys;
@@ -29,10 +29,9 @@ class ReceivedBlock {
   ATTNRB_DEVICE void run() {
     const Shape& shape = p.problem.shape;
     const int64_t key_head = head / (shape.heads / shape.key_heads), left = shape.keys - first_key;
-    const T* base = static_cast<const T*>(p.key.data) + batch * p.key.strides[0] + key_head * p.key.strides[1];
-    load_tile<T, kThreads>(keys, kKeys, p.columns, p.key, 0, [&](int r) -> const T* {
-      return r < left ? base + int64_t(first_key + r) * p.key.strides[2] : nullptr;
-    });
+    const HeadRows<T> rows_of_head(p.key, batch, key_head);
+    load_tile<T, kThreads>(keys, kKeys, p.columns, p.key, 0,
+                           [&](int r) -> const T* { return r < left ? rows_of_head.row(first_key + r) : nullptr; });
 #pragma unroll
     for (int n = 0; n < Tiles::score_tiles; ++n)
 #pragma unroll
@@ -105,7 +104,13 @@ class ReceivedBlock {
       }
     }
     const bool partial = rows.partial(p, first_key, first_key + kKeys);
-    rows.finish_scores(p, s, first_key, false);
+    rows.scale_scores(p, s);
+    uint32_t removed = 0;
+    if (Biased) {
+      BiasPair bias;
+      bias.start(p, batch, head, first_row);
+      removed = bias.add(p, batch, head, 0, s, first_key);
+    }
 
     float from[2] = {0.0f, 0.0f}, share[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -122,7 +127,8 @@ class ReceivedBlock {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = e / 2;
-        const bool shown = rows.valid[i] && (!partial || rows.visible(p, i, column + 8 * n + e % 2));
+        const bool shown = rows.valid[i] && !((removed >> (4 * n + e)) & 1u) &&
+                           (!partial || rows.visible(p, i, column + 8 * n + e % 2));
         // A row whose softmax is NaN must not reach the keys that it does not see.
         sums[n][e % 2] += shown ? fast_exp2(s[n][e] - from[i]) * share[i] : 0.0f;
         counts[n][e % 2] += shown ? 1 : 0;
@@ -171,9 +177,11 @@ class ReceivedBlock {
   int counts[Tiles::score_tiles][2];
 };
 
-template <class T, int Width>
-ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads) received_kernel(ATTNRB_PARAMETERS ReceivedParameters parameters) {
-  ReceivedBlock<T, Width> block(parameters, block_index());
+// `Biased`: scores have a key bias. Left alone, ptxas spills a few registers there to come down to 128.
+template <class T, int Width, bool Biased>
+ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, Biased ? 2 : 1)
+    received_kernel(ATTNRB_PARAMETERS ReceivedParameters parameters) {
+  ReceivedBlock<T, Width, Biased> block(parameters, block_index());
   block.run();
 }
 

@@ -15,6 +15,7 @@
 
 #include "core/visibility.h"
 #include "fragments.h"
+#include "keys.h"
 #include "tile.h"
 
 namespace attnrb::cuda {
@@ -44,6 +45,13 @@ struct RowPlace {
 ATTNRB_DEVICE RowPlace row_place(const AttentionParameters& p, int64_t key_head, int64_t row) {
   const int64_t query = row / p.group;
   return {query, int(key_head * p.group + (row - query * p.group))};
+}
+
+// The position of a query's own key, or -1 where there is none.
+ATTNRB_DEVICE int own_key(const AttentionParameters& p, int64_t batch, int64_t query) {
+  const Visibility& visibility = p.problem.visibility;
+  const int64_t position = query_slot(visibility, batch, query) - visibility.key_offset;
+  return position >= 0 && position < p.problem.shape.keys ? int(position) : -1;
 }
 
 // Sum and reference of a row after its sink, if any, joined them.
@@ -105,10 +113,9 @@ struct RowPair {
            (mask[i] == nullptr || mask[i][int64_t(key) * p.problem.visibility.mask_strides[3]]);
   }
 
-  // Products become scores in base 2, minus infinity where the row does not see the key.
+  // Products become scores in base 2.
   template <int Tiles>
-  ATTNRB_DEVICE void finish_scores(const AttentionParameters& p, float (&s)[Tiles][4], int first, bool partial_tile) {
-    const int column = first + thread_index() % 4 * 2;
+  static ATTNRB_DEVICE void scale_scores(const AttentionParameters& p, float (&s)[Tiles][4]) {
     if (p.cap != 0.0f) {
 #pragma unroll
       for (int n = 0; n < Tiles; ++n)
@@ -120,6 +127,13 @@ struct RowPair {
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[n][e] *= p.factor;
     }
+  }
+
+  // Scores become minus infinity where the row does not see the key. `removed`: by a key bias, in bits 4 n + e.
+  template <int Tiles>
+  ATTNRB_DEVICE void hide_scores(const AttentionParameters& p, float (&s)[Tiles][4], int first, bool partial_tile,
+                                 uint32_t removed = 0) {
+    const int column = first + thread_index() % 4 * 2;
     if (!partial_tile) {
       seen[0] = seen[1] = true;
       return;
@@ -128,11 +142,18 @@ struct RowPair {
     for (int n = 0; n < Tiles; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (visible(p, e / 2, column + 8 * n + e % 2))
+        if (visible(p, e / 2, column + 8 * n + e % 2) && !((removed >> (4 * n + e)) & 1u))
           seen[e / 2] = true;
         else
           s[n][e] = minus_infinity();
       }
+  }
+
+  // Both of them.
+  template <int Tiles>
+  ATTNRB_DEVICE void finish_scores(const AttentionParameters& p, float (&s)[Tiles][4], int first, bool partial_tile) {
+    scale_scores(p, s);
+    hide_scores(p, s, first, partial_tile);
   }
 
   // Scores become probabilities relative to the row's maximum. Returns in `factor` what the rows' sums of values are to
@@ -159,66 +180,6 @@ struct RowPair {
       sum[i] = sum[i] * factor[i] + added;
       boosted[i] *= factor[i];
     }
-  }
-};
-
-// The sixteen rows' outliers still to come: lanes 0 to 15 walk down a row's list each.
-struct BoostCursor {
-  const int32_t* slots = nullptr;
-  int32_t count = 0, next = 0;
-  int64_t position = 0;  // of the next outlier, or beyond all keys
-
-  // Rows that break the rules (a count outside [0, C], slots that do not ascend) are reported and become NaN: `broken`
-  // has a bit for each.
-  ATTNRB_DEVICE unsigned start(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t warp_row) {
-    const Edit& edit = p.problem.edit;
-    const int lane = thread_index() % 32;
-    unsigned broken = 0;
-    position = kNone;
-    if (edit.indices == nullptr) return 0;
-    for (int r = 0; r < 16; ++r) {
-      const int64_t row = warp_row + r;
-      if (row >= p.rows) break;
-      const RowPlace place = row_place(p, key_head, row);
-      const int64_t index = (batch * p.problem.shape.heads + place.head) * p.problem.shape.queries + place.query;
-      const int32_t* list = edit.indices + index * edit.capacity;
-      const int32_t length = edit.counts[index];
-      const bool outside = length < 0 || length > edit.capacity;
-      bool unsorted = false;
-      if (!outside)
-        for (int c = lane + 1; c < length; c += 32) unsorted = unsorted || list[c] <= list[c - 1];
-      unsorted = any(unsorted);
-      if (outside || unsorted) {
-        broken |= 1u << r;
-        if (lane == 0) report_status(p.status, int32_t(outside ? Status::outlier_count : Status::unsorted_outliers));
-      } else if (lane == r && edit.gain[place.head * p.gain_stride] != 0.0f) {
-        slots = list;
-        count = length;
-      }
-    }
-    advance(p);
-    return broken;
-  }
-
-  // Whether some row has an outlier before `last`.
-  ATTNRB_DEVICE bool any_before(int last) const { return any(position < last); }
-
-  // The row's outliers among the `keys` <= 64 keys from `first` on, one bit each. Slots before them are not held here.
-  ATTNRB_DEVICE uint64_t take(const AttentionParameters& p, int first, int keys) {
-    uint64_t bits = 0;
-    while (position < first + keys) {
-      if (position >= first) bits |= uint64_t(1) << (position - first);
-      ++next;
-      advance(p);
-    }
-    return bits;
-  }
-
- private:
-  static constexpr int64_t kNone = int64_t(1) << 62;
-
-  ATTNRB_DEVICE void advance(const AttentionParameters& p) {
-    position = next < count ? int64_t(slots[next]) - p.problem.visibility.key_offset : kNone;
   }
 };
 

@@ -68,8 +68,7 @@ class SelectBlock {
     const float lse = parameters.dense_lse[batch * strides[0] + place.head * strides[1] + place.query * strides[2]];
     if (p.problem.lse != nullptr && lane % 4 == 0) p.problem.lse[row_index(i)] = lse;
     threshold[i] = lse * kLog2E + p.threshold_log2;
-    const int64_t position = p.problem.visibility.query_offset + place.query - p.problem.visibility.key_offset;
-    if (position >= 0 && position < p.problem.shape.keys) own[i] = int(position);
+    own[i] = own_key(p, batch, place.query);
   }
 
   // See Note: [Doubtful rows].
@@ -105,9 +104,9 @@ class SelectBlock {
   }
 
   ATTNRB_DEVICE void load_keys(int first, int which) {
-    const T* base = static_cast<const T*>(p.key.data) + batch * p.key.strides[0] + key_head * p.key.strides[1];
+    const HeadRows<T> rows_of_head(p.key, batch, key_head);
     load_tile<T, kThreads>(keys(which), kKeys, p.columns, p.key, 0, [&](int r) -> const T* {
-      return first + r < p.problem.shape.keys ? base + int64_t(first + r) * p.key.strides[2] : nullptr;
+      return first + r < p.problem.shape.keys ? rows_of_head.row(first + r) : nullptr;
     });
   }
 

@@ -89,14 +89,11 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
                 held);
   sums.clear();
   float of_gain = 0.0f;
-  int32_t count = 0;
-  const int32_t* slots = problem.edit.indices;
-  if (row.buckets != 0) {
-    const int64_t of_row = (batch * shape.heads + place.head) * shape.queries + place.query;
-    slots += of_row * problem.edit.capacity;
-    count = problem.edit.counts[of_row];
-  }
-  const T *keys = rows_of<T>(p.key, batch, key_head) + from, *values = rows_of<T>(p.value, batch, key_head) + from;
+  OutlierList list{problem.edit.indices, 0};
+  if (row.buckets != 0) list = outliers_of(p, batch, place);
+  const int32_t* slots = list.slots;
+  const int32_t count = list.count;
+  const HeadRows<T> keys(p.key, batch, key_head, from), values(p.value, batch, key_head, from);
   for (int32_t first = 0; first < count; first += kItems * kFlight) {
     U key[kFlight], value[kFlight];
     bool taken[kFlight];
@@ -106,8 +103,8 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
       const int64_t slot = int64_t(slots[c < count ? c : 0]) - problem.visibility.key_offset;
       taken[f] = c < count && slot >= row.low && slot < row.high;
       const int64_t at = taken[f] ? slot : 0;
-      key[f] = *reinterpret_cast<const U*>(keys + at * p.key.strides[2]);
-      value[f] = *reinterpret_cast<const U*>(values + at * p.value.strides[2]);
+      key[f] = *reinterpret_cast<const U*>(keys.row(at));
+      value[f] = *reinterpret_cast<const U*>(values.row(at));
     }
     keep_loads_apart();
 #pragma unroll
@@ -166,8 +163,8 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
     end = parameters.starts[heads * (shape.keys + 1) + j + 1];
   }
   if (begin < end) {
-    key.read(*reinterpret_cast<const U*>(rows_of<T>(p.key, batch, key_head) + j * p.key.strides[2] + from), held);
-    value.read(*reinterpret_cast<const U*>(rows_of<T>(p.value, batch, key_head) + j * p.value.strides[2] + from), held);
+    key.read(*reinterpret_cast<const U*>(HeadRows<T>(p.key, batch, key_head, from).row(j)), held);
+    value.read(*reinterpret_cast<const U*>(HeadRows<T>(p.value, batch, key_head, from).row(j)), held);
   }
   const int32_t* entries = parameters.entries + heads * p.rows * problem.edit.capacity;
   for (int32_t first = begin; first < end; first += kGroups * kFlight) {

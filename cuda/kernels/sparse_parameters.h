@@ -12,7 +12,7 @@
 namespace attnrb::cuda {
 
 struct SparseParameters {
-  // problem.emit or problem.edit says which; problem.output holds the dense output before a correction, and the
+  // problem.emit and problem.edit say what; problem.output holds the dense output before a correction, and the
   // corrected one after it. problem.lse is where the log-sum-exp goes, corrected, or null.
   AttentionParameters rows;
   const float* dense_lse = nullptr;  // [B, H, M] by strides

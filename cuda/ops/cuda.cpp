@@ -21,12 +21,10 @@ struct CudaDevice {
 
   static Tensor attend(AttentionProblem& problem, const Operand& /*query*/, const AttentionTensors& tensors,
                        const DeviceGain* gain) {
-    refuse_unserved(problem.shape, problem.visibility, problem.edit, &problem.emit);
     return attend_on_device(problem, tensors.query, tensors.key, tensors.value, gain == nullptr ? 1 : gain->stride);
   }
 
   static void receive(const ReceivedProblem& problem, const Operand& query) {
-    refuse_unserved(problem.shape, problem.visibility, problem.edit, nullptr);
     const DeviceScope scope(query);
     cuda::ReceivedPlan plan = cuda::plan_received(problem, scope.device());
     const Tensor workspace = scope.bytes(plan.workspace_bytes);
@@ -35,7 +33,6 @@ struct CudaDevice {
 
   static void differentiate(const GradientProblem& problem, const Operand& query, const DeviceGain* gain,
                             const BackwardTensors* tensors) {
-    refuse_unserved(problem.shape, problem.visibility, problem.edit, nullptr);
     const DeviceScope scope(query);
     const int gain_stride = gain == nullptr ? 1 : gain->stride;
     if (tensors != nullptr && differentiate_parts(problem, query, gain_stride, *tensors, scope)) return;
@@ -94,6 +91,7 @@ struct CudaDevice {
 
 STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
   library.impl("attention", &boxed<&attention<CudaDevice>>);
+  library.impl("attention.output", &boxed<&attention_output<CudaDevice>>);
   library.impl("attention_training", &boxed<&attention<CudaDevice>>);
   library.impl("attention_backward", &boxed<&attention_backward<CudaDevice>>);
   library.impl("source_attention", &boxed<&source_attention<CudaDevice>>);

@@ -1,18 +1,12 @@
 // What the CUDA registrations share beyond the checks: the device that a tensor lies on, its stream, working memory.
 //
-// Built for the emulated device of tests/cuda_host, the same registrations serve CPU tensors.
+// The build says which current_device.h is found, and which sources say what a device is: those of cuda/backend, or of
+// the emulated device of tests/cuda_host, for which the same registrations serve CPU tensors.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
-
+#include "current_device.h"
 #include "launch.h"
 #include "ops/arguments.h"
-
-#if defined(ATTNRB_CUDA_EMULATED)
-#define ATTNRB_CUDA_KEY CPU
-#else
-#define ATTNRB_CUDA_KEY CUDA
-#endif
 
 namespace attnrb::ops {
 
@@ -31,13 +25,7 @@ int32_t read_back(const int32_t* address, void* stream);
 class DeviceScope {
  public:
   explicit DeviceScope(const Operand& operand)
-      :
-#if !defined(ATTNRB_CUDA_EMULATED)
-        guard_(operand.device_index),
-#endif
-        operand_(operand),
-        stream_(current_stream(operand.device_index)) {
-  }
+      : current_(operand.device_index), operand_(operand), stream_(current_stream(operand.device_index)) {}
 
   const cuda::Device& device() const { return cuda_device(operand_.device_index); }
   void* stream() const { return stream_; }
@@ -45,9 +33,7 @@ class DeviceScope {
   Tensor bytes(int64_t count) const { return empty<1>({count}, aoti_torch_dtype_uint8(), operand_); }
 
  private:
-#if !defined(ATTNRB_CUDA_EMULATED)
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
+  CurrentDevice current_;
   const Operand& operand_;
   void* stream_;
 };

@@ -21,7 +21,17 @@ from attnrb.hosts.transformers.patch import Patch, patch, patched, unpatch
 from attnrb.ops.edit import Attended, Edit
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.visibility import Visibility
-from attnrb.policies import Compose, Emphasis, HeadProfile, LearnedGains, Policy, Rebalance, register_policy
+from attnrb.policies import (
+    Compose,
+    Custom,
+    Emphasis,
+    HeadProfile,
+    LearnedGains,
+    Policy,
+    Rebalance,
+    SinkDamping,
+    register_policy,
+)
 from attnrb.policies.rebalance import RebalanceConfig
 from attnrb.text import Marked, Span, Spans, find_spans, mark, spans
 
@@ -29,6 +39,7 @@ __all__ = [
     "Attended",
     "AttentionCall",
     "Compose",
+    "Custom",
     "Edit",
     "Emphasis",
     "HeadProfile",
@@ -39,6 +50,7 @@ __all__ = [
     "Policy",
     "Rebalance",
     "RebalanceConfig",
+    "SinkDamping",
     "Span",
     "Spans",
     "Visibility",

@@ -91,7 +91,18 @@ class Loan {
   void read(Visibility& visibility, const Shape& shape) {
     read(visibility.key_start, shape.batch);
     read(visibility.key_end, shape.batch);
+    read(visibility.query_offsets, shape.batch);
     read(visibility.mask, extent(visibility.mask_strides, {shape.batch, shape.heads, shape.queries, shape.keys}));
+  }
+
+  void read(Edit& edit, const Shape& shape) {
+    const int64_t lists = shape.batch * shape.heads * (edit.shared_rows ? 1 : shape.queries);
+    read(edit.indices, lists * edit.capacity);
+    read(edit.counts, lists);
+    read(edit.gain, shape.heads);
+    const int64_t strides[4] = {edit.bias_strides[0], edit.bias_strides[1], edit.bias_strides[2], 0};
+    read(edit.key_bias, extent(strides, {shape.batch, shape.heads, edit.bias_slots, 1}));
+    read(edit.first_query, shape.batch);
   }
 
   // Waits for the device and takes back what it wrote.
@@ -152,7 +163,7 @@ struct Zeros {
 
 AttentionProblem lend(const AttentionProblem& given, Loan& loan) {
   AttentionProblem problem = given;
-  if (problem.edit.capacity == 0) problem.edit = {};
+  if (problem.edit.capacity == 0) problem.edit.indices = nullptr;
   const Shape& shape = problem.shape;
   const int64_t bytes = element_size(problem.dtype), rows = shape.batch * shape.heads * shape.queries;
   loan.read(problem.query, {shape.batch, shape.heads, shape.queries, shape.width}, bytes);
@@ -167,9 +178,7 @@ AttentionProblem lend(const AttentionProblem& given, Loan& loan) {
   loan.write(problem.softmax, 2 * rows);
   loan.write(problem.emit.indices, rows * problem.emit.capacity);
   loan.write(problem.emit.counts, rows);
-  loan.read(problem.edit.indices, rows * problem.edit.capacity);
-  loan.read(problem.edit.counts, rows);
-  loan.read(problem.edit.gain, shape.heads);
+  loan.read(problem.edit, shape);
   return problem;
 }
 
@@ -195,6 +204,7 @@ void received_attention(const ReceivedProblem& given, const ThreadPool&, Scratch
   loan.read(problem.key, {shape.batch, shape.key_heads, shape.keys, shape.width}, bytes);
   loan.read(problem.visibility, shape);
   loan.read(problem.scoring.sinks, shape.heads);
+  loan.read(problem.edit, shape);
   loan.write(problem.received, shape.batch * shape.heads * shape.keys);
   loan.write(problem.lse, shape.batch * shape.heads * shape.queries);
   cuda::ReceivedPlan plan = cuda::plan_received(problem, device(multiprocessors));
@@ -205,7 +215,7 @@ void received_attention(const ReceivedProblem& given, const ThreadPool&, Scratch
 
 GradientProblem lend(const GradientProblem& given, Loan& loan) {
   GradientProblem problem = given;
-  if (problem.edit.capacity == 0) problem.edit = {};
+  if (problem.edit.capacity == 0) problem.edit.indices = nullptr;
   const Shape& shape = problem.shape;
   const int64_t bytes = element_size(problem.dtype), rows = shape.batch * shape.heads * shape.queries;
   const int64_t of_query[4] = {shape.batch, shape.heads, shape.queries, shape.width};
@@ -221,15 +231,17 @@ GradientProblem lend(const GradientProblem& given, Loan& loan) {
   loan.read(problem.output, of_output, bytes);
   loan.read(problem.grad_output, of_output, bytes);
   loan.read(problem.grad_lse, rows);
-  loan.read(problem.edit.indices, rows * problem.edit.capacity);
-  loan.read(problem.edit.counts, rows);
-  loan.read(problem.edit.gain, shape.heads);
+  loan.read(problem.edit, shape);
   loan.read(problem.grad_received, shape.batch * shape.heads * shape.keys);
   loan.write(problem.grad_query, of_query, bytes);
   loan.write(problem.grad_key, of_key, bytes);
   loan.write(problem.grad_value, of_value, bytes);
   loan.write(problem.grad_gain, shape.heads);
   loan.write(problem.grad_sinks, shape.heads);
+  const int64_t* strides = problem.grad_bias_strides;
+  if (problem.grad_bias != nullptr)
+    loan.write(problem.grad_bias, strides[0] * (strides[0] == 0 ? 0 : shape.batch - 1) +
+                                      strides[1] * (strides[1] == 0 ? 0 : shape.heads - 1) + problem.edit.bias_slots);
   return problem;
 }
 

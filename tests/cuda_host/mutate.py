@@ -19,11 +19,12 @@ from pathlib import Path
 from fault import Fault
 from mutations import FORWARD
 from mutations_backward import BACKWARD
+from mutations_edit import EDIT
 
-MUTATIONS: list[Fault] = [*FORWARD, *BACKWARD]
+MUTATIONS: list[Fault] = [*FORWARD, *BACKWARD, *EDIT]
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "cuda-host" / "tests" / "cuda_host" / "CMakeFiles"
-FLAGS = ["-std=c++17", "-O1", "-DATTNRB_CUDA_EMULATED", "-Wno-unknown-pragmas", "-w"]
+FLAGS = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-w"]
 
 
 def main() -> int:

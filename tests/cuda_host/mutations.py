@@ -8,8 +8,8 @@ FORWARD: list[Fault] = [
     Fault(
         "no barrier before the scores are computed",
         "kernels/attention.h",
-        "    wait_for_copies();\n    block_sync();\n    if (task != Task::softmax) load_values(tile);",
-        "    wait_for_copies();\n    if (task != Task::softmax) load_values(tile);",
+        "    wait_for_copies();\n    block_sync();\n    if (kValues) load_values(tile);",
+        "    wait_for_copies();\n    if (kValues) load_values(tile);",
     ),
     Fault(
         "no barrier before the values are used",
@@ -44,8 +44,8 @@ FORWARD: list[Fault] = [
     Fault(
         "the next tile of values, not this one",
         "kernels/attention.h",
-        "load_values(tile);",
-        "load_values(tile + 1);",
+        "if (kValues) load_values(tile);",
+        "if (kValues) load_values(tile + 1);",
     ),
     Fault(
         "the last tile of keys is left out",
@@ -62,8 +62,8 @@ FORWARD: list[Fault] = [
     Fault(
         "a key beyond the last is read",
         "kernels/attention.h",
-        "return r < left ? base + (first + r) * operand.strides[2] : nullptr;",
-        "return r <= left ? base + (first + r) * operand.strides[2] : nullptr;",
+        "return r < left ? keys.row(first + r) : nullptr;",
+        "return r <= left ? keys.row(first + r) : nullptr;",
     ),
     Fault(
         "the tail of a row is not cut",
@@ -146,15 +146,15 @@ FORWARD: list[Fault] = [
     ),
     Fault(
         "an outlier of an earlier tile stops the list",
-        "kernels/rows.h",
+        "kernels/marks.h",
         "      if (position >= first) bits |=",
         "      if (position < first) return bits;\n      bits |=",
     ),
     Fault(
         "split sums are merged without their references",
         "kernels/merge.h",
-        "    sum += states[4 * s + 1] * factor;",
-        "    sum += states[4 * s + 1];",
+        "    row.sum += states[4 * s + 1] * factor;",
+        "    row.sum += states[4 * s + 1];",
     ),
     Fault(
         "candidates of splits are not filtered",
@@ -171,8 +171,8 @@ FORWARD: list[Fault] = [
     Fault(
         "received attention counts rows behind the last",
         "kernels/received.h",
-        "const bool shown = rows.valid[i] && (!partial",
-        "const bool shown = (!partial",
+        "const bool shown = rows.valid[i] && !((removed",
+        "const bool shown = !((removed",
     ),
     Fault(
         "a sum over half a warp",
@@ -182,9 +182,9 @@ FORWARD: list[Fault] = [
     ),
     Fault(
         "a 32-bit row offset",
-        "kernels/attention.h",
-        "return r < left ? base + (first + r) * operand.strides[2] : nullptr;",
-        "return r < left ? base + int32_t(uint32_t(first + r) * uint32_t(operand.strides[2])) : nullptr;",
+        "kernels/keys.h",
+        "return first_ + key * strides_[2];",
+        "return first_ + int32_t(uint32_t(key) * uint32_t(strides_[2]));",
     ),
     Fault(
         "a 32-bit column offset",
@@ -231,8 +231,8 @@ FORWARD: list[Fault] = [
     Fault(
         "a lane knows of its own visible keys only",
         "kernels/attention.h",
-        "seen[i] = quad_sum(rows.seen[i] ? 1.0f : 0.0f) != 0.0f;",
-        "seen[i] = rows.seen[i];",
+        "quad_sum(rows.seen[i] ? 1.0f : 0.0f) != 0.0f};",
+        "rows.seen[i]};",
     ),
     Fault(
         "the second slice of wide values is the first",
@@ -249,14 +249,14 @@ FORWARD: list[Fault] = [
     Fault(
         "only the first 32 splits are merged",
         "kernels/merge.h",
-        "  for (int s = lane; s < p.splits; s += 32) {\n    if (states",
-        "  for (int s = lane; s < p.splits && s < 32; s += 32) {\n    if (states",
+        "  for (int s = lane; s < splits; s += 32) {\n    if (states",
+        "  for (int s = lane; s < splits && s < 32; s += 32) {\n    if (states",
     ),
     Fault(
         "the gain of the first head for all",
-        "kernels/attention.h",
-        "edit.gain[row_place(p, key_head, first_row() + 8 * i).head * p.gain_stride]",
-        "edit.gain[0]",
+        "kernels/marks.h",
+        "return p.problem.edit.gain[head * p.gain_stride];",
+        "return p.problem.edit.gain[0 * head];",
     ),
     Fault(
         "rows of a group stand in the wrong order",

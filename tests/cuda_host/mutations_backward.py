@@ -29,8 +29,8 @@ BACKWARD: list[Fault] = [
     Fault(
         "backward: rows behind the last are read",
         "kernels/gradient.h",
-        "if (first + r >= p.rows) return nullptr;",
-        "if (first + r > p.rows) return nullptr;",
+        "if (first + r >= row_count()) return nullptr;",
+        "if (first + r > row_count()) return nullptr;",
         "gradient_float32.cu",
     ),
     Fault(
@@ -112,9 +112,9 @@ BACKWARD: list[Fault] = [
     ),
     Fault(
         "backward: a 32-bit offset of a key",
-        "kernels/gradient.h",
-        "? base + (first + r) * operand.strides[2] : nullptr;",
-        "? base + int32_t(uint32_t(first + r) * uint32_t(operand.strides[2])) : nullptr;",
+        "kernels/keys.h",
+        "return first_ + key * strides_[2];",
+        "return first_ + int32_t(uint32_t(key) * uint32_t(strides_[2]));",
         "gradient_float32.cu",
     ),
     Fault(
@@ -127,8 +127,8 @@ BACKWARD: list[Fault] = [
     Fault(
         "backward: a 32-bit offset of a head",
         "kernels/gradient.h",
-        "return base + in_group * operand.strides[1] +",
-        "return base + int32_t(in_group * uint32_t(operand.strides[1])) +",
+        "return base + head * operand.strides[1] +",
+        "return base + int32_t(head * uint32_t(operand.strides[1])) +",
         "gradient_float32.cu",
     ),
     Fault(

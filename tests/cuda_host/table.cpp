@@ -26,7 +26,7 @@ struct Workspace {
 template <int multiprocessors>
 Status attention(const AttentionProblem& problem, const ThreadPool&, Scratch&) {
   AttentionProblem allowed = problem;
-  if (allowed.edit.capacity == 0) allowed.edit = {};
+  if (allowed.edit.capacity == 0) allowed.edit.indices = nullptr;
   cuda::AttentionPlan plan = cuda::plan_attention(allowed, device(multiprocessors));
   Workspace workspace(plan.workspace_bytes);
   int32_t status = int32_t(Status::ok);
@@ -43,7 +43,7 @@ void received_attention(const ReceivedProblem& problem, const ThreadPool&, Scrat
 
 Status gradient(const GradientProblem& problem, const ThreadPool&, Scratch&) {
   GradientProblem allowed = problem;
-  if (allowed.edit.capacity == 0) allowed.edit = {};
+  if (allowed.edit.capacity == 0) allowed.edit.indices = nullptr;
   cuda::GradientPlan plan = cuda::plan_gradient(allowed, device(0));
   Workspace workspace(plan.workspace_bytes);
   int32_t status = int32_t(Status::ok);

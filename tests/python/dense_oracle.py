@@ -59,7 +59,7 @@ class DenseOracle:
         """Run ``model`` by the oracle inside the block."""
         before = model.config._attn_implementation
         AttentionInterface.register(_NAME, self._attention)
-        AttentionMaskInterface.register(_NAME, _mask)
+        AttentionMaskInterface.register(_NAME, slot_mask)
         model.set_attn_implementation(_NAME)
         try:
             yield self
@@ -114,7 +114,7 @@ class DenseOracle:
         return (weights @ v).transpose(1, 2).to(query.dtype).contiguous(), None
 
 
-def _mask(
+def slot_mask(
     batch_size: int,
     q_length: int | None = None,
     q_offset: int | Tensor = 0,

@@ -157,7 +157,10 @@ class EditedProblem:
         return {name: torch.zeros_like(leaf) if each is None else each for (name, leaf), each in pairs}, dense
 
     def from_stored(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Gradients in ``dtype`` from a stored log-sum-exp and output, as fused attention computes them."""
+        """Gradients in ``dtype`` from a stored log-sum-exp and output, as fused attention computes them.
+
+        The scores are computed a second time, and their sums in another order, as a backward kernel does.
+        """
         leaves, seen, held = self.leaves(dtype), self.seen, self.held
         with torch.no_grad():
             dense = self.eager(leaves)
@@ -167,19 +170,23 @@ class EditedProblem:
             scale = self.query.shape[3] ** -0.5 if scale is None else scale
             key, value = (leaves[name].repeat_interleave(groups, 1) for name in ("key", "value"))
             upstream = self.upstream.to(dtype)
-            scores = (leaves["query"] @ key.transpose(2, 3)).to(wide) * scale
+            scores = (leaves["query"].flip(-1) @ key.flip(-1).transpose(2, 3)).to(wide) * scale
             tanh = torch.tanh(scores / cap) if cap else torch.zeros(())
+            scores = cap * tanh if cap else scores
+            if "key_bias" in leaves:
+                scores = scores + self.bias_terms(leaves["key_bias"])[0]
             slopes = (upstream @ value.transpose(2, 3)).to(wide)
             parts = _Rule(self, dense)
-            dot0 = (dense.weights * slopes).sum(-1, keepdim=True)
-            dot_u = (dense.weights * slopes * held).sum(-1, keepdim=True)
+            weights = torch.where(seen, torch.exp(scores - dense.lse[..., None]) * parts.total, 0.0)
+            dot0 = (weights * slopes).sum(-1, keepdim=True)
+            dot_u = (weights * slopes * held).sum(-1, keepdim=True)
             slope_of_mass = parts.da * dot0 + parts.db * dot_u
             delta = (upstream.to(wide) * dense.output.to(wide)).sum(-1, keepdim=True) + slope_of_mass * dense.mass
             edited = slopes * (parts.a + parts.b * held) + slope_of_mass * held
             grad_lse = torch.zeros(()) if self.upstream_lse is None else self.upstream_lse.to(wide)[..., None]
             lse_share = (1 + parts.gain * held) / parts.total
-            grad_scores = dense.weights * (edited - delta + grad_lse * lse_share) * seen
-            found = {"value": dense.applied.to(dtype).transpose(2, 3) @ upstream}
+            grad_scores = weights * (edited - delta + grad_lse * lse_share)
+            found = {"value": (weights * (parts.a + parts.b * held)).to(dtype).transpose(2, 3) @ upstream}
             inner = (grad_scores * (1 - tanh * tanh)).to(dtype)
             found["query"] = inner @ key * scale
             found["key"] = inner.transpose(2, 3) @ leaves["query"] * scale

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(
 
 # The enumerations in cuda/kernels/*parameters.h, by number.
 TASKS = {
-    "GradientTask": ("queries", "keys", "received_deltas", "received_queries", "received_keys"),
-    "Task": ("source", "rebalance", "softmax"),
+    "GradientTask": ("queries", "keys", "received_deltas", "received_queries", "received_keys", "rest", "bias"),
+    "Task": ("source", "rebalance", "softmax", "edited", "biased_softmax", "rest"),
 }
 
 LOADED_ELSEWHERE = """
@@ -38,6 +38,15 @@ names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswi
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 cpu = {name for name in names if has(name, "CPU")}
 print(len(cpu) >= 6, sorted(name for name in cpu if not has(name, "CUDA")))
+"""
+
+
+ASKED_OF_DRIVERS = """
+import ctypes, sys, torch, attnrb
+torch.ops.load_library(sys.argv[1])
+problem = ctypes.CDLL(sys.argv[1]).attnrb_driver_problem
+problem.restype = ctypes.c_char_p
+print(problem())
 """
 
 
@@ -56,6 +65,14 @@ def test_it_is_linked_with_no_cuda_library() -> None:
     needed = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
     libraries = re.findall(r"\(NEEDED\).*\[(.*)\]", needed)
     assert not [name for name in libraries if "cuda" in name or "cudart" in name or "c10" in name], libraries
+
+
+def test_it_has_nothing_against_a_missing_driver() -> None:
+    """What `import attnrb` asks it: a driver that is too old is a problem, one that is not there is none."""
+    ran = subprocess.run(
+        [sys.executable, "-c", ASKED_OF_DRIVERS, str(LIBRARY)], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "None"
 
 
 def tool(*arguments: str) -> str:

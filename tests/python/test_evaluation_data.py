@@ -153,3 +153,14 @@ def test_shared_data(shared: Path) -> None:
     assert (counts["piqa"], counts["siqa"], counts["gsm8k"]) == (1838, 1954, 1319)
     siqa = [json.loads(line) for line in (data / "siqa.jsonl").read_text("utf-8").splitlines()]
     assert [item.prompt for item in read_items(data, "siqa").items] == [row["query"] for row in siqa]
+
+
+def test_public_names_are_what_they_are_whatever_was_used_before() -> None:
+    """A name that a submodule shares would become that module once anything of it is imported."""
+    pytest.importorskip("optuna")
+    pytest.importorskip("lm_eval")
+    import attnrb.evaluation
+
+    for _ in range(2):
+        found = [name for name in attnrb.evaluation.__all__ if not callable(getattr(attnrb.evaluation, name))]
+        assert found == []

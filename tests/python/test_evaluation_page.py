@@ -15,8 +15,8 @@ for package in ("lm_eval", "plotly", "optuna"):
 from attnrb.evaluation.grid import evaluate  # noqa: E402
 from attnrb.evaluation.page import letter_notes, page, points, sentence  # noqa: E402
 from attnrb.evaluation.plan import Plan  # noqa: E402
-from attnrb.evaluation.search import SearchPlan, search  # noqa: E402
 from attnrb.evaluation.search_page import search_page  # noqa: E402
+from attnrb.evaluation.trials import SearchPlan, search  # noqa: E402
 from attnrb.hosts.lm_eval.model import AttnrbLM  # noqa: E402
 from attnrb.policies.rebalance import RebalanceConfig  # noqa: E402
 from browser import Heard, browser, opened  # noqa: E402

@@ -320,3 +320,24 @@ def test_no_outliers_at_all_leave_plain_attention() -> None:
     assert torch.equal(functional.rebalanced_attention(**inputs, outliers=nothing, gain=0.5), plain)
     nothing = Outliers(found.indices, torch.zeros_like(found.counts))
     assert torch.equal(functional.rebalanced_attention(**inputs, outliers=nothing, gain=0.5), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gains_of_a_tensor_are_finite_for_weights_in_memory(dtype: torch.dtype, value: float) -> None:
+    weights = torch.rand(1, 2, 3, 3).to(dtype)
+    for gain in (torch.tensor([value]), torch.tensor([0.5, value])):
+        with pytest.raises(ValueError, match="gain: expected finite numbers"):
+            functional.rebalance(weights, weights > 0.5, gain)
+
+
+@pytest.mark.parametrize("op", ["attention_backward", "received_attention_backward"])
+def test_backward_ops_refuse_operands_of_two_devices(op: str) -> None:
+    query, key, value = (torch.randn(1, 2, 3, 8) for _ in range(3))
+    rows = torch.randn(1, 2, 3)
+    if op == "attention_backward":
+        arguments = (value, None, query, key, value, value, rows.to("meta"))
+    else:
+        arguments = (rows, query, key.to("meta"), rows, True, 0, 0, 0, None, None, None, 1.0, 0.0, None)
+    with pytest.raises(ValueError, match="expected on cpu"):
+        getattr(torch.ops.attnrb, op)(*arguments)

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from dense_oracle import DenseOracle, linear_gains
 from every_model import tiny_model
 from test_patch_models import CONFIG, assert_close
-from tiny_models import tokens
+from tiny_models import tiny, tokens
 
 MODELS = ["gemma3", "llava", "qwen2_5_vl", "qwen3_vl", "mistral3", "idefics3", "internvl"]
 
@@ -57,3 +57,13 @@ def test_text_with_an_image() -> None:
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     kinds = (ids == config.image_token_id).long()
     as_the_oracle_says(model, ids, pixel_values=pixels, token_type_ids=kinds)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama4_text"])
+def test_the_decoder_of_a_model_with_a_head_is_the_part_below_it(name: str) -> None:
+    """Also where the model does not say so itself."""
+    model, ids = tiny(name), tokens(1, 6)
+    with torch.no_grad(), attnrb.patch(model) as patched:
+        assert patched.decoder is model.model
+        hidden = model.model(ids).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), model(ids).logits)

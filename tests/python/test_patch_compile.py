@@ -25,7 +25,9 @@ def architectures(*names: str, longer: tuple[str, ...]) -> Any:
     return pytest.mark.parametrize("name", [*names, *(pytest.param(name, marks=long) for name in longer)])
 
 
-some = architectures("llama", "gemma3_text", "stablelm", longer=("qwen3", "gpt_neox", "gpt_oss", "qwen3_next"))
+some = architectures(
+    "llama", "gemma3_text", "stablelm", longer=("llama4_text", "qwen3", "gpt_neox", "gpt_oss", "qwen3_next")
+)
 compiled_by_inductor = architectures("llama", longer=("gemma3_text", "qwen3", "gpt_neox", "gpt_oss", "qwen3_next"))
 TRACED = {"fullgraph": True, "backend": "aot_eager"}
 

@@ -88,6 +88,14 @@ def test_windows_are_one_number(seen: list[Visibility]) -> None:
     assert all(visibility.mask is None for visibility in seen)
 
 
+def test_chunks_are_one_number_to_the_op(seen: list[Visibility]) -> None:
+    model = tiny("llama4_text")
+    run(model, tokens(2, 20), attention_mask=padding("1" * 20, "0" * 5 + "1" * 15))
+    kinds = model.config.layer_types
+    assert [visibility.chunk for visibility in seen] == [8 if kind == "chunked_attention" else None for kind in kinds]
+    assert all(visibility.mask is None and bounds(visibility) == ([0, 5], [20, 20]) for visibility in seen)
+
+
 def test_windowed_layers_number_their_keys_by_slot(seen: list[Visibility]) -> None:
     """Decoding beyond the window: full layers hold every key, windowed ones the last few, and slots tell which."""
     model = tiny("gemma3_text")
@@ -201,7 +209,7 @@ def test_the_callers_mask_stays_as_it_was() -> None:
     assert not vars(mask)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "llama4_text"])
 def test_no_matrix_of_all_queries_and_keys(name: str) -> None:
     """No tensor with an entry for every pair of a query and a key is made for a long padded batch."""
     length = 3000

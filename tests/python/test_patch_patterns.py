@@ -106,11 +106,12 @@ known = pytest.mark.parametrize(
         lambda size, left: sliding_window_overlay(size),
         lambda size, left: chunked_overlay(size, left),
         lambda size, left: or_masks(causal_mask_function),
+        lambda size, left: sliding_window_causal_mask_function(0),
         lambda size, left: add_offsets_to_mask_function(sliding_window_causal_mask_function(size), 4, 4),
     ],
     ids=[
         *("causal", "window", "chunks", "causal and chunks", "two windows", "window and chunks", "window to all sides"),
-        *("chunks to all sides", "union of one", "both shifted"),
+        *("chunks to all sides", "union of one", "nothing", "both shifted"),
     ],
 )
 
@@ -183,7 +184,6 @@ unknown = pytest.mark.parametrize(
             "chunks of two kinds",
         ),
         (lambda: packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1, 1]] * 2)), "several texts share a row"),
-        (lambda: sliding_window_overlay(0), "no query sees any key"),
     ],
 )
 

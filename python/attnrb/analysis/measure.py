@@ -129,7 +129,7 @@ class _Layer:
         self.gain = None if self.boost_all and self.normalize else call.gain
         self.known = entries(call.outliers) if source is None and call.outliers is not None else None
         self.source = None if source is None else self._visible(source.to(self.query.device))
-        columns = torch.zeros(self.length, 3 + len(TOKEN_CLASSES), device=self.query.device)
+        columns = torch.zeros(self.length, 3 + len(TOKEN_CLASSES), dtype=torch.float32, device=self.query.device)
         columns[:, 0] = 1
         columns[0, 1] = 1
         columns[:, 2] = self.slots

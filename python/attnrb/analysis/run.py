@@ -130,7 +130,9 @@ def analyze(
                 continue
             _note_context(model, name, len(ids), notes)
             tokens = describe_tokens(tokenizer, ids, function_words=function_words)
-            classes = torch.tensor([TOKEN_CLASSES.index(token.token_class) for token in tokens])
+            classes = torch.tensor(
+                [TOKEN_CLASSES.index(token.token_class) for token in tokens], dtype=torch.int64, device="cpu"
+            )
             keep = len(kept) < keep_texts
             for place, run in enumerate(runs):
 
@@ -213,7 +215,7 @@ class _Run:
         ):
             observer.total = _layer_count(on)
             try:
-                on.decoder(torch.tensor([list(ids)], device=self.model.device), use_cache=False)
+                on.decoder(torch.tensor([list(ids)], dtype=torch.int64, device=self.model.device), use_cache=False)
             except IndexError as error:
                 raise ValueError(
                     f"texts: the model cannot read a text of {len(ids):,} tokens ({error}): cut it with max_tokens"

@@ -64,7 +64,10 @@ def _cuda_prefill() -> str | None:
     if not kernels:
         return "attnrb's own kernels: those of PyTorch are turned off"
     gradients = ", its gradients by flash" if {"flash", "cuDNN"} & {*kernels} else ""
-    return f"PyTorch's {' or '.join(kernels)} kernel for 16-bit plain or causal attention{gradients}; else attnrb's own"
+    return (
+        f"PyTorch's {' or '.join(kernels)} kernel for 16-bit plain or causal attention{gradients}; else attnrb's own, "
+        "and so wherever there is a key bias or rule rest"
+    )
 
 
 def _version(package: str) -> str | None:

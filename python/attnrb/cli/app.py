@@ -186,7 +186,10 @@ def info(json: options.Json = False) -> None:
 
 
 @app.command()
+@options.takes_policy
 def bench(
+    *,
+    policy: options.PolicyChoice,
     threads: options.Threads = None,
     dtype: options.DType = "float32",
     length: Annotated[int, typer.Option(min=16, help="Tokens in the sequence.")] = 1024,
@@ -198,8 +201,9 @@ def bench(
         from attnrb.cli.selfbench import run
         from attnrb.models import resolve_dtype
 
+        chosen = policy.policy() if policy.given else None
         set_threads(threads)
-        report = run(length=length, dtype=resolve_dtype(dtype), progress=step)
+        report = run(length=length, dtype=resolve_dtype(dtype), policy=chosen, progress=step)
     if json:
         print_json(report.to_dict())
     else:

@@ -11,12 +11,15 @@ from rich.text import Text
 from attnrb.cli import files, options, running
 from attnrb.cli.console import output, print_json, user_errors
 from attnrb.cli.eval import render
+from attnrb.policies.parse import parse_option, parse_policy
 from attnrb.reports.printable import printable
 
 _SEARCH = "Search"
 
 
+@options.takes_any_policy
 def search(
+    *,
     tasks: running.Tasks,
     data: running.Data = None,
     include_path: running.IncludePath = None,
@@ -40,6 +43,26 @@ def search(
             min=0, help="Highest source layer.", show_default="a quarter of the layers", rich_help_panel=_SEARCH
         ),
     ] = None,
+    policy: options.PolicyChoice,
+    range_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--range",
+            help="Bounds of an option of --policy, as name=low,high, in place of those above. May be given again.",
+            show_default=False,
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="A policy in one word, or learnt gains, to try before the others. May be given again.",
+            show_default=False,
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
     generated: running.Generated = False,
     shots: running.Shots = 0,
     chat: running.Chat = False,
@@ -53,14 +76,14 @@ def search(
     json: files.JsonFile = None,
     html: files.HtmlFile = None,
 ) -> None:
-    """Search alpha, threshold, source layer and layer range on a development split; report on held-out items."""
+    """Search for the settings of a policy on a development split; report on held-out items."""
     place: list[Path] = []
     with user_errors():
         from attnrb.evaluation.page import check_installed
         from attnrb.evaluation.plan import plan_names
-        from attnrb.evaluation.search import SearchPlan
-        from attnrb.evaluation.search import search as go
         from attnrb.evaluation.search_page import search_page
+        from attnrb.evaluation.trials import SearchPlan
+        from attnrb.evaluation.trials import search as go
     with running.run_errors(place):
         plan = SearchPlan(
             tasks=plan_names(tasks),
@@ -72,6 +95,9 @@ def search(
             alpha=_bounds("alpha", alpha),
             threshold=_bounds("threshold", threshold),
             most_source_layer=most_source_layer,
+            policy=policy.policy() if policy.given else None,
+            ranges=tuple(_range(each) for each in range_ or ()),
+            candidates=tuple(parse_policy(each) for each in config or ()),
             seed=seed,
             shots=shots,
             generated=generated,
@@ -103,6 +129,14 @@ def search(
         output().print(Text(printable(f"Chosen: {label}. On held-out items:")), soft_wrap=True)
         render(output(), document["held_out"])
     running.write({json: result.to_json, html: lambda: search_page(document)})
+
+
+def _range(text: str) -> tuple[str, float, float]:
+    name, equals, bounds = text.partition("=")
+    parts = [parse_option("", part.strip()) for part in bounds.split(",")]
+    if not equals or len(parts) != 2 or not all(isinstance(part, (int, float)) for part in parts):
+        raise ValueError(f"range: expected name=low,high, got {text!r}")
+    return name.strip(), parts[0], parts[1]
 
 
 def _bounds(name: str, text: str) -> tuple[float, float]:

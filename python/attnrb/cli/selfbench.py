@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnrb import _C, functional, reference
+from attnrb.ops.edit import Edit
 from attnrb.ops.outliers import Outliers
+from attnrb.ops.visibility import Visibility
+from attnrb.policies import LayerView, Mixture, ModelShape, Policy, Request
+from attnrb.text.spans import Span, Spans
 
 HEADS, KEY_HEADS, WIDTH = 8, 2, 64
 THRESHOLD, GAIN = 0.01, 0.2
@@ -67,13 +71,18 @@ class Report:
 
 
 def run(
-    *, length: int = 1024, dtype: torch.dtype = torch.float32, progress: Callable[[str], None] | None = None
+    *,
+    length: int = 1024,
+    dtype: torch.dtype = torch.float32,
+    policy: Policy | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Check and time both attention ops in prefill (`length` tokens) and decode (one query, 16 times the keys).
 
     Args:
         length: tokens of the prefill case.
         dtype: float32, bfloat16 or float16.
+        policy: also check and time the attention of a layer that it edits, a quarter of the keys being a span.
         progress: called with a short line before each step.
 
     Raises:
@@ -105,7 +114,14 @@ def run(
         truth = reference.rebalanced_attention(some, key, value, some_outliers, GAIN)
         torch_error = _error(plain()[:, :, checked], plain_truth)
         torch_seconds = _time(plain)
-        for op, function, expected in (("finds outliers", source, plain_truth), ("re-balances", rebalanced, truth)):
+        cases: list[tuple[str, Callable[[], Tensor], reference.Floats]] = [
+            ("finds outliers", source, plain_truth),
+            ("re-balances", rebalanced, truth),
+        ]
+        if policy is not None:
+            edit, edited = _edited(policy, query, key, value, outliers)
+            cases.append((policy.name, edited, _edited_truth(edit, some, key, value, checked)))
+        for op, function, expected in cases:
             error = _error(function()[:, :, checked], expected)
             allowed = 2 * torch_error + torch.finfo(dtype).eps * float(np.abs(expected).max())
             if not error <= allowed:
@@ -124,11 +140,34 @@ def run(
     return Report(setting, outlier_count / outlier_rows, rows)
 
 
+def _edited(
+    policy: Policy, query: Tensor, key: Tensor, value: Tensor, outliers: Outliers
+) -> tuple[Edit | None, Callable[[], Tensor]]:
+    """The edit of the second of two layers, whose first one has these outliers, and the attention that it gives."""
+    plan = policy.resolve(ModelShape(layers=2, heads=HEADS))
+    session = plan.begin(Request(Spans(((Span(0, max(1, key.shape[2] // 4)),),))))
+    for layer in plan.emits:
+        session.emitted(layer, outliers)
+    visibility = Visibility(query_offset=key.shape[2] - query.shape[2])
+    edit = session.edit(LayerView(1, query, key, lambda: {"visibility": visibility})) if 1 in plan.edited else None
+    if isinstance(edit, Mixture):
+        raise ValueError(f"policy: {policy.label()} is a mixture of several calls, which attnrb bench does not time")
+    return edit, lambda: functional.attention(query, key, value, edit=edit).output
+
+
+def _edited_truth(edit: Edit | None, query: Tensor, key: Tensor, value: Tensor, rows: slice) -> reference.Floats:
+    """The reference's output of these rows under an edit."""
+    if edit is not None and edit.outliers is not None and edit.outliers[0].shape[2] > 1:
+        edit = replace(edit, outliers=Outliers(*(each[:, :, rows] for each in edit.outliers)))
+    return reference.attention(query, key, value, edit=edit)[0]
+
+
 def _inputs(queries: int, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, HEADS, queries, WIDTH, generator=generator) * _SHARPNESS
-    key = torch.randn(1, KEY_HEADS, keys, WIDTH, generator=generator)
-    value = torch.randn(1, KEY_HEADS, keys, WIDTH, generator=generator)
+    made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    query = torch.randn(1, HEADS, queries, WIDTH, generator=generator, **made) * _SHARPNESS
+    key = torch.randn(1, KEY_HEADS, keys, WIDTH, generator=generator, **made)
+    value = torch.randn(1, KEY_HEADS, keys, WIDTH, generator=generator, **made)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 

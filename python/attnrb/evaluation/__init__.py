@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from attnrb.evaluation.plan import Plan
     from attnrb.evaluation.report import Report
     from attnrb.evaluation.runfile import RunFileError
-    from attnrb.evaluation.search import SearchPlan, search
+    from attnrb.evaluation.trials import SearchPlan, search
     from attnrb.hosts.lm_eval.budget import ComputedTokenBudget, Reading
     from attnrb.hosts.lm_eval.model import AttnrbLM
 
@@ -33,11 +33,11 @@ _PLACES = {
     "Reading": "attnrb.hosts.lm_eval.budget",
     "Report": "attnrb.evaluation.report",
     "RunFileError": "attnrb.evaluation.runfile",
-    "SearchPlan": "attnrb.evaluation.search",
+    "SearchPlan": "attnrb.evaluation.trials",
     "evaluate": "attnrb.evaluation.grid",
     "extract_choice": "attnrb.evaluation.extraction",
     "extract_number": "attnrb.evaluation.extraction",
-    "search": "attnrb.evaluation.search",
+    "search": "attnrb.evaluation.trials",
 }
 
 __all__ = [

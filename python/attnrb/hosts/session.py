@@ -13,7 +13,7 @@ import torch
 from attnrb.hosts.stats import PatchStats
 from attnrb.ops.edit import Edit
 from attnrb.ops.outliers import Outliers
-from attnrb.policies.base import LayerPlan, Mixture, Session
+from attnrb.policies.base import LayerPlan, Mixture, Request, Session
 
 if TYPE_CHECKING:
     from attnrb.hosts.transformers.attention import Common
@@ -77,10 +77,11 @@ class Forward:
         packed: whether positions may tell that several texts share a row.
         unpadded: whether there is no padding, whatever mask transformers is given.
         left_out: what the host knows of layers that are left out; None: it leaves out none.
+        request: what was said of the texts, and what is kept of them.
         called: the layers that came by.
         found: the outliers that a layer reported last.
         settled: the layers that were left out and of which the session knows that they found nothing.
-        common: what layers that share a mask have in common, by the id of the mask.
+        common: what layers that share a mask have in common, for each mask.
     """
 
     __slots__ = (
@@ -93,6 +94,7 @@ class Forward:
         "observer",
         "packed",
         "plan",
+        "request",
         "session",
         "settled",
         "stats",
@@ -112,6 +114,7 @@ class Forward:
         packed: bool = False,
         unpadded: bool = False,
         left_out: Any = None,
+        request: Request | None = None,
     ) -> None:
         self.plan = plan
         self.session = session
@@ -122,10 +125,11 @@ class Forward:
         self.packed = packed
         self.unpadded = unpadded
         self.left_out = left_out
+        self.request = request
         self.called: set[int] = set()
         self.settled: set[int] = set()
         self.found: Outliers | None = None
-        self.common: dict[int, Common] = {}
+        self.common: list[Common] = []
 
     def emitted(self, layer: int, outliers: Outliers, tokens: torch.Tensor | None) -> None:
         """Pass on a layer's outliers; ``tokens`` bool ``[B, M]`` says which queries count, None: all."""

@@ -44,6 +44,7 @@ _HEADER = 64 << 20  # bytes at the beginning that hold the keys, a vocabulary am
 _PART_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 Progress = Callable[[str], None]
+"""A function that is called with a short line before each step that may take seconds."""
 
 
 def cache_folder() -> Path | None:

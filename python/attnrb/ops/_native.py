@@ -36,6 +36,7 @@ def _load() -> None:
     # Beside a torch without CUDA it would be of no use: no tensor would reach it.
     if torch.version.cuda is not None and cuda_library().is_file():
         _load_into_torch(cuda_library())
+        _warn_of_driver(cuda_library())
 
 
 def _load_into_torch(library: Path) -> None:
@@ -48,6 +49,18 @@ def _load_into_torch(library: Path) -> None:
             f"attnrb's native library {library} does not load into torch {torch.__version__}: {error}. Build it anew "
             "here: run `pip install --force-reinstall --no-deps attnrb`, or `pip install .` in a source tree."
         ) from error
+
+
+def _warn_of_driver(library: Path) -> None:
+    """Says at once what a driver older than the library's CUDA runtime would otherwise say at the first op."""
+    import ctypes
+    import warnings
+
+    problem = ctypes.CDLL(str(library)).attnrb_driver_problem
+    problem.restype = ctypes.c_char_p
+    text = problem()
+    if text is not None:
+        warnings.warn(text.decode(), RuntimeWarning, stacklevel=2)
 
 
 def cuda_library() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,22 @@ from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import DEFAULT_SCORES, Scores, score_arguments
 from attnrb.ops.visibility import DEFAULT_VISIBILITY, Visibility, VisibilityArguments, visibility_arguments
 
-__all__ = ["OPTIONS", "attend", "attention", "attention_fake", "attention_weights", "dispatch"]
+__all__ = [
+    "OPTIONS",
+    "attend",
+    "attend_unchecked",
+    "attention",
+    "attention_fake",
+    "attention_weights",
+    "dispatch",
+    "fits_unchecked",
+    "given_options",
+    "gradients",
+]
 
 # Looked up once: torch.ops resolves overloads at every call.
 _attention = torch.ops.attnrb.attention.default
+_attention_output = torch.ops.attnrb.attention.output
 _attention_training = torch.ops.attnrb.attention_training.default
 _attention_backward = torch.ops.attnrb.attention_backward.default
 
@@ -104,6 +117,58 @@ def attend(
     return output, outliers
 
 
+def attend_unchecked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    edit: Edit | None,
+    emit: float | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Outliers | None]:
+    """`attend` for layers that are called once a token: nothing is checked here that the op checks itself.
+
+    Args:
+        query: ``[B, H, M, D]`` of a dtype that the native op takes; nobody wants a gradient or a cast.
+        key: ``[B, Hk, N, D]``.
+        value: ``[B, Hk, N, Dv]``.
+        edit: as `attention` has it, with a gain ``float32 [H]`` and a first query ``int64 [B]``.
+        emit: as `attention` has it.
+        options: visibility and scores as `given_options` has them, to which those of the edit are added.
+    """
+    if edit is not None:
+        if edit.outliers is not None:
+            options["indices"], options["counts"] = edit.outliers
+            options["gain"] = edit.gain
+            if edit.rule != "none":
+                options["rule"] = RULES.index(edit.rule)
+        if edit.key_bias is not None:
+            options["key_bias"] = edit.key_bias
+            if edit.first_query is not None:
+                options["first_query"] = edit.first_query
+    if emit is None:
+        return _attention_output(query, key, value, **options), None
+    output, _, indices, counts = _attention(query, key, value, emit=emit, **options)
+    return output, Outliers(indices, counts)
+
+
+def fits_unchecked(edit: Edit | None) -> bool:
+    """Whether `attend_unchecked` may have this edit: tensors as the op takes them, and no gain for every key."""
+    if edit is None or edit.as_the_op_takes_it:
+        return True
+    gain, bias, first = edit.gain, edit.key_bias, edit.first_query
+    return (
+        (gain is None or (edit.outliers is not None and isinstance(gain, Tensor) and gain.dtype is torch.float32))
+        and (bias is None or bias.dtype is torch.float32)
+        and (first is None or isinstance(first, Tensor))
+    )
+
+
+def given_options(visibility: Visibility) -> dict[str, Any]:
+    """A visibility as keywords of the op, those at their defaults left out."""
+    return _given(NO_EDIT, None, visibility_arguments(visibility), DEFAULT_SCORES)
+
+
 def dispatch(
     query: Tensor,
     key: Tensor,
@@ -117,9 +182,7 @@ def dispatch(
     if not native(query):
         check_shapes(query, key, value, edit, visibility, scores)
         return Attended(*dense.attention(query, key, value, edit, emit, visibility, scores))
-    if (
-        edit.gain is not None and edit.indices is None
-    ):  # every key is one: a scale of the output, and no kernel's matter
+    if edit.gain is not None and edit.indices is None:  # every key is an outlier: no kernel's matter
         attended = dispatch(query, key, value, edit._replace(gain=None), emit, visibility, scores)
         return _strengthen_everything(attended, edit, scores.sinks)
     if records_gradient(query, key, value, edit.gain, edit.key_bias, scores.sinks):
@@ -215,11 +278,16 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
     if emit is not None:
         capacity = torch.sym_min(_C.outlier_capacity(emit), key.shape[2])  # type: ignore[no-untyped-call]
     return (
-        training.like_rows(query.new_empty((1,)).expand(*rows, value.shape[3])),
+        training.like_rows(query, value.shape[3]),
         query.new_empty(rows, dtype=torch.float32),
         query.new_empty((*rows, capacity), dtype=torch.int32),
         query.new_empty(rows, dtype=torch.int32),
     )
+
+
+def _output_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> Tensor:
+    """The output of `attention_fake`."""
+    return attention_fake(query, key, value, *positional, **keywords)[0]
 
 
 def _backward_fake(
@@ -233,8 +301,11 @@ def _backward_fake(
     *positional: Any,
     **keywords: Any,
 ) -> tuple[Tensor, ...]:
+    options = _named(positional, keywords)
+    given = {"grad_output": grad_output, "grad_lse": grad_lse, "output": output, "lse": lse}
+    check_one_device(query=query, key=key, value=value, **given, **options)
     rows = (training.like_rows(each) for each in (query, key, value))
-    bias = training.like_bias(query, _named(positional, keywords)["key_bias"])
+    bias = training.like_bias(query, options["key_bias"])
     return (*rows, training.like_heads(query), bias, training.like_heads(query))
 
 
@@ -248,10 +319,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _gradient(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_output is None and grad_lse is None:
         return (None,) * (3 + len(OPTIONS))
-    (query, key, value, output, lse), options = training.kept(ctx)
+    tensors, options = training.kept(ctx)
+    rows, found = gradients(grad_output, grad_lse, tensors, options)
+    return (*rows, *(found.get(name) for name in OPTIONS))
+
+
+def gradients(
+    grad_output: Tensor | None, grad_lse: Tensor | None, tensors: Sequence[Tensor], options: dict[str, Any]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The gradients of an attention op.
+
+    Args:
+        grad_output: of the output; not None where ``grad_lse`` is.
+        grad_lse: of the log-sum-exp.
+        tensors: query, key, value, output and log-sum-exp.
+        options: the op's, by name; those left out have their defaults.
+
+    Returns:
+        Those of query, key and value, and those of the options that have one, by name.
+    """
+    query, key, value, output, lse = tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    options["emit"] = None
+    options = _named((), options) | {"emit": None}
     *rows, gain, key_bias, sinks = _attention_backward(
         grad_output, grad_lse, query, key, value, output, lse, *(options[name] for name in OPTIONS)
     )
@@ -262,10 +352,11 @@ def _gradient(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_:
         found["key_bias"] = key_bias
     if options["sinks"] is not None:
         found["sinks"] = sinks.to(options["sinks"].dtype)
-    return (*rows, *(found.get(name) for name in OPTIONS))
+    return rows, found
 
 
 torch.library.register_fake("attnrb::attention", attention_fake)
+torch.library.register_fake("attnrb::attention.output", _output_fake)
 torch.library.register_fake("attnrb::attention_training", attention_fake)
 torch.library.register_autograd("attnrb::attention_training", _gradient, setup_context=_setup)
 training.register_backward("attnrb::attention_backward", _backward_fake)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attnrb import _C
 from attnrb.ops.edit import RULES, EditArguments
+from attnrb.ops.operands import transformed
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import Scores, promoted
 from attnrb.ops.visibility import VisibilityArguments
@@ -134,7 +135,7 @@ class Layer:
         value = value.to(self.dtype)
         finite = torch.isfinite(value)
         output = self._product(weights, torch.where(finite, value, 0.0))
-        if torch.compiler.is_compiling() or not bool(finite.all()):
+        if torch.compiler.is_compiling() or transformed() or not bool(finite.all()):
             reach = seen.to(self.dtype).expand(weights.shape)
             for spoilt in (torch.nan, torch.inf, -torch.inf):
                 there = value.isnan() if spoilt != spoilt else value == spoilt
@@ -252,12 +253,17 @@ class Layer:
 def outlier_rows(chosen: Tensor, threshold: float, slots: Tensor) -> Outliers:
     """A mask ``[B, H, M, N]`` over keys at ``slots [N]`` as rows of ascending slots (Note: [Outlier capacity])."""
     keys = chosen.shape[3]
-    capacity = torch.sym_min(_C.outlier_capacity(threshold), keys)  # type: ignore[no-untyped-call]
+    capacity = torch.sym_min(_capacity(threshold), keys)  # type: ignore[no-untyped-call]
     last = torch.iinfo(torch.int32).max
     # More than the capacity only where rounding pushed a row's sum above 1.
     indices = torch.where(chosen, slots, last).sort(-1).values[..., :capacity]
     counts = chosen.sum(-1).clamp(max=capacity)
     return Outliers(torch.where(indices == last, -1, indices).to(torch.int32), counts.to(torch.int32))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capacity(threshold: float) -> int:
+    return _C.outlier_capacity(threshold)
 
 
 def outlier_mask(weights: Tensor, threshold: float, query_offset: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,19 @@ class Edit:
     rule: str = "none"
     key_bias: Tensor | None = None
     first_query: int | Tensor | None = None
+
+    as_the_op_takes_it: ClassVar[bool] = False
+    """Whether `of_tensors` made it."""
+
+    @classmethod
+    def of_tensors(cls, **attributes: Any) -> Edit:
+        """An edit whose tensors are as the op takes them, without a check: for what is made once a layer and token.
+
+        ``outliers`` with a ``gain`` float32 ``[H]``, a ``key_bias`` float32, a ``first_query`` int64 ``[B]``.
+        """
+        edit = object.__new__(cls)
+        vars(edit).update(attributes, as_the_op_takes_it=True)
+        return edit
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:

@@ -1,4 +1,11 @@
-"""Checks that the operations share, before a native op or `attnrb.ops.dense` computes."""
+"""Checks that the operations share, before a native op or `attnrb.ops.dense` computes.
+
+Note: [Transformed calls]
+A native op knows backward differentiation alone, once. Under the transforms of `torch.func` (grad, vmap, jvp, jacrev,
+jacfwd, hessian and what they nest to) and within a level of forward differentiation, where torch would take its tangent
+to be zero without a word, the functions compute with `attnrb.ops.dense`: right in every mode and to every order, for
+memory of n×n.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnrb.ops.edit import RULES, EditArguments
 from attnrb.ops.scores import Scores
@@ -21,15 +29,24 @@ __all__ = [
     "native",
     "operands",
     "records_gradient",
+    "transformed",
 ]
+
+# Looked up once: every layer of every decoded token asks.
+_under_transforms = torch._C._are_functorch_transforms_active
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*NATIVE_DTYPES, torch.float64)
 
 
 def native(query: Tensor) -> bool:
-    """Whether native ops serve such operands; `attnrb.ops.dense` serves all others."""
-    return query.dtype in NATIVE_DTYPES
+    """Whether native ops serve such operands; `attnrb.ops.dense` serves all others: see Note: [Transformed calls]."""
+    return query.dtype in NATIVE_DTYPES and not transformed()
+
+
+def transformed() -> bool:
+    """Whether the call is under a transform of `torch.func`, or differentiated forward: Note: [Transformed calls]."""
+    return _under_transforms() or forward_ad._current_level >= 0
 
 
 def operands(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +160,7 @@ def _check_edit(batch: int, heads: int, queries: int, edit: EditArguments) -> No
 
 def check_gain_values(edit: EditArguments) -> None:
     """Refuse a gain whose numbers are not finite, or below what its rule allows, where they are on the host."""
-    if edit.gain is None or edit.gain.device.type != "cpu" or torch.compiler.is_compiling():
+    if edit.gain is None or edit.gain.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
         return
     if not bool(edit.gain.isfinite().all()):
         raise ValueError(f"gain: expected finite numbers, got {edit.gain.tolist()}")

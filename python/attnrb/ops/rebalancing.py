@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrb.ops.attention import attention_fake, dispatch
+from attnrb.ops import training
+from attnrb.ops.attention import attention_fake, dispatch, gradients
 from attnrb.ops.edit import NO_EDIT, RULES, EditArguments, gain_tensor
 from attnrb.ops.operands import check_threshold, operands
 from attnrb.ops.outliers import Outliers
@@ -112,7 +113,8 @@ def rebalanced_attention(
     return dispatch(query, key, value, edit, None, seeing, scoring).output
 
 
-# The native ops of these names are for callers of torch.ops; the functions above call `attention`.
+# The native ops of these names are for callers of torch.ops; the functions above call `attention`. So a gradient that
+# is registered for them costs nobody else anything.
 
 
 def _source_attention_fake(
@@ -140,5 +142,37 @@ def _older(options: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(OLDER_OPTIONS, options, strict=True))
 
 
+def _source_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, _, *options = inputs
+    training.keep(ctx, _older(tuple(options)), query, key, value, *output[:2])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _source_gradient(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_output is None and grad_lse is None:
+        return (None,) * (4 + len(OLDER_OPTIONS))
+    tensors, options = training.kept(ctx)
+    rows, found = gradients(grad_output, grad_lse, tensors, options)
+    return (*rows, None, *(found.get(name) for name in OLDER_OPTIONS))
+
+
+def _rebalanced_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, indices, counts, gain, normalize, *options = inputs
+    rule = RULES.index("row" if normalize else "none")
+    edit = {"indices": indices, "counts": counts, "gain": gain, "rule": rule}
+    training.keep(ctx, edit | _older(tuple(options)), query, key, value)
+
+
+def _rebalanced_gradient(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+    if grad_output is None:
+        return (None,) * (7 + len(OLDER_OPTIONS))
+    rows, options = training.kept(ctx)
+    output, lse, *_ = torch.ops.attnrb.attention(*rows, **options)  # the op returns no log-sum-exp, which this needs
+    found_rows, found = gradients(grad_output, None, (*rows, output, lse), options)
+    return (*found_rows, None, None, found.get("gain"), None, *(found.get(name) for name in OLDER_OPTIONS))
+
+
 torch.library.register_fake("attnrb::source_attention", _source_attention_fake)
 torch.library.register_fake("attnrb::rebalanced_attention", _rebalanced_attention_fake)
+torch.library.register_autograd("attnrb::source_attention", _source_gradient, setup_context=_source_setup)
+torch.library.register_autograd("attnrb::rebalanced_attention", _rebalanced_gradient, setup_context=_rebalanced_setup)

@@ -108,6 +108,7 @@ def _backward_fake(
     grad_received: Tensor, query: Tensor, key: Tensor, lse: Tensor, *positional: Any
 ) -> tuple[Tensor, ...]:
     options = _LATER | dict(zip(_OPTIONS, positional, strict=False))
+    check_one_device(query=query, key=key, lse=lse, grad_received=grad_received, **options)
     bias = training.like_bias(query, options["key_bias"])
     return training.like_rows(query), training.like_rows(key), training.like_heads(query), bias
 

@@ -53,6 +53,7 @@ __all__ = [
     "ResolvedVisibility",
     "attention",
     "attention_weights",
+    "biases",
     "edited_attention_weights",
     "edited_weights",
     "gain_schedule",

@@ -34,10 +34,10 @@ def kept(ctx: Any) -> tuple[Sequence[Tensor], dict[str, Any]]:
     return saved[:count], ctx.numbers | dict(zip(ctx.tensor_names, saved[count:], strict=True))
 
 
-def like_rows(tensor: Tensor) -> Tensor:
-    """The gradient of ``tensor [B, heads, rows, width]``, laid out as the backward ops do: [B, rows, heads, width]."""
-    batch, heads, rows, width = tensor.shape
-    return tensor.new_empty((batch, rows, heads, width)).transpose(1, 2)
+def like_rows(tensor: Tensor, width: int | None = None) -> Tensor:
+    """An output, or the gradient of ``tensor [B, heads, rows, width]``: in memory it is [B, rows, heads, width]."""
+    batch, heads, rows, own = tensor.shape
+    return tensor.new_empty((batch, rows, heads, own if width is None else width)).transpose(1, 2)
 
 
 def like_heads(query: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from attnrb.ops import dense
-from attnrb.ops.edit import gain_tensor
-from attnrb.ops.operands import check_one_device, check_operand, check_threshold
+from attnrb.ops.edit import NO_EDIT, gain_tensor
+from attnrb.ops.operands import check_gain_values, check_one_device, check_operand, check_threshold, native
+from attnrb.ops.scores import promoted
 from attnrb.ops.training import second_derivative
 from attnrb.ops.visibility import describe
 
@@ -48,7 +49,7 @@ def outlier_mask(weights: Tensor, threshold: float = 0.01, *, query_offset: int 
     check_threshold(threshold)
     if query_offset is None:
         query_offset = weights.size(3) - weights.size(2)
-    if weights.dtype == torch.float64:
+    if not native(weights):
         return dense.outlier_mask(weights, threshold, query_offset)
     result: Tensor = _outlier_mask(weights, threshold, query_offset)
     return result
@@ -88,12 +89,16 @@ def rebalance(
     check_operand("weights", weights)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask: expected a bool tensor, got {describe(mask)}")
-    if weights.dtype == torch.float64:
-        return dense.rebalance(weights, mask, gain_tensor(gain, weights.device, torch.float64), normalize)
-    if isinstance(gain, (int, float)):
-        result: Tensor = _rebalance(weights, mask, gain, normalize)
+    dtype = promoted(weights.dtype)
+    if isinstance(gain, (int, float)) and native(weights):
+        simple: Tensor = _rebalance(weights, mask, gain, normalize)
+        return simple
+    gains = gain_tensor(gain, weights.device, dtype)
+    check_gain_values(NO_EDIT._replace(gain=gains))
+    if native(weights):
+        result: Tensor = _rebalance_per_head(weights, mask, gains, normalize)
     else:
-        result = _rebalance_per_head(weights, mask, gain_tensor(gain, weights.device), normalize)
+        result = dense.rebalance(weights.to(dtype), mask, gains, normalize).to(weights.dtype)
     return result
 
 

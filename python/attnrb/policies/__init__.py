@@ -17,14 +17,17 @@ from attnrb.policies.base import (
     register_policy,
 )
 from attnrb.policies.compose import Compose
+from attnrb.policies.custom import Custom
 from attnrb.policies.emphasis import Emphasis
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.plain import Plain
 from attnrb.policies.profile import HeadProfile
 from attnrb.policies.rebalance import Rebalance
+from attnrb.policies.sinks import SinkDamping
 
 __all__ = [
     "Compose",
+    "Custom",
     "Emphasis",
     "HeadProfile",
     "LayerPlan",
@@ -37,6 +40,7 @@ __all__ = [
     "Rebalance",
     "Request",
     "Session",
+    "SinkDamping",
     "model_shape",
     "policy_class",
     "policy_names",

@@ -13,8 +13,9 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from typing_extensions import Self
@@ -22,9 +23,7 @@ from typing_extensions import Self
 from attnrb.ops import functional
 from attnrb.ops.edit import Edit
 from attnrb.ops.outliers import Outliers
-
-if TYPE_CHECKING:
-    from attnrb.text.spans import Spans
+from attnrb.policies.request import Request
 
 __all__ = [
     "POLICY_FILE",
@@ -69,6 +68,11 @@ class ModelShape:
         if not self.has_attention:
             object.__setattr__(self, "has_attention", (True,) * self.layers)
 
+    @cached_property
+    def heads_of_layers(self) -> frozenset[int]:
+        """How many heads a layer that takes part may have on this rank: all, or its part of a split layer."""
+        return frozenset((self.heads, self.local_heads))
+
     @property
     def local_heads(self) -> int:
         """How many heads of a split layer this rank computes; H where they cannot be split evenly."""
@@ -89,17 +93,18 @@ class ModelShape:
 class PerHead:
     """A tensor with the H heads along its first axis, ready for whole layers and for this rank's part of split ones."""
 
-    __slots__ = ("_by_heads",)
+    __slots__ = ("_by_heads", "_device")
 
     def __init__(self, per_head: torch.Tensor, shape: ModelShape, layer: int) -> None:
         """Put ``per_head`` where ``layer`` is."""
-        whole = per_head.to(shape.device(layer))
+        self._device = shape.device(layer)
+        whole = per_head.to(self._device)
         self._by_heads = {shape.heads: whole, shape.local_heads: shape.own(whole).contiguous()}
 
     def of(self, view: LayerView) -> torch.Tensor:
         """The part that belongs to the heads of this layer, on its device."""
-        part = self._by_heads[view.query.shape[1]]
-        return part if part.device == view.query.device else part.to(view.query.device)
+        part = self._by_heads[view.heads]
+        return part if view.device == self._device else part.to(view.device)
 
 
 class LayerView:
@@ -109,28 +114,34 @@ class LayerView:
         layer: which layer.
         query: ``[B, H, M, D]``.
         key: ``[B, Hk, N, D]``, cached keys included.
+        heads: H, of this layer on this rank.
+        device: where the layer computes.
         scores: how they become scores: ``visibility``, ``scale``, ``softcap`` and ``sinks``, as `attnrb.functional`
             takes them.
     """
 
-    __slots__ = ("_scores", "key", "layer", "query")
+    __slots__ = ("_scores", "device", "heads", "key", "layer", "query")
 
     def __init__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, scores: Callable[[], Mapping[str, Any]]
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scores: Callable[[], Mapping[str, Any]],
+        heads: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        """``heads`` and ``device`` are those of ``query``, where the caller knows them already."""
         self.layer = layer
         self.query = query
         self.key = key
+        self.heads = query.shape[1] if heads is None else heads
+        self.device = query.device if device is None else device
         self._scores = scores
 
     @property
     def scores(self) -> Mapping[str, Any]:
         return self._scores()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer computes."""
-        return self.query.device
 
     @property
     def rows(self) -> int:
@@ -164,36 +175,20 @@ class Mixture:
         edits: the edits, for a layer as it is in this forward.
         weigh: the weights ``[B, H, M]`` of the outputs, from their log-sum-exps ``[B, H, M]``. They are float32, and
             may carry a gradient.
+        sinks: for each edit whether the model's own sinks join its rows. A sink is no key, which an edit could leave
+            out: where the edits share the keys out among them, just one may have it. The default, None, is all.
     """
 
     edits: Callable[[LayerView], Sequence[Edit | None]]
     weigh: Callable[[Sequence[torch.Tensor], LayerView], Sequence[torch.Tensor]]
+    sinks: Sequence[bool] | None = None
 
-
-class Request:
-    """What a user says of the texts in a call: which spans matter, and where the prompts end.
-
-    A generation is one request, with a forward for each token.
-
-    Attributes:
-        spans: of each row of the batch; None where there are none.
-        kept: what a `LayerPlan` worked out for this request, by the plan.
-    """
-
-    def __init__(self, spans: Spans | None = None, prompt: torch.Tensor | None = None) -> None:
-        """``prompt``: int64 ``[B]``: one past the slot of each prompt's last token; None: as the first forward ends."""
-        self.spans = spans
-        self.kept: dict[Any, Any] = {}
-        self._prompt = prompt
-
-    def prompt_ends(self, view: LayerView) -> torch.Tensor:
-        """One past the slot of each prompt's last token: int64, one for each row of ``spans``, on the CPU."""
-        if self._prompt is None:
-            rows = 1 if self.spans is None else len(self.spans)
-            ends = (view.query_slots()[:, -1] + 1).cpu()
-            times = max(1, view.rows // rows)
-            self._prompt = ends.expand(rows).clone() if ends.shape[0] == 1 else ends[::times]
-        return self._prompt
+    def parts(self, view: LayerView) -> list[tuple[Edit | None, Mapping[str, Any]]]:
+        """Each edit, and how its scores come about, as `LayerView.scores` has it."""
+        edits, scores = self.edits(view), view.scores
+        joins = [True] * len(edits) if self.sinks is None else self.sinks
+        alone = {**scores, "sinks": None}
+        return [(edit, scores if sinks else alone) for edit, sinks in zip(edits, joins, strict=True)]
 
 
 class Session:
@@ -220,6 +215,7 @@ class LayerPlan:
         required: layers that must come by in every forward.
         source_layer: the layer whose outliers decide what is edited; None in a policy without one.
         wants_spans: whether the policy edits marked text, and so does nothing without spans.
+        keeps: whether it keeps something of a text in `Request.sequence` from one forward to the next.
     """
 
     def __init__(
@@ -230,12 +226,14 @@ class LayerPlan:
         edited: frozenset[int] = frozenset(),
         source_layer: int | None = None,
         wants_spans: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.shape = shape
         self.emits = dict(emits or {})
         self.edited = edited
         self.source_layer = source_layer
         self.wants_spans = wants_spans
+        self.keeps = keeps
         self.required = frozenset(self.emits) | edited | ({source_layer} if source_layer is not None else frozenset())
 
     def begin(self, request: Request | None = None) -> Session:

@@ -82,6 +82,7 @@ class _ComposedPlan(LayerPlan):
             edited=frozenset().union(*(plan.edited for plan in plans)),
             source_layer=sources[0] if sources else None,
             wants_spans=any(plan.wants_spans for plan in plans),
+            keeps=any(plan.keeps for plan in plans),
         )
         self.required |= frozenset().union(*(plan.required for plan in plans))
 

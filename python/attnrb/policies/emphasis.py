@@ -14,7 +14,8 @@ attention over the span and over the rest alone,
 
     y = σ y_S + (1 - σ) y_R,    m = 1 / (1 + exp(LSE_R - LSE_S)),    σ = max(m, t)
 
-gives the span at least t of each row. Each key is visited once: half in the one call, half in the other.
+gives the span at least t of each row. Each key is visited once: half in the one call, half in the other. A sink of the
+model's counts among the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,9 +41,7 @@ from attnrb.policies.base import (
 )
 from attnrb.policies.checks import HeadChoice, beyond_the_model, choose_heads, head_choice, indices, number
 from attnrb.policies.profile import HeadProfile
-
-if TYPE_CHECKING:
-    from attnrb.text.spans import Spans
+from attnrb.policies.request import SpanTables
 
 __all__ = ["ROWS", "Emphasis", "first_queries"]
 
@@ -146,57 +145,62 @@ class EmphasisPlan(LayerPlan):
 
     def begin(self, request: Request | None = None) -> Session:
         """See `LayerPlan.begin`."""
-        if request is None or not request.spans:
+        if request is None or request.tables is None:
             return Session()
+        if torch.compiler.is_compiling():
+            return _EmphasisSession(_Prepared(self, request, request.tables))
         # What the spans come to is worked out once for all forwards of a request.
         prepared = request.kept.get(self)
         if prepared is None:
-            prepared = request.kept[self] = _Prepared(self, request.spans, request)
+            prepared = request.kept[self] = _Prepared(self, request, request.tables)
         return _EmphasisSession(prepared)
 
 
 class _Prepared:
     """The biases that one request's spans come to, by layer's heads, device and number of rows."""
 
-    def __init__(self, plan: EmphasisPlan, spans: Spans, request: Request) -> None:
+    def __init__(self, plan: EmphasisPlan, request: Request, tables: SpanTables) -> None:
         self.plan = plan
-        self.spans = spans
         self.request = request
-        self._parts: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.tables = tables
         self._edits: dict[Any, Edit | Mixture] = {}
 
     def edit(self, view: LayerView) -> Edit | Mixture:
         heads = self.plan.chosen[view.layer]
+        if torch.compiler.is_compiling():
+            return self._make(heads, view)
         key = (heads, view.query.shape[1], view.rows, view.device)
         if key not in self._edits:
-            bias, first = self._bias(view, self._own_heads(heads, view))
-            self._edits[key] = self._make(bias, first, view)
+            self._edits[key] = self._make(heads, view)
         return self._edits[key]
+
+    def _make(self, heads: tuple[int, ...] | None, view: LayerView) -> Edit | Mixture:
+        heed = self._own_heads(heads, view)
+        bias, first = self._bias(view, heed)
+        share = self.plan.policy.share
+        return Edit(key_bias=bias, first_query=first) if share is None else _floor(bias, first, heed, share)
 
     def _own_heads(self, heads: tuple[int, ...] | None, view: LayerView) -> torch.Tensor | None:
         """Bool ``[H]``: which of this layer's heads, on this rank, heed it; None: all."""
         if heads is None:
             return None
         shape = self.plan.shape
-        heed = torch.zeros(shape.heads, dtype=torch.bool)
+        heed = torch.zeros(shape.heads, dtype=torch.bool, device="cpu")
         heed[list(heads)] = True
         return (heed if view.query.shape[1] == shape.heads else shape.own(heed)).to(view.device)
 
     def _bias(self, view: LayerView, heed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """float32 ``[B, 1 or H, N']`` and the first queries int64 ``[B]``, None: all."""
-        policy, device = self.plan.policy, view.device
-        prompt = self.request.prompt_ends(view)
-        slots = max(self.spans.slots, 0 if policy.outside is None else int(prompt.max()))
-        if policy.share is None:
-            per_key = self.spans.log_strengths(policy.strength, slots)
-            if policy.outside is not None:
-                weak = math.log(policy.outside) if policy.outside > 0 else -math.inf
-                other = ~self.spans.union(slots) & (torch.arange(slots) < prompt[:, None])
-                per_key = torch.where(other & torch.tensor([bool(row) for row in self.spans])[:, None], weak, per_key)
+        policy, device, tables = self.plan.policy, view.device, self.tables
+        if policy.share is not None:
+            per_key = torch.where(tables.union, 0.0, -math.inf)
         else:
-            per_key = torch.where(self.spans.union(slots), 0.0, -math.inf)
+            per_key = tables.log_strengths(policy.strength)
+            if policy.outside is not None:
+                per_key = self._weaken_outside(per_key, policy.outside, view)
         bias = per_key[:, None]
-        first = first_queries(policy.rows, self.spans, prompt)
+        prompt = self.request.prompt_ends(view) if policy.rows == "last" else None
+        first = first_queries(policy.rows, tables.ends, prompt)
         times = self._times(view)
         if times > 1:
             bias = bias.repeat_interleave(times, 0)
@@ -206,18 +210,23 @@ class _Prepared:
             bias = torch.where(heed[:, None], bias, 0.0)
         return bias.contiguous(), None if first is None else first.to(device)
 
+    def _weaken_outside(self, per_key: torch.Tensor, outside: float, view: LayerView) -> torch.Tensor:
+        """The biases ``[B, N']`` with those of the prompt's other keys, in rows that have spans."""
+        prompt = self.request.prompt_ends(view).to(per_key.device)
+        union = self.tables.union
+        if self.request.prompt is None:  # the tables need not reach the prompt's end
+            more = max(0, view.key_slots() - union.shape[1])
+            per_key, union = (torch.nn.functional.pad(each, (0, more)) for each in (per_key, union))
+        weak = math.log(outside) if outside > 0 else -math.inf
+        before = torch.arange(union.shape[1], device=per_key.device) < prompt[:, None]
+        return torch.where(~union & before & union.any(1, keepdim=True), weak, per_key)
+
     def _times(self, view: LayerView) -> int:
         """How many rows of the batch each row of spans stands for: beams and returned sequences multiply them."""
-        rows = len(self.spans)
+        rows = self.tables.rows
         if view.rows % rows != 0:
             raise ValueError(f"spans: expected those of {view.rows} rows, or of a divisor of it, got those of {rows}")
         return view.rows // rows
-
-    def _make(self, bias: torch.Tensor, first: torch.Tensor | None, view: LayerView) -> Edit | Mixture:
-        if self.plan.policy.share is None:
-            return Edit(key_bias=bias, first_query=first)
-        heed = self._own_heads(self.plan.chosen[view.layer], view)
-        return _floor(bias, first, heed, self.plan.policy.share)
 
 
 def _floor(inside: torch.Tensor, first: torch.Tensor | None, heed: torch.Tensor | None, share: float) -> Mixture:
@@ -234,10 +243,11 @@ def _floor(inside: torch.Tensor, first: torch.Tensor | None, heed: torch.Tensor 
         return Edit(key_bias=only), Edit(key_bias=rest)
 
     def weigh(lse: Sequence[torch.Tensor], view: LayerView) -> tuple[torch.Tensor, ...]:
-        own = torch.sigmoid(lse[0] - lse[1])  # m; NaN where neither sees a key
-        own = torch.where(lse[0] == -math.inf, 0.0, torch.where(lse[1] == -math.inf, 1.0, own))
-        # A row that sees no key of the span, or none outside it, has nothing to shift.
+        # A row that sees no key of the span, or none outside it, has nothing to shift. Its difference is infinite or
+        # NaN, and must not come near the sigmoid, whose gradient would be NaN too.
         shift = (lse[0] > -math.inf) & (lse[1] > -math.inf)
+        own = torch.sigmoid(torch.where(shift, lse[0] - lse[1], 0.0))  # m
+        own = torch.where(shift, own, (lse[0] > -math.inf).to(own.dtype))
         if first is not None:
             shift = shift & (view.query_slots() >= first[:, None])[:, None]
         if heed is not None:
@@ -245,20 +255,23 @@ def _floor(inside: torch.Tensor, first: torch.Tensor | None, heed: torch.Tensor 
         sigma = torch.where(shift, own.clamp(min=share), own)
         return sigma, 1 - sigma
 
-    return Mixture(edits, weigh)
+    return Mixture(edits, weigh, sinks=(False, True))
 
 
-def first_queries(rows: str, spans: Spans, prompt: torch.Tensor) -> torch.Tensor | None:
+def first_queries(rows: str, ends: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor | None:
     """The slot of the first query in each row that heeds its spans: int64 ``[B]``; None: all queries do.
 
     Args:
         rows: one of `ROWS`.
-        spans: of each row.
-        prompt: one past the slot of each prompt's last token.
+        ends: the slot behind the last span of each row, int64 ``[B]``.
+        prompt: one past the slot of each prompt's last token, int64 ``[B]``; needed for ``last`` alone.
     """
     if rows == "all":
         return None
-    return spans.ends() if rows == "after" else prompt - 1
+    if rows == "after":
+        return ends
+    assert prompt is not None, "who asks for the last rows knows where prompts end"
+    return prompt - 1
 
 
 class _EmphasisSession(Session):

@@ -89,8 +89,10 @@ class LearnedGains(torch.nn.Module, Policy):
             config,
             len(schedule),
             layers,
-            torch.tensor([schedule[layer] or (0.0,) * shape.heads for layer in layers]),
-            torch.tensor([chosen[layer] for layer in layers]),
+            torch.tensor(
+                [schedule[layer] or (0.0,) * shape.heads for layer in layers], dtype=torch.float32, device="cpu"
+            ),
+            torch.tensor([chosen[layer] for layer in layers], dtype=torch.bool, device="cpu"),
         )
         if isinstance(model, torch.nn.Module):
             model.requires_grad_(False)  # only now, when nothing can fail any more
@@ -130,7 +132,7 @@ class LearnedGains(torch.nn.Module, Policy):
 
     def matrix(self) -> torch.Tensor:
         """All gains as float32 ``[L, H]``, 0 where a layer or head has none; without gradient."""
-        matrix = torch.zeros(self.model_layers, self.heads)
+        matrix = torch.zeros(self.model_layers, self.heads, dtype=torch.float32, device="cpu")
         matrix[list(self.layers)] = torch.where(self.chosen, self.gains, 0.0).detach().cpu()
         return matrix
 
@@ -152,8 +154,8 @@ class LearnedGains(torch.nn.Module, Policy):
             return cls.load(options["path"])
         try:
             tensors = {
-                "gains": torch.tensor(options["gains"], dtype=torch.float32),
-                "chosen": torch.tensor(options["chosen"], dtype=torch.bool),
+                "gains": torch.tensor(options["gains"], dtype=torch.float32, device="cpu"),
+                "chosen": torch.tensor(options["chosen"], dtype=torch.bool, device="cpu"),
             }
             about = {"config": options["config"], "layers": options["layers"], "model_layers": options["model_layers"]}
         except KeyError as error:

@@ -165,7 +165,11 @@ class Rebalance(Policy):
     def resolve(self, shape: ModelShape) -> RebalancePlan:
         """See `Policy.resolve`."""
         gains = self.gain_rows(shape)
-        rows = {layer: torch.tensor(gain) for layer, gain in enumerate(gains) if gain is not None}
+        rows = {
+            layer: torch.tensor(gain, dtype=torch.float32, device="cpu")
+            for layer, gain in enumerate(gains)
+            if gain is not None
+        }
         return RebalancePlan(self, shape, {layer: PerHead(gain, shape, layer) for layer, gain in rows.items()})
 
     def gain_rows(self, shape: ModelShape) -> tuple[tuple[float, ...] | None, ...]:
@@ -230,15 +234,16 @@ class RebalancePlan(LayerPlan):
 class RebalanceSession(Session):
     """One forward: the source layer's outliers, handed to the layers above it."""
 
-    __slots__ = ("outliers", "plan")
+    __slots__ = ("device", "outliers", "plan")
 
     def __init__(self, plan: RebalancePlan) -> None:
         self.plan = plan
         self.outliers: Outliers | None = None
+        self.device: torch.device | None = None
 
     def emitted(self, layer: int, outliers: Outliers) -> None:
         """See `Session.emitted`."""
-        self.outliers = outliers
+        self.outliers, self.device = outliers, outliers.counts.device
 
     def edit(self, view: LayerView) -> Edit | None:
         """See `Session.edit`.
@@ -257,6 +262,7 @@ class RebalanceSession(Session):
                 f"layer {view.layer} ran before the source layer {self.plan.source_layer}, which finds the outliers: "
                 "attnrb needs the layers of a model to run in order, all through transformers' AttentionInterface"
             )
-        if outliers.counts.device != view.device:
+        if self.device != view.device:
+            self.device = view.device
             outliers = self.outliers = Outliers(*(each.to(view.device) for each in outliers))
-        return Edit(outliers=outliers, gain=gain, rule=self.plan.rule)
+        return Edit.of_tensors(outliers=outliers, gain=gain, rule=self.plan.rule)

@@ -129,7 +129,7 @@ def compare(
             rebalanced = _faster(rebalanced, run(max_new_tokens))
 
     say("Measuring attention, layer by layer")
-    text_ids = torch.cat([input_ids, torch.tensor([plain.token_ids], dtype=torch.int64)], dim=1)
+    text_ids = torch.cat([input_ids, torch.tensor([plain.token_ids], dtype=torch.int64, device="cpu")], dim=1)
     return Comparison(
         prompt=prompt,
         prompt_tokens=input_ids.shape[1],

@@ -66,7 +66,7 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> torch.Te
         ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise ValueError("prompt: expected some text, got none")
-    return torch.tensor([ids], dtype=torch.int64)
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 def generate(

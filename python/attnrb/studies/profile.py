@@ -169,5 +169,5 @@ class _ProbeSession(Session):
             gains = self.plan.shape.own(gains)
         counts = spans.default_counts(device=device)[:, None]
         bias = spans.log_strengths(1.0, device=device)[:, None] + counts * gains.to(device)[None, :, None]
-        first = first_queries(self.plan.rows, spans, self.request.prompt_ends(view))
+        first = first_queries(self.plan.rows, spans.ends(), self.request.prompt_ends(view))
         return Edit(key_bias=bias, first_query=None if first is None else first.to(device))

@@ -140,7 +140,7 @@ class Spans:
                 `slots`.
         """
         default = _log(check_strength("default_strength", default_strength))
-        total = torch.zeros(len(self), self._check_slots(slots), dtype=torch.float64)
+        total = torch.zeros(len(self), self._check_slots(slots), dtype=torch.float64, device="cpu")
         for index, span in self._indexed():
             total[index, span.start : span.end] += default if span.strength is None else _log(span.strength)
         return total.to(device=device, dtype=torch.float32)
@@ -151,7 +151,7 @@ class Spans:
         So ``log_strengths(1, slots) + default_counts(slots) * log_strength`` takes a strength that is learnt, or one
         for each head. Arguments and errors are those of `log_strengths`.
         """
-        counts = torch.zeros(len(self), self._check_slots(slots), dtype=torch.float32)
+        counts = torch.zeros(len(self), self._check_slots(slots), dtype=torch.float32, device="cpu")
         for index, span in self._indexed():
             if span.strength is None:
                 counts[index, span.start : span.end] += 1
@@ -162,7 +162,7 @@ class Spans:
 
         Arguments and errors are those of `log_strengths`.
         """
-        covered = torch.zeros(len(self), self._check_slots(slots), dtype=torch.bool)
+        covered = torch.zeros(len(self), self._check_slots(slots), dtype=torch.bool, device="cpu")
         for index, span in self._indexed():
             covered[index, span.start : span.end] = True
         return covered.to(device)

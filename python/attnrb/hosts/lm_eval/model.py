@@ -211,7 +211,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
                     raise ValueError("model: its logits are not finite; try dtype=float32 (--dtype float32)")
                 greedy = rows.argmax(-1)
                 for index in sharing[ids]:
-                    target = torch.tensor(requests[index][2], device=rows.device)
+                    target = torch.tensor(requests[index][2], dtype=torch.int64, device=rows.device)
                     size = len(target)
                     each = rows[-size:].gather(1, target[:, None])[:, 0] - normalizers[-size:]
                     answer = (float(each.sum()), bool((greedy[-size:] == target).all()))
@@ -243,12 +243,13 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         """Float32 logits ``[sum of scored, vocabulary]`` at the last `scored` positions of each input."""
         longest = len(batch[0])
         # Padding on the right needs no mask: no token sees what comes after it.
-        inputs = torch.zeros(len(batch), longest, dtype=torch.int64)
+        inputs = torch.zeros(len(batch), longest, dtype=torch.int64, device="cpu")
         for row, ids in enumerate(batch):
-            inputs[row, : len(ids)] = torch.tensor(ids)
-        rows = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(scored))
+            inputs[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64, device="cpu")
+        counts = torch.tensor(scored, dtype=torch.int64, device="cpu")
+        rows = torch.repeat_interleave(torch.arange(len(batch), device="cpu"), counts)
         ends = zip(batch, scored, strict=True)
-        positions = torch.cat([torch.arange(len(ids) - count, len(ids)) for ids, count in ends])
+        positions = torch.cat([torch.arange(len(ids) - count, len(ids), device="cpu") for ids, count in ends])
         rows, positions = rows.to(self.device), positions.to(self.device)
 
         def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -23,8 +23,9 @@ import torch
 from attnrb.hosts.session import AttentionCall, Forward, current_forward
 from attnrb.hosts.transformers.caches import check_keys
 from attnrb.ops import functional
-from attnrb.ops.attention import attend
+from attnrb.ops.attention import attend, attend_unchecked, fits_unchecked, given_options
 from attnrb.ops.edit import Edit
+from attnrb.ops.operands import native
 from attnrb.ops.outliers import Outliers
 from attnrb.policies.base import LayerView, Mixture
 
@@ -99,25 +100,32 @@ def attention(
     assert forward is not None
     assert layer is not None
 
-    common = forward.common.get(id(attention_mask))
-    if common is None or not common.serves(attention_mask, query, key):
+    for common in forward.common:
+        if common.serves(attention_mask, query, key):
+            break
+    else:
         common = Common.of(forward, module, attention_mask, query, key, is_causal, sliding_window)
-        forward.common[id(attention_mask)] = common
+        forward.common.append(common)
     if isinstance(scaling, torch.Tensor):
         scaling = float(scaling)
     scores = _Scores(common.geometry, scaling, softcap, s_aux)
 
     plan = forward.plan
-    view = LayerView(layer, query, key, scores.named)
+    view = LayerView(layer, query, key, scores.named, common.heads, common.device)
     edit, emit = None, None
     if layer in plan.required:
-        _check_heads(forward, module, layer, query.shape[1])
+        if common.heads not in plan.shape.heads_of_layers:
+            _refuse_heads(forward, module, layer, common.heads)
         emit = plan.emits.get(layer)
         if layer in plan.edited:
             if forward.left_out is not None:
                 forward.left_out.settle(forward, layer, query)
             edit = forward.session.edit(view)
-    output, outliers = _attend(view, value, edit, emit)
+    if common.options is not None and common.unrecorded() and not isinstance(edit, Mixture) and fits_unchecked(edit):
+        options = scores.given(common.options)
+        output, outliers = attend_unchecked(query, key, value, edit=edit, emit=emit, options=options)
+    else:
+        output, outliers = _attend(view, value, edit, emit)
     if outliers is not None:
         forward.emitted(layer, outliers, common.geometry.tokens)
     forward.called.add(layer)
@@ -141,6 +149,17 @@ class _Scores:
         self.softcap = softcap
         self.sinks = sinks
 
+    def given(self, options: dict[str, Any]) -> dict[str, Any]:
+        """A copy of ``options`` with these added, as the op takes them."""
+        given = dict(options)
+        if self.scale is not None:
+            given["scale"] = self.scale
+        if self.softcap:
+            given["softcap"] = self.softcap
+        if self.sinks is not None:
+            given["sinks"] = self.sinks
+        return given
+
     def named(self) -> Mapping[str, Any]:
         """As `attnrb.functional` takes them."""
         visibility = self.geometry.visibility
@@ -150,13 +169,13 @@ class _Scores:
 class Common:
     """What the layers of one forward that share a mask have in common: see `Note: [Layers alike]`."""
 
-    __slots__ = ("device", "dtype", "geometry", "keys", "mask", "shape")
+    __slots__ = ("device", "device_type", "dtype", "geometry", "heads", "keys", "mask", "options", "shape")
 
     def __init__(self, mask: torch.Tensor | None, geometry: Geometry, query: torch.Tensor, keys: int | None) -> None:
         """Keep what a layer found.
 
         Args:
-            mask: what it was given; kept alive, since its id is what this is found by.
+            mask: what it was given; kept alive, since this is found by it.
             geometry: what the mask means, on the layer's device.
             query: ``[B, H, M, D]``.
             keys: N, where the meaning depends on it; None where it does not.
@@ -164,7 +183,11 @@ class Common:
         self.mask = mask
         self.geometry = geometry
         self.shape, self.dtype, self.device = query.shape, query.dtype, query.device
+        self.heads, self.device_type = query.shape[1], query.device.type
         self.keys = keys
+        # Visibility as the op takes it; None where calls have to be checked, cast or traced.
+        plain = native(query) and not torch.compiler.is_compiling()
+        self.options = given_options(geometry.visibility) if plain else None
 
     @staticmethod
     def of(
@@ -184,12 +207,15 @@ class Common:
         elif geometry is not None:
             check_keys(module, geometry.keys, key.size(2), query.size(2))
         else:
-            before = forward.common.get(id(mask))
-            if before is not None and before.mask is mask and before.keys == keys:
-                geometry = before.geometry
-            else:
+            read = (each.geometry for each in forward.common if each.mask is mask and each.keys == keys)
+            geometry = next(read, None)
+            if geometry is None:
                 geometry = _read_mask(forward, module, mask, query, key.size(2), is_causal, sliding_window)
         return Common(mask, geometry.on(query.device), query, keys)
+
+    def unrecorded(self) -> bool:
+        """Whether neither gradients nor casts are asked for."""
+        return not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device_type)
 
     def serves(self, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> bool:
         """Whether a layer with this mask and query is alike."""
@@ -208,7 +234,9 @@ def _attend(
     """Output ``[B, H, M, Dv]`` of a layer under an edit, and its outliers where ``emit`` asks for them."""
     if not isinstance(edit, Mixture):
         return attend(view.query, view.key, value, edit=edit, emit=emit, **view.scores)
-    parts = [functional.attention(view.query, view.key, value, edit=each, **view.scores) for each in edit.edits(view)]
+    parts = [
+        functional.attention(view.query, view.key, value, edit=each, **scores) for each, scores in edit.parts(view)
+    ]
     shares = edit.weigh([part.lse for part in parts], view)
     mixed = sum(share[..., None] * part.output for share, part in zip(shares, parts, strict=True))
     assert isinstance(mixed, torch.Tensor)
@@ -226,23 +254,21 @@ def _weights(view: LayerView, edit: Edit | Mixture | None) -> torch.Tensor:
     """The weights ``[B, H, M, N]`` as a layer applies them."""
     if not isinstance(edit, Mixture):
         return functional.attention_weights(view.query, view.key, edit=edit, **view.scores)
-    edits = edit.edits(view)
-    lse = [functional.attention(view.query, view.key, view.key, edit=each, **view.scores).lse for each in edits]
+    split = edit.parts(view)
+    lse = [functional.attention(view.query, view.key, view.key, edit=each, **scores).lse for each, scores in split]
     shares = edit.weigh(lse, view)
-    parts = [functional.attention_weights(view.query, view.key, edit=each, **view.scores) for each in edits]
+    parts = [functional.attention_weights(view.query, view.key, edit=each, **scores) for each, scores in split]
     mixed = sum(share[..., None] * part for share, part in zip(shares, parts, strict=True))
     assert isinstance(mixed, torch.Tensor)
     return mixed.to(view.query.dtype)
 
 
-def _check_heads(forward: Forward, module: torch.nn.Module, layer: int, heads: int) -> None:
-    shape = forward.plan.shape
-    if heads not in (shape.local_heads, shape.heads):
-        raise NotImplementedError(
-            f"layer {layer} ({type(module).__name__}) has {heads} query heads, others {shape.heads}. Outliers "
-            "pair by head index, so attnrb re-balances layers with as many heads as the model's configuration names; "
-            "leave this one out with RebalanceConfig(layers=...)"
-        )
+def _refuse_heads(forward: Forward, module: torch.nn.Module, layer: int, heads: int) -> None:
+    raise NotImplementedError(
+        f"layer {layer} ({type(module).__name__}) has {heads} query heads, others {forward.plan.shape.heads}. Outliers "
+        "pair by head index, so attnrb re-balances layers with as many heads as the model's configuration names; "
+        "leave this one out with RebalanceConfig(layers=...)"
+    )
 
 
 def _read_mask(

@@ -1,4 +1,4 @@
-"""Caches in which a slot is not the same token in every layer, which attnrb cannot serve.
+"""Caches: what is kept of the texts in them, and those that attnrb cannot serve.
 
 Note: [Slots are tokens]
 Layers tell each other keys by their slots. Tools that drop keys from a cache choose them for each layer, so that a slot
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Caches", "check_keys"]
+__all__ = ["Caches", "Sequences", "check_keys"]
 
 _WHY = (
     "past_key_values: {what}: keys were removed from this cache. attnrb tells keys by their slots, so it serves caches "
@@ -56,6 +56,39 @@ class Caches:
             raise NotImplementedError(
                 _WHY.format(what=f"the first new token has the position {first}, and the cache holds {held} keys")
             )
+
+
+class Sequences:
+    """What policies keep of the texts in caches, for as long as a cache holds their keys."""
+
+    def __init__(self) -> None:
+        self._kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+    def of(self, cache: Any) -> dict[Any, Any]:
+        """What is kept of the texts in ``past_key_values``; an empty cache begins new ones, and so does None.
+
+        Raises:
+            NotImplementedError: a graph is being traced, which cannot find it again in the next call.
+        """
+        if cache is None:
+            return {}
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "past_key_values: this policy keeps what it found in a prompt for the tokens after it, which a graph "
+                "of torch.compile cannot: compile without a cache, or run the model eagerly"
+            )
+        if int(cache.get_seq_length()) == 0:
+            self._kept[cache] = {}
+        return self._kept.setdefault(cache, {})
+
+    def note(self, output: Any, sequence: dict[Any, Any]) -> None:
+        """Keep it by the cache that a forward made, if it made one."""
+        if torch.compiler.is_compiling():
+            return
+        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        for cache in parts:
+            if hasattr(cache, "get_seq_length"):
+                self._kept.setdefault(cache, sequence)
 
 
 def check_keys(module: torch.nn.Module, expected: int | None, keys: int, queries: int) -> None:

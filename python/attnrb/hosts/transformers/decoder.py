@@ -27,6 +27,10 @@ def decoder_of(model: Any) -> Any:
     decoder: Any = whole.get_decoder()
     if decoder is whole or not isinstance(decoder, PreTrainedModel):  # some call their last projection a decoder
         decoder = whole.base_model
+    if decoder is whole and whole.get_output_embeddings() is not None:
+        # Some with a head do not say where the rest is.
+        within = [module for module in whole.children() if isinstance(module, PreTrainedModel)]
+        decoder = within[0] if len(within) == 1 else whole
     return decoder
 
 

@@ -71,7 +71,8 @@ def attention_mask(
             attention_mask = None
 
     pattern = recognise(mask_function, options, packed=forward is None or forward.packed)
-    found = _in_numbers(pattern, attention_mask, batch_size, first, q_length, kv_offset, kv_length)
+    call = _Call(batch_size, first, q_length, kv_offset, kv_length, device)
+    found = _in_numbers(pattern, attention_mask, call)
     if not isinstance(found, str):
         mask = to_numbers(found, batch_size, device)
         setattr(mask, GEOMETRY, Geometry(found, queries_at_tokens(found, q_length), kv_length))
@@ -101,15 +102,18 @@ def attention_mask(
     return general
 
 
-def _in_numbers(
-    pattern: Pattern | str,
-    mask: torch.Tensor | None,
-    batch: int,
-    first: int,
-    queries: int,
-    kv_offset: int,
-    kv_length: int,
-) -> Visibility | str:
+class _Call(NamedTuple):
+    """Where queries and keys are."""
+
+    batch: int
+    query_offset: int
+    queries: int
+    key_offset: int
+    keys: int
+    device: torch.device | str | None
+
+
+def _in_numbers(pattern: Pattern | str, mask: torch.Tensor | None, call: _Call) -> Visibility | str:
     """A pattern and a padding mask as a visibility in numbers, or why that cannot be."""
     if isinstance(pattern, str):
         return pattern
@@ -117,22 +121,19 @@ def _in_numbers(
         if mask is not None or len(pattern.padding) > 1 or pattern.padding[0].dim() != 2:
             return "padding is said in two ways"
         (mask,) = pattern.padding
+    where: dict[str, Any] = {"query_offset": call.query_offset, "key_offset": call.key_offset}
+    if pattern.nothing:
+        none = torch.zeros(call.batch, dtype=torch.int64, device=call.device)
+        return Visibility(causal=True, key_start=none, key_end=none, **where)
     # Causal queries look no further than their own slot.
-    ends = (kv_offset + kv_length, first + queries) if pattern.causal else (kv_offset + kv_length,)
-    padding = _padding(mask, ends)
+    end = call.key_offset + call.keys
+    padding = _padding(mask, (end, call.query_offset + call.queries) if pattern.causal else (end,))
     if padding is None:
         return "a row has padding between its tokens"
     if pattern.chunk_origin is not None and not _begins(padding, pattern.chunk_origin):
         return "its chunks are not counted from the first token of each row"
-    return Visibility(
-        causal=pattern.causal,
-        query_offset=first,
-        key_offset=kv_offset,
-        window=pattern.window,
-        chunk=pattern.chunk,
-        key_start=padding.start,
-        key_end=padding.end,
-    )
+    limits: dict[str, Any] = {"window": pattern.window, "chunk": pattern.chunk}
+    return Visibility(causal=pattern.causal, key_start=padding.start, key_end=padding.end, **limits, **where)
 
 
 def read_mask(mask: torch.Tensor | None, first_slot: int | None, queries: int, keys: int) -> Geometry:
@@ -197,7 +198,9 @@ def _padding(mask: torch.Tensor | None, ends: tuple[int, ...]) -> _Padding | Non
     rows, width = mask.shape
     compiling = torch.compiler.is_compiling()
     if not compiling and bool(mask.all()):
-        return _Padding(end=torch.full((rows,), width, device=mask.device) if width < min(ends) else None)
+        return _Padding(
+            end=torch.full((rows,), width, dtype=torch.int64, device=mask.device) if width < min(ends) else None
+        )
     begins = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
     whole = begins.sum(1) <= 1
     if compiling:

@@ -14,6 +14,7 @@ A patch belongs to one model. Copies of a patched model, made with ``copy.deepco
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -25,7 +26,7 @@ from attnrb.hosts.requests import Requests
 from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward
 from attnrb.hosts.stats import PatchStats
 from attnrb.hosts.transformers.attention import FORWARD, attention
-from attnrb.hosts.transformers.caches import Caches
+from attnrb.hosts.transformers.caches import Caches, Sequences
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, shard_of
 from attnrb.hosts.transformers.left_out import LeftOut
@@ -147,7 +148,7 @@ class Patch:
         self._shape = decoder_shape(decoder, shard_of(model))
         self.update(policy)
         self._configurations = Configurations(model, decoder)
-        self._left_out, self._caches = LeftOut(decoder), Caches()
+        self._left_out, self._caches, self._sequences = LeftOut(decoder), Caches(), Sequences()
         self._hooks = [
             decoder.register_forward_pre_hook(Hook(self._before_forward, self._configurations), with_kwargs=True),
             decoder.register_forward_hook(Hook(self._after_forward, self._configurations), with_kwargs=True),
@@ -211,7 +212,7 @@ class Patch:
         if not isinstance(spans, Spans):
             raise TypeError(f"spans: expected attnrb.Spans, such as marked.spans, got {type(spans).__name__}")
         if isinstance(prompt, int):
-            prompt = torch.full((len(spans),), prompt, dtype=torch.int64)
+            prompt = torch.full((len(spans),), prompt, dtype=torch.int64, device="cpu")
         with self._request.set(Request(spans, prompt)):
             yield self
 
@@ -262,12 +263,16 @@ class Patch:
     def _before_forward(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        check_keywords(decoder, kwargs)
         inputs = _Inputs(decoder, args, kwargs)
         unpadded = inputs.rule_out_packing()
         self._caches.check(kwargs.get("past_key_values"), kwargs.get("position_ids"), inputs.queries())
+        request = self._request.current(self._plan)
+        if self._plan.keeps:
+            request = (request or Request()).of_sequence(self._sequences.of(kwargs.get("past_key_values")))
         forward = Forward(
             self._plan,
-            self._plan.begin(self._request.current(self._plan)),
+            self._plan.begin(request),
             self.stats,
             observer=self._observer,
             first_slot=inputs.first_slot(),
@@ -275,6 +280,7 @@ class Patch:
             packed=inputs.maybe_packed(),
             unpadded=unpadded,
             left_out=self._left_out if self._left_out.at_random else None,
+            request=request,
         )
         kwargs[FORWARD] = forward
         enter_forward(forward)
@@ -296,8 +302,31 @@ class Patch:
                     "attention, name those to re-balance with RebalanceConfig(layers=...). If they did not run at all: "
                     "a model may leave out layers by lowering num_hidden_layers in its configuration, or by layerdrop"
                 )
+        if plan.keeps and forward.request is not None and kwargs.get("past_key_values") is None:
+            self._sequences.note(output, forward.request.sequence)
         if not torch.compiler.is_compiling():  # a graph counts nothing
             self.stats.add_forward(forward.called & plan.edited)
+
+
+_KEYWORDS = frozenset(
+    ("edit", "emit", "first_query", "gain", "gains", "key_bias", "marked", "outliers", "policy", "rule", "spans")
+)
+
+
+def check_keywords(decoder: torch.nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that look as if they were for attnrb: models pass on what they do not know, unread.
+
+    Raises:
+        TypeError: there are some, and the model has no such arguments of its own.
+    """
+    meant = [name for name in kwargs if name in _KEYWORDS or name.startswith("attnrb")]
+    if not meant:
+        return
+    if unknown := [name for name in meant if name not in inspect.signature(decoder.forward).parameters]:
+        raise TypeError(
+            f"{unknown[0]}: a patched model takes no such argument. Spans go through patched.spans(spans) around the "
+            "call, what is edited is the policy's, and attnrb.Custom(function) makes one of a function"
+        )
 
 
 class _Inputs:

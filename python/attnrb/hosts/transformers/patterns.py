@@ -38,7 +38,7 @@ class Pattern(NamedTuple):
     padding: tuple[torch.Tensor, ...] = ()
     """Padding masks bool ``[B, slots]`` that are part of the pattern."""
     nothing: bool = False
-    """No query sees any key: what is left of an overlay for images in a text without images."""
+    """No query sees any key: an overlay for images in a text without images, or a window of 0."""
 
 
 _CAUSAL = Pattern(causal=True)
@@ -58,10 +58,7 @@ def recognise(function: Callable[..., Any], options: Mapping[str, Any], *, packe
     """
     if function is masking_utils.causal_mask_function:  # nearly always
         return _CAUSAL
-    pattern = _read_in_graph(function, options, packed) if torch.compiler.is_compiling() else _read(function)
-    if isinstance(pattern, Pattern) and pattern.nothing:
-        return "no query sees any key"
-    return pattern
+    return _read_in_graph(function, options, packed) if torch.compiler.is_compiling() else _read(function)
 
 
 def _read(function: Callable[..., Any]) -> Pattern | str:
@@ -91,19 +88,19 @@ def _read_in_graph(function: Callable[..., Any], options: Mapping[str, Any], pac
         # Not made of numbers alone. Before 5.4 transformers does not say whether anything was combined with it.
         known = custom is not None
         return Pattern(causal=True, chunk=size) if known else "a graph of torch.compile cannot tell which pattern it is"
-    causal, window, why = _read_constant(function)
-    return why or Pattern(causal, window)
+    causal, window, nothing, why = _read_constant(function)
+    return why or Pattern(causal, window, nothing=nothing)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _read_constant(function: Callable[..., Any]) -> tuple[bool, int | None, str]:
-    """Causality and window, or why there is no such pattern: read once, when a graph is traced."""
+def _read_constant(function: Callable[..., Any]) -> tuple[bool, int | None, bool, str]:
+    """Causality, window and `Pattern.nothing`, or why there is no such pattern: read when a graph is traced."""
     pattern = _read(function)
     if isinstance(pattern, str):
-        return False, None, pattern
-    if pattern != Pattern(pattern.causal, pattern.window):
-        return False, None, "a graph of torch.compile cannot tell which pattern it is"
-    return pattern.causal, pattern.window, ""
+        return False, None, False, pattern
+    if pattern != Pattern(pattern.causal, pattern.window, nothing=pattern.nothing):
+        return False, None, False, "a graph of torch.compile cannot tell which pattern it is"
+    return pattern.causal, pattern.window, pattern.nothing, ""
 
 
 # ---------------------------------------------------------------------------------------------------- one by one

@@ -42,10 +42,13 @@ class SearchPlan(TaskPlan):
         alpha: bounds of the strength.
         threshold: bounds of the threshold, tried on a logarithmic scale.
         most_source_layer: highest source layer. Default: a quarter of the model's layers.
+        policy: the policy whose ``ranges`` are searched. Default: re-balancing, over the four options above.
+        ranges: for options of ``policy`` their bounds, as ``(name, low, high)``; whole numbers where both bounds are.
+        candidates: policies of any kind, learnt gains among them, that are tried before the others.
     """
 
     command = "search"
-    growing = ("evaluations", "development", "held_out", "alpha", "threshold", "most_source_layer")
+    growing = ("evaluations", "development", "held_out", "alpha", "threshold", "most_source_layer", "candidates")
 
     evaluations: int = 20
     development: int = 20
@@ -53,6 +56,9 @@ class SearchPlan(TaskPlan):
     alpha: tuple[float, float] = (0.0, 1.0)
     threshold: tuple[float, float] = (0.002, 0.1)
     most_source_layer: int | None = None
+    policy: Policy | None = None
+    ranges: tuple[tuple[str, float, float], ...] = ()
+    candidates: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +69,13 @@ class SearchPlan(TaskPlan):
                 raise ValueError(f"{name}: expected a lower and a higher bound, got {low:g} and {high:g}")
         Rebalance(alpha=self.alpha[0], threshold=self.threshold[0])
         Rebalance(alpha=self.alpha[1], threshold=self.threshold[1])
+        if bool(self.ranges) != (self.policy is not None):
+            raise ValueError("ranges: expected together with the policy whose options they bound")
+        for name, low, high in self.ranges:
+            if not low < high:
+                raise ValueError(f"ranges: expected a lower and a higher bound of {name}, got {low:g} and {high:g}")
+            for bound in (low, high):  # the policy says what is wrong with a name or a bound
+                _with_options(self.policy, {name: bound})
 
 
 @dataclass(frozen=True)
@@ -164,20 +177,23 @@ def search(
 
     sampler = optuna.samplers.TPESampler(seed=plan.seed, n_startup_trials=min(10, max(3, plan.evaluations // 3)))
     study = optuna.create_study(directions=["maximize", "maximize"], sampler=sampler)
-    study.enqueue_trial(
-        {"alpha": 0.2, "threshold": 0.01, "source_layer": 0, "one_end": 1, "other_end": layers - 1},
-        skip_if_exists=True,
-    )
+    if plan.policy is None:
+        study.enqueue_trial(
+            {"alpha": 0.2, "threshold": 0.01, "source_layer": 0, "one_end": 1, "other_end": layers - 1},
+            skip_if_exists=True,
+        )
     measure = _measure(development, selected)
     with open_run(lm, run_file, plan) as file:
         found: list[tuple[Policy, float, float, tuple[float, float]]] = []
-        for number in range(plan.evaluations):
-            trial = study.ask()
-            config = _config(trial, plan, layers, most_source)
-            say(f"Trial {number + 1} of {plan.evaluations}: {arm_label(config)}")
+        settings = len(plan.candidates) + plan.evaluations
+        for number in range(settings):
+            trial = None if number < len(plan.candidates) else study.ask()
+            config = plan.candidates[number] if trial is None else _config(trial, plan, layers, most_source)
+            say(f"Trial {number + 1} of {settings}: {arm_label(config)}")
             _run_all(lm, development, {PLAIN: None, arm_label(config): config}, file, progress)
             measured = measure(file, arm_label(config))
-            study.tell(trial, list(measured[2]))
+            if trial is not None:
+                study.tell(trial, list(measured[2]))
             found.append((config, *measured))
         plain = measure(file, PLAIN)[2]
         chosen = max(found, key=lambda each: (each[1], -each[2]))[0]
@@ -226,7 +242,21 @@ def _splits(lm: Any, selected: Sequence[Selected], plan: SearchPlan) -> tuple[li
     )
 
 
-def _config(trial: Any, plan: SearchPlan, layers: int, most_source: int) -> Rebalance:
+def _with_options(policy: Policy | None, options: Mapping[str, Any]) -> Policy:
+    """A policy with some of its options changed."""
+    assert policy is not None
+    return Policy.from_dict({**policy.to_dict(), **options})
+
+
+def _config(trial: Any, plan: SearchPlan, layers: int, most_source: int) -> Policy:
+    if plan.ranges:
+        options: dict[str, float] = {}
+        for name, low, high in plan.ranges:
+            if isinstance(low, int) and isinstance(high, int):
+                options[name] = trial.suggest_int(name, low, high)
+            else:
+                options[name] = float(f"{trial.suggest_float(name, low, high):.3g}")
+        return _with_options(plan.policy, options)
     # Rounded, so that a label tells two settings apart.
     alpha = round(trial.suggest_float("alpha", *plan.alpha), 3)
     threshold = float(f"{trial.suggest_float('threshold', *plan.threshold, log=True):.2g}")
