@@ -22,7 +22,7 @@ def test_model_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("Three reasons to sleep well:")
     assert "rows=" in out
     exec(EXAMPLES[1], names)
-    assert "blue" in names["tokenizer"].decode(names["output"][0, names["marked"].inputs["input_ids"].shape[1] :])
+    assert "cotton" in names["tokenizer"].decode(names["output"][0, names["marked"].inputs["input_ids"].shape[1] :])
 
 
 def test_tensor_example() -> None:
