@@ -35,7 +35,9 @@ app = typer.Typer(
 
 
 @app.command()
+@options.takes_policy
 def main(
+    *,
     train: Annotated[str, typer.Option(help="What learns: lora, full or gains.", rich_help_panel=_TRAINING)] = "lora",
     arm: Annotated[
         list[str] | None,
@@ -96,13 +98,7 @@ def main(
     ] = 8,
     model: options.Model = None,
     threads: options.Threads = None,
-    alpha: options.Alpha = 0.2,
-    threshold: options.Threshold = 0.01,
-    source_layer: options.SourceLayer = 0,
-    depth: options.Depth = None,
-    layers: options.Layers = None,
-    normalize: options.Normalize = False,
-    boost_all: options.BoostAll = False,
+    policy: options.PolicyChoice,
 ) -> None:
     """Fine-tune a model on structured records, with and without re-balancing, and report what became of attention."""
     with user_errors():
@@ -113,12 +109,11 @@ def main(
         from structured.settings import Run, Settings, arms_of, claim
         from structured.study import locked, study
 
-        method = options.Method(alpha, threshold, source_layer, depth, layers, normalize, boost_all)
         settings = Settings(
             train=train,
             model=model,
             data=data,
-            config=method.config(),
+            config=policy.policy(),
             steps=steps_,
             epochs=epochs,
             limit=limit,

@@ -18,12 +18,6 @@ std::vector<std::unique_ptr<Scratch>>& idle_scratches() {
   return idle;
 }
 
-size_t held_bytes(const Scratch& scratch) {
-  size_t bytes = scratch.shared.capacity();
-  for (const AlignedBuffer& worker : scratch.workers) bytes += worker.capacity();
-  return bytes;
-}
-
 }  // namespace
 
 AlignedBuffer::AlignedBuffer(AlignedBuffer&& other) noexcept
@@ -50,6 +44,19 @@ void* AlignedBuffer::reserve(size_t bytes) {
   return data_;
 }
 
+void Scratch::reserve_workers(int64_t count, size_t bytes) {
+  if (int64_t(workers_.size()) < count) workers_.resize(size_t(count));
+  for (int64_t w = 0; w < count; ++w) workers_[size_t(w)].reserve(bytes);
+}
+
+void* Scratch::worker(int64_t index) { return workers_[size_t(index)].reserve(0); }
+
+size_t Scratch::capacity() const {
+  size_t bytes = shared.capacity();
+  for (const AlignedBuffer& worker : workers_) bytes += worker.capacity();
+  return bytes;
+}
+
 ScratchLease::ScratchLease() {
   {
     std::lock_guard<std::mutex> lock(idle_mutex);
@@ -73,7 +80,7 @@ ScratchLease::~ScratchLease() {
 size_t scratch_bytes() {
   std::lock_guard<std::mutex> lock(idle_mutex);
   size_t bytes = 0;
-  for (const auto& scratch : idle_scratches()) bytes += held_bytes(*scratch);
+  for (const auto& scratch : idle_scratches()) bytes += scratch->capacity();
   return bytes;
 }
 

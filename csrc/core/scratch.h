@@ -25,10 +25,18 @@ class AlignedBuffer {
   size_t capacity_ = 0;
 };
 
-// What one running call holds: a block all workers share, and one block each.
-struct Scratch {
+// What one running call holds: a block all workers share, and one block each. Kernels, which are compiled once for each
+// instruction set, see no vector: its members would be symbols that they share.
+class Scratch {
+ public:
   AlignedBuffer shared;
-  std::vector<AlignedBuffer> workers;
+
+  void reserve_workers(int64_t count, size_t bytes);
+  void* worker(int64_t index);
+  size_t capacity() const;
+
+ private:
+  std::vector<AlignedBuffer> workers_;
 };
 
 // Borrows a Scratch for one call; concurrent calls get different ones. Given back on destruction, also by exception.

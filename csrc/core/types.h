@@ -27,6 +27,16 @@ struct float16 {
 
 ATTNRB_INLINE int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
+// std::min and std::max may become symbols of their own.
+template <class T>
+ATTNRB_INLINE T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+ATTNRB_INLINE T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
 template <class To, class From>
 ATTNRB_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of one size");

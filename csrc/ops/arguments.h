@@ -36,13 +36,11 @@ inline Operand check_gain(const Tensor& tensor, const Shape& shape, const Operan
   return gain;
 }
 
-// A gain below -1 would turn the sign of weights that are to sum to 1.
+// With the rule rest a gain below -1 would turn the sign of weights that are to be shared out.
 inline void check_gain_range(const float* gain, int64_t count, Rule rule) {
-  for (int64_t h = 0; h < count; ++h) {
-    const bool finite = std::isfinite(gain[h]);
-    if (rule == Rule::none ? !finite : !(finite && gain[h] >= -1.0f))
-      refuse("gain", "expected finite numbers", rule == Rule::none ? "" : " of at least -1", ", got ", gain[h]);
-  }
+  for (int64_t h = 0; h < count; ++h)
+    if (!std::isfinite(gain[h]) || (rule == Rule::rest && gain[h] < -1.0f))
+      refuse("gain", "expected finite numbers", rule == Rule::rest ? " of at least -1" : "", ", got ", gain[h]);
 }
 
 // The core's visibility, scoring and edit, checked, with the tensors alive that their pointers lead into.

@@ -109,34 +109,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(Arguments& arguments
           std::move(*attended.counts)};
 }
 
-// Lists, gain, and whether rows are normalised, as the older ops have them.
-inline void read_boost(Arguments& arguments, Options& options) {
+// In a layer above: the entries that the outlier rows name weigh (1 + gain) as much.
+template <class Device>
+Tensor rebalanced_attention(Arguments& arguments) {
+  const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>();
+  Options options;
   options.edit.indices = arguments.next<Tensor>();
   options.edit.counts = arguments.next<Tensor>();
   options.edit.gain = arguments.next<Tensor>();
   options.edit.rule = int64_t(arguments.next<bool>() ? Rule::row : Rule::none);
-}
-
-// In a layer above: the entries that the outlier rows name weigh (1 + gain) as much.
-template <class Device>
-Attended attend_rebalanced(Arguments& arguments, bool with_lse) {
-  const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>();
-  Options options;
-  read_boost(arguments, options);
   read_older(arguments, options);
   arguments.finish();
-  return attend<Device>({query, key, value}, options, with_lse);
-}
-
-template <class Device>
-Tensor rebalanced_attention(Arguments& arguments) {
-  return *attend_rebalanced<Device>(arguments, false).output;
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor> rebalanced_attention_training(Arguments& arguments) {
-  Attended attended = attend_rebalanced<Device>(arguments, true);
-  return {std::move(*attended.output), std::move(*attended.lse)};
+  return *attend<Device>({query, key, value}, options, false).output;
 }
 
 }  // namespace attnrb::ops

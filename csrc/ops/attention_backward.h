@@ -129,9 +129,8 @@ bool differentiate(const GradientProblem& problem, const Operand& query, const t
   return true;
 }
 
-struct AttentionGradients {
-  Tensor query, key, value, gain, key_bias, sinks;
-};
+// Of query, key, value, gain, key bias and sinks.
+using AttentionGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Device>
 AttentionGradients differentiate_attention(const BackwardTensors& tensors, const OptionalTensor& grad_lse,
@@ -165,54 +164,19 @@ AttentionGradients differentiate_attention(const BackwardTensors& tensors, const
           grad_gain.release(),  grad_bias.release(), grad_sinks.release()};
 }
 
-// The tensors that a backward begins with. `grad_lse` follows the first where the op has one.
-struct BackwardArguments {
-  Tensor grad_output;
-  OptionalTensor grad_lse;
-  Tensor query, key, value, output, lse;
-
-  BackwardArguments(Arguments& arguments, bool with_grad_lse) {
-    grad_output = arguments.next<Tensor>();
-    if (with_grad_lse) grad_lse = arguments.next<OptionalTensor>();
-    for (Tensor* each : {&query, &key, &value, &output, &lse}) *each = arguments.next<Tensor>();
-  }
-  BackwardTensors tensors() const { return {grad_output, query, key, value, output, lse}; }
-};
-
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Arguments& arguments) {
-  const BackwardArguments given(arguments, true);
+AttentionGradients attention_backward(Arguments& arguments) {
+  const Tensor grad_output = arguments.next<Tensor>();
+  const OptionalTensor grad_lse = arguments.next<OptionalTensor>();
+  const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>(),
+               output = arguments.next<Tensor>(), lse = arguments.next<Tensor>();
   const Options options = read_options(arguments);
   arguments.finish();
-  AttentionGradients gradients = differentiate_attention<Device>(given.tensors(), given.grad_lse, options);
-  return {std::move(gradients.query), std::move(gradients.key),      std::move(gradients.value),
-          std::move(gradients.gain),  std::move(gradients.key_bias), std::move(gradients.sinks)};
+  return differentiate_attention<Device>({grad_output, query, key, value, output, lse}, grad_lse, options);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention_backward(Arguments& arguments) {
-  const BackwardArguments given(arguments, true);
-  Options options;
-  read_older(arguments, options);
-  arguments.finish();
-  AttentionGradients gradients = differentiate_attention<Device>(given.tensors(), given.grad_lse, options);
-  return {std::move(gradients.query), std::move(gradients.key), std::move(gradients.value), std::move(gradients.sinks)};
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rebalanced_attention_backward(Arguments& arguments) {
-  const BackwardArguments given(arguments, false);
-  Options options;
-  read_boost(arguments, options);
-  read_older(arguments, options);
-  arguments.finish();
-  AttentionGradients gradients = differentiate_attention<Device>(given.tensors(), std::nullopt, options);
-  return {std::move(gradients.query), std::move(gradients.key), std::move(gradients.value), std::move(gradients.gain),
-          std::move(gradients.sinks)};
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> received_gradients(Arguments& arguments) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> received_attention_backward(Arguments& arguments) {
   const Tensor grad_received = arguments.next<Tensor>(), query_tensor = arguments.next<Tensor>(),
                key_tensor = arguments.next<Tensor>(), lse_tensor = arguments.next<Tensor>();
   Options options;
@@ -237,18 +201,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> received_gradients(Arguments& argumen
     grad_bias.clear();
   }
   return {grad_query.release(), grad_key.release(), grad_sinks.release(), grad_bias.release()};
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor> received_attention_backward(Arguments& arguments) {
-  auto [query, key, sinks, key_bias] = received_gradients<Device>(arguments);
-  return {std::move(query), std::move(key), std::move(sinks)};
-}
-
-// The same where there may be a key bias.
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> received_attention_backward_edited(Arguments& arguments) {
-  return received_gradients<Device>(arguments);
 }
 
 }  // namespace attnrb::ops

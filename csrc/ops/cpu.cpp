@@ -17,7 +17,6 @@ struct Processor {
 
   static Tensor attend(AttentionProblem& problem, const Operand& query, const AttentionTensors& /*tensors*/,
                        const GainRow* /*gain*/) {
-    refuse_unserved(problem.shape, problem.visibility, problem.edit, &problem.emit);
     const OutputLayout layout(problem.shape);
     Tensor output = empty_output(layout, query);
     set_output(problem, layout, output);
@@ -27,14 +26,12 @@ struct Processor {
   }
 
   static void receive(const ReceivedProblem& problem, const Operand& /*query*/) {
-    refuse_unserved(problem.shape, problem.visibility, problem.edit, nullptr);
     ScratchLease scratch;
     kernels().received_attention(problem, torch_threads(), *scratch);
   }
 
   static void differentiate(const GradientProblem& problem, const Operand& /*query*/, const GainRow* /*gain*/,
                             const BackwardTensors* /*tensors*/) {
-    refuse_unserved(problem.shape, problem.visibility, problem.edit, nullptr);
     ScratchLease scratch;
     check_status(kernels().gradient(problem, torch_threads(), *scratch), problem.edit.capacity);
   }
@@ -62,21 +59,15 @@ STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
   library.impl("attention_training", &boxed<&attention<Processor>>);
   library.impl("attention_backward", &boxed<&attention_backward<Processor>>);
   library.impl("source_attention", &boxed<&source_attention<Processor>>);
-  library.impl("source_attention_training", &boxed<&source_attention<Processor>>);
   library.impl("rebalanced_attention", &boxed<&rebalanced_attention<Processor>>);
-  library.impl("rebalanced_attention_training", &boxed<&rebalanced_attention_training<Processor>>);
   library.impl("received_attention", &boxed<&received_attention<Processor>>);
   library.impl("received_attention_training", &boxed<&received_attention_training<Processor>>);
   library.impl("received_attention.edited", &boxed<&received_attention<Processor>>);
-  library.impl("received_attention_training.edited", &boxed<&received_attention_training<Processor>>);
   library.impl("outlier_mask", TORCH_BOX(&outlier_mask<Processor>));
   library.impl("rebalance", TORCH_BOX(&rebalance_uniform<Processor>));
   library.impl("rebalance.per_head", TORCH_BOX(&rebalance_per_head<Processor>));
   library.impl("rebalance_backward", TORCH_BOX(&rebalance_backward<Processor>));
-  library.impl("source_attention_backward", &boxed<&source_attention_backward<Processor>>);
-  library.impl("rebalanced_attention_backward", &boxed<&rebalanced_attention_backward<Processor>>);
   library.impl("received_attention_backward", &boxed<&received_attention_backward<Processor>>);
-  library.impl("received_attention_backward.edited", &boxed<&received_attention_backward_edited<Processor>>);
 }
 
 }  // namespace attnrb::ops

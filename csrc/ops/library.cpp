@@ -5,9 +5,10 @@
 //
 // Note: [Schemas]
 // Options of `attention` are keyword-only and have defaults, so that one can be added without breaking a caller.
-// `attention_training` is the same op with the same options in the same order, but positional: autograd formulas can be
-// registered for no op that has keyword-only tensors. A rule is a number (0 none, 1 row, 2 rest), which costs a call
-// less than a string. query_offset and scale may be None: the last query is on the last key, and 1/sqrt(D).
+// `attention_training` is the same op with the same options in the same order, but positional, and so are the backward
+// ops: autograd formulas can be registered for no op that has keyword-only tensors. A rule is a number (0 none, 1 row,
+// 2 rest), which costs a call less than a string. query_offset and scale may be None: the last query is on the last
+// key, and 1/sqrt(D).
 #include "ops/stable_abi.h"
 
 // Which keys a query may see, and how query·key becomes a score, in the order of the older ops: see core/visibility.h
@@ -59,7 +60,7 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
   //   there is none; grad_key_bias is float32, [0] without a bias
   library.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, "
-      "Tensor lse, *, " ATTNRB_OPTIONS
+      "Tensor lse, " ATTNRB_OPTIONS
       ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_gain, Tensor grad_key_bias, "
       "Tensor grad_sinks)");
 
@@ -78,32 +79,13 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
   library.def("received_attention.edited(Tensor query, Tensor key, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
               ", *, " ATTNRB_RECEIVED ") -> Tensor");
 
-  // The same three for training: they also return what their backward needs, and have a gradient registered (in
-  // Python), which costs every call some microseconds that decoding should not pay.
-  library.def("source_attention_training(Tensor query, Tensor key, Tensor value, float threshold, " ATTNRB_VISIBILITY
-              ", " ATTNRB_SCORING ") -> (Tensor output, Tensor lse, Tensor indices, Tensor counts)");
-  library.def(
-      "rebalanced_attention_training(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, "
-      "Tensor gain, bool normalize, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING ") -> (Tensor output, Tensor lse)");
+  // For training: it also returns what its backward needs, and has a gradient registered (in Python), which costs every
+  // call some microseconds that inference should not pay. As Note: [Schemas] says, all options are positional.
   library.def("received_attention_training(Tensor query, Tensor key, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
-              ") -> (Tensor received, Tensor lse)");
-  library.def("received_attention_training.edited(Tensor query, Tensor key, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
               ", " ATTNRB_RECEIVED ") -> (Tensor received, Tensor lse)");
-
-  // Gradients have the shape and dtype of what they belong to; grad_gain and grad_sinks are float32 [H].
-  library.def(
-      "source_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-      "Tensor output, Tensor lse, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
-      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_sinks)");
-  library.def(
-      "rebalanced_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, "
-      "Tensor lse, Tensor indices, Tensor counts, Tensor gain, bool normalize, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING
-      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_gain, Tensor grad_sinks)");
+  // Gradients have the shape and dtype of what they belong to; grad_sinks is float32 [H].
   library.def(
       "received_attention_backward(Tensor grad_received, Tensor query, Tensor key, Tensor lse, " ATTNRB_VISIBILITY
-      ", " ATTNRB_SCORING ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_sinks)");
-  library.def(
-      "received_attention_backward.edited(Tensor grad_received, Tensor query, Tensor key, Tensor "
-      "lse, " ATTNRB_VISIBILITY ", " ATTNRB_SCORING ", *, " ATTNRB_RECEIVED
+      ", " ATTNRB_SCORING ", " ATTNRB_RECEIVED
       ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_sinks, Tensor grad_key_bias)");
 }

@@ -94,21 +94,15 @@ STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
   library.impl("attention_training", &boxed<&attention<CudaDevice>>);
   library.impl("attention_backward", &boxed<&attention_backward<CudaDevice>>);
   library.impl("source_attention", &boxed<&source_attention<CudaDevice>>);
-  library.impl("source_attention_training", &boxed<&source_attention<CudaDevice>>);
   library.impl("rebalanced_attention", &boxed<&rebalanced_attention<CudaDevice>>);
-  library.impl("rebalanced_attention_training", &boxed<&rebalanced_attention_training<CudaDevice>>);
   library.impl("received_attention", &boxed<&received_attention<CudaDevice>>);
   library.impl("received_attention_training", &boxed<&received_attention_training<CudaDevice>>);
   library.impl("received_attention.edited", &boxed<&received_attention<CudaDevice>>);
-  library.impl("received_attention_training.edited", &boxed<&received_attention_training<CudaDevice>>);
   library.impl("outlier_mask", TORCH_BOX(&outlier_mask<CudaDevice>));
   library.impl("rebalance", TORCH_BOX(&rebalance_uniform<CudaDevice>));
   library.impl("rebalance.per_head", TORCH_BOX(&rebalance_per_head<CudaDevice>));
   library.impl("rebalance_backward", TORCH_BOX(&rebalance_backward<CudaDevice>));
-  library.impl("source_attention_backward", &boxed<&source_attention_backward<CudaDevice>>);
-  library.impl("rebalanced_attention_backward", &boxed<&rebalanced_attention_backward<CudaDevice>>);
   library.impl("received_attention_backward", &boxed<&received_attention_backward<CudaDevice>>);
-  library.impl("received_attention_backward.edited", &boxed<&received_attention_backward_edited<CudaDevice>>);
 }
 
 }  // namespace attnrb::ops

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from attnrb import RebalanceConfig
+from attnrb import Rebalance
 from attnrb.analysis import AttentionReport, AttentionRun
 from attnrb.reports.files import write_whole
 
@@ -112,5 +112,5 @@ def _fixed_gains(study: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[
     if learnt is None:
         return None
     heads = len(learnt[0])
-    schedule = RebalanceConfig.from_dict(study["config"]).layer_gains(len(learnt), heads)
+    schedule = Rebalance.from_dict(study["config"]).layer_gains(len(learnt), heads)
     return [[0.0] * heads if gains is None else list(gains) for gains in schedule]

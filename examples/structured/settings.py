@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from attnrb import RebalanceConfig
+from attnrb import Policy
 from attnrb.reports.files import write_whole
 
 Kind = Literal["lora", "full", "gains"]
@@ -40,7 +40,7 @@ class Settings:
     train: str
     model: str | None
     data: Path
-    config: RebalanceConfig
+    config: Policy
     steps: int | None
     epochs: float | None
     limit: int | None

@@ -74,9 +74,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(
-    model: Any, applied: attnrb.RebalanceConfig | attnrb.LearnedGains | None, settings: Settings, blocks: Blocks
-) -> float:
+def evaluate(model: Any, applied: attnrb.Policy | None, settings: Settings, blocks: Blocks) -> float:
     """The loss of a model, as the evaluations during training measure it, re-balanced as `applied` says."""
     total = 0.0
     with attnrb.patch(model, applied) if applied is not None else contextlib.nullcontext(), _computing(settings):

@@ -1,7 +1,7 @@
-"""Re-balances the attention of a pretrained language model while it runs (arXiv 2403.14932).
+"""Rewrites the attention of a pretrained language model while it runs, at the speed of plain attention.
 
     import attnrb
-    with attnrb.patch(model, attnrb.RebalanceConfig(alpha=0.2, threshold=0.01)):
+    with attnrb.patch(model, attnrb.Rebalance(alpha=0.2, threshold=0.01)):
         model.generate(**inputs)
 
 :func:`patch` serves Hugging Face models, :mod:`attnrb.functional` has the operations on plain tensors, and
@@ -14,22 +14,33 @@ from attnrb.ops import _native  # noqa: F401 (registers the native ops, which wh
 from attnrb import functional
 from attnrb._C import release_scratch as _release_scratch
 from attnrb._C import version as __version__
-from attnrb.hosts.transformers.patch import Patch, patch
+from attnrb.hosts.session import AttentionCall
+from attnrb.hosts.transformers.patch import Patch, patch, patched, unpatch
+from attnrb.ops.edit import Attended, Edit
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.visibility import Visibility
-from attnrb.policies.learned import LearnedGains
+from attnrb.policies import Compose, LearnedGains, Policy, Rebalance, register_policy
 from attnrb.policies.rebalance import RebalanceConfig
 
 __all__ = [
+    "Attended",
+    "AttentionCall",
+    "Compose",
+    "Edit",
     "LearnedGains",
     "Outliers",
     "Patch",
+    "Policy",
+    "Rebalance",
     "RebalanceConfig",
     "Visibility",
     "__version__",
     "clear_scratch",
     "functional",
     "patch",
+    "patched",
+    "register_policy",
+    "unpatch",
 ]
 
 

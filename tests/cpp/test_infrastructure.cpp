@@ -47,8 +47,7 @@ TEST(ScratchLease, ConcurrentCallsGetDifferentOnesAndReleaseFreesIdleOnes) {
     ScratchLease first, second;
     EXPECT_NE(&*first, &*second);
     (*first).shared.reserve(1000);
-    (*second).workers.resize(2);
-    (*second).workers[1].reserve(5000);
+    (*second).reserve_workers(2, 2500);
     EXPECT_EQ(scratch_bytes(), 0u) << "what is lent is not idle";
   }
   EXPECT_GE(scratch_bytes(), 6000u);

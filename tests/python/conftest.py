@@ -67,16 +67,17 @@ def _run_ops_on_the_gpu() -> None:
         pytest.exit(f"skipped: {reason}", returncode=0)
 
     def on_gpu(op: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            arguments = _pytree.tree_map_only(torch.Tensor, lambda x: x.cuda(), arguments)
-            return _pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), op(*arguments))
+        def call(*arguments: Any, **options: Any) -> Any:
+            arguments, options = _pytree.tree_map_only(torch.Tensor, lambda x: x.cuda(), (arguments, options))
+            return _pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), op(*arguments, **options))
 
         return call
 
     library = torch.library.Library("attnrb", "IMPL")
-    attention = ("source_attention", "rebalanced_attention", "received_attention")
-    twins = [f"{name}_{kind}" for name in attention for kind in ("training", "backward")]
-    for name in (*attention, *twins, "outlier_mask", "rebalance", "rebalance_backward"):
+    trained = ("attention", "received_attention")
+    twins = [f"{name}_{kind}" for name in trained for kind in ("training", "backward")]
+    older = ("source_attention", "rebalanced_attention", "outlier_mask", "rebalance", "rebalance_backward")
+    for name in (*trained, *twins, *older):
         packet = getattr(torch.ops.attnrb, name)
         for overload in packet.overloads():
             qualified = name if overload == "default" else f"{name}.{overload}"

@@ -16,7 +16,7 @@ for package in ("typer", "rich", "transformers"):
 from attnrb import RebalanceConfig  # noqa: E402
 from attnrb.analysis import AttentionReport  # noqa: E402
 from attnrb.cli.app import app  # noqa: E402
-from attnrb.cli.options import parse_config  # noqa: E402
+from attnrb.policies.parse import parse_policy  # noqa: E402
 from saved_tiny_model import LAYERS, TEXT, save_tiny_model, tiny_model  # noqa: E402
 from typer.testing import CliRunner, Result  # noqa: E402
 
@@ -168,7 +168,7 @@ def test_missing_packages_are_named_before_the_work(folder: Path, missing: str, 
     ],
 )
 def test_configurations(text: str, expected: RebalanceConfig) -> None:
-    assert parse_config(text) == expected
+    assert parse_policy(text) == expected
 
 
 @pytest.mark.parametrize("place", ["gains", "gains/learned_gains.safetensors"])
@@ -195,4 +195,4 @@ def test_configuration_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     config = RebalanceConfig(alpha=0.7, heads={3: [0]})
     path.write_text(json.dumps(config.to_dict()), "utf-8")
-    assert parse_config(str(path)) == config
+    assert parse_policy(str(path)) == config

@@ -104,13 +104,13 @@ def test_outlier_rows_that_break_the_rules_spoil_what_they_reach() -> None:
     output = functional.rebalanced_attention(query, key, value, outliers, gain, normalize=True)
     outliers.counts[0, 1, 60] = outliers.indices.shape[3] + 1
     lse = torch.zeros(2, 4, 130)
-    call = torch.ops.attnrb.rebalanced_attention_backward
-    arguments = (upstream, query, key, value, output, lse, *outliers, gain, True, True, 0, 0, 0)
+    call = torch.ops.attnrb.attention_backward
+    arguments = (upstream, None, query, key, value, output, lse, *outliers, gain, 1)
     if os.environ.get("ATTNRB_CUDA_CHECKS") == "1":
         with pytest.raises(ValueError, match="counts: expected numbers from 0 to C"):
-            call(*arguments, None, None, None, 0.125, 0.0, None)
+            call(*arguments, query_offset=0, scale=0.125)
         return
-    found = call(*arguments, None, None, None, 0.125, 0.0, None)
+    found = call(*arguments, query_offset=0, scale=0.125)
     assert found[0][0, 1, 60].isnan().all()
     assert found[1][0, 0, :61].isnan().all()
     assert found[0][1].isfinite().all()

@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     other = transformers.LlamaForCausalLM(narrow)
     with pytest.raises(ValueError, match="model with 5 layers of 4 heads, this one has 5 of 2"):
         attnrb.patch(other, learned)
-    with pytest.raises(TypeError, match=r"config: expected an attnrb\.RebalanceConfig.*got float"):
+    with pytest.raises(TypeError, match=r"config: expected an attnrb\.Rebalance.*got float"):
         LearnedGains(model, 0.2)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model: expected a model of transformers"):
         LearnedGains(torch.nn.Linear(2, 2))

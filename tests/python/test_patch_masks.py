@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,31 +13,38 @@ import torch
 
 pytest.importorskip("transformers")
 
-from attnrb import functional
-from attnrb.hosts.transformers import routine
 from attnrb.ops.visibility import Visibility
 from dense_oracle import DenseOracle, linear_gains
 from test_patch_models import CONFIG, assert_close, oracle, run
 from tiny_models import LAYERS, WINDOW, tiny, tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Recorder(TorchDispatchMode):
+    """What the native op of each layer was told that its queries may see, by the names of its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Visibility] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {**(kwargs or {})}
+        if function.namespace == "attnrb" and "query_offset" in {each.name for each in function._schema.arguments}:
+            defaults = {each.name: each.default_value for each in function._schema.arguments}
+            named = dict(zip(defaults, args, strict=False))
+            told = {**defaults, **named, **given}
+            names = ("causal", "query_offset", "key_offset", "key_start", "key_end", "mask")
+            limits = {name: told.get(name) or None for name in ("window", "chunk")}
+            self.calls.append(Visibility(**{name: told[name] for name in names}, **limits))
+        return function(*args, **given)
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[Visibility]:
+def seen() -> Iterator[list[Visibility]]:
     """What the native op of each layer was told that its queries may see."""
-    calls: list[Visibility] = []
-    first = {"_source_attention": 4, "_rebalanced_attention": 7}  # of the arguments that say so
-    for module in (functional, routine):
-        for name, start in first.items():
-            real = getattr(module, name)
-
-            def recorder(*args: Any, real: Any = real, start: int = start) -> Any:
-                causal, query_offset, key_offset, window, *tensors = args[start : start + 7]
-                calls.append(Visibility(causal, query_offset, key_offset, window or None, *tensors))
-                return real(*args)
-
-            monkeypatch.setattr(module, name, recorder)
-    return calls
+    with Recorder() as recorder:
+        yield recorder.calls
 
 
 def padding(*rows: str) -> Tensor:
@@ -196,8 +204,6 @@ def test_the_callers_mask_stays_as_it_was() -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_no_matrix_of_all_queries_and_keys(name: str) -> None:
     """No tensor with an entry for every pair of a query and a key is made for a long padded batch."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     length = 3000
     largest = 0
 

@@ -72,16 +72,19 @@ def test_normalising_takes_back_boosting_all() -> None:
             assert (model(ids).logits - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
-def test_normalising_and_boosting_all_with_sinks_is_refused() -> None:
-    model = tiny("gpt_oss")
-    with (
-        torch.no_grad(),
-        attnrb.patch(model, RebalanceConfig(boost_all=True, normalize=True)),
-        pytest.raises(
-            NotImplementedError, match="boost_all with normalize is not supported for models with attention sinks"
-        ),
-    ):
-        model(tokens(1, 4))
+def test_normalising_and_boosting_all_with_sinks_leaves_the_sinks_their_part() -> None:
+    """Rows whose entries are all strengthened and then divided by their sums, which the sink is part of."""
+    model, ids = tiny("gpt_oss"), tokens(1, 24)
+    with torch.no_grad(), attnrb.patch(model, RebalanceConfig(alpha=0.5, boost_all=True, normalize=True)):
+        got = model(ids, output_attentions=True)
+    with torch.no_grad(), attnrb.patch(model, RebalanceConfig(alpha=0.0)):
+        plain = model(ids, output_attentions=True)
+    for layer, (weights, before) in enumerate(zip(got.attentions, plain.attentions, strict=True)):
+        if layer == 1:  # the first that is strengthened, on what the plain model computed so far
+            gain, taken = 0.5 * (1 - 1 / (LAYERS - 1)), before.sum(3, keepdim=True)
+            torch.testing.assert_close(weights, before * (1 + gain) / (1 + gain * taken), rtol=1e-5, atol=1e-6)
+            assert (taken < 0.999).any(), "the sinks take a part"
+    assert (got.logits - plain.logits).abs().max() > 1e-4
 
 
 def test_an_observer_sees_every_layer_and_can_run_it_again() -> None:

@@ -28,7 +28,32 @@ class BypassingAttention(modeling_llama.LlamaAttention):
 class MaskMakingAttention(modeling_llama.LlamaAttention):
     """Has a mask of its own."""
 
-    def prepare_own_mask(self) -> None: ...
+    def prepare_own_mask(self, mask: Tensor) -> Tensor:
+        return torch.zeros_like(mask, dtype=torch.float32)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, **others: Any) -> Any:
+        return super().forward(hidden_states, attention_mask=self.prepare_own_mask(attention_mask), **others)
+
+
+class MaskSayingAttention(modeling_llama.LlamaAttention):
+    """Has a method for masks that changes none."""
+
+    def say_mask(self) -> None: ...
+
+
+class DetachedAttention(torch.nn.Module):
+    """Computes attention itself, and does not inherit from a class that reaches the interface."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
+# So this file knows the interface, as those of models do.
+ALL_ATTENTION_FUNCTIONS = modeling_llama.ALL_ATTENTION_FUNCTIONS
 
 
 class ForgetfulLayer(modeling_llama.LlamaDecoderLayer):
@@ -87,7 +112,56 @@ def test_attention_in_a_file_without_the_interface(monkeypatch: pytest.MonkeyPat
 
 def test_attention_with_masks_of_its_own() -> None:
     model = become(tiny("llama"), 1, attention=MaskMakingAttention)
-    refused(model, NotImplementedError, r"MaskMakingAttention makes masks of its own \(prepare_own_mask\)")
+    refused(model, NotImplementedError, "MaskMakingAttention makes masks of its own, which attnrb cannot know")
+
+
+def test_methods_for_masks_alone_are_no_reason() -> None:
+    model, ids = tiny("llama"), tokens(1, 6)
+    with torch.no_grad(), attnrb.patch(model):
+        expected = model(ids).logits
+    become(model, 1, attention=MaskSayingAttention)
+    with torch.no_grad(), attnrb.patch(model):
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_no_attention_of_the_model_reaches_the_interface() -> None:
+    """Its file knows the interface, so only a trial run tells."""
+    model = tiny("llama")
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn = DetachedAttention(number)
+    with pytest.raises(NotImplementedError, match="DetachedAttention computes attention by itself"):
+        attnrb.patch(model)
+
+
+def test_a_trial_run_leaves_no_trace() -> None:
+    from attnrb.hosts.transformers.probe import probe
+
+    model = tiny("llama").train()
+    model.model.layers[0].register_forward_hook(lambda *_: pytest.fail("a hook of the user's was called"))
+    weights, state = {name: each.clone() for name, each in model.state_dict().items()}, torch.get_rng_state()
+    configuration = dict(vars(model.config))
+    seen = probe(model.model)
+    assert seen is not None
+    assert seen.reached == ["LlamaAttention"] * 5
+    assert seen.own_masks == []
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert all(torch.equal(each, weights[name]) for name, each in model.state_dict().items())
+    assert all(each.grad is None and each.device.type == "cpu" for each in model.parameters())
+    assert dict(vars(model.config)) == configuration
+
+
+def test_a_trial_run_that_fails_says_nothing() -> None:
+    from attnrb.hosts.transformers.probe import probe
+
+    model = tiny("llama")
+    model.model.embed_tokens.register_forward_pre_hook(lambda *_: None)
+    model.model.norm = None
+    seen = probe(model.model)
+    assert seen is not None
+    assert len(seen.reached) == 5, "what came by before it failed counts"
+    model.model.layers[0].input_layernorm = None
+    assert probe(model.model) is None
 
 
 def test_keyword_arguments_that_get_lost_do_no_harm() -> None:
@@ -220,8 +294,12 @@ def test_a_model_that_is_none() -> None:
 
 
 def test_other_arguments() -> None:
-    with pytest.raises(TypeError, match=r"config: expected .*LearnedGains or None, got dict"):
-        attnrb.patch(tiny("llama"), {"alpha": 0.1})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"policy: expected an attnrb\.Policy .*, a mapping or None, got float"):
+        attnrb.patch(tiny("llama"), 0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="policy: expected it once"):
+        attnrb.patch(tiny("llama"), attnrb.Rebalance(), alpha=0.1)
+    with pytest.raises(ValueError, match="unknown 'apha'; known are alpha"):
+        attnrb.patch(tiny("llama"), apha=0.1)
     with pytest.raises(TypeError, match="observer: expected a function or None, got int"):
         attnrb.patch(tiny("llama"), observer=3)  # type: ignore[arg-type]
 

@@ -33,6 +33,7 @@ def test_counts_are_the_oracles() -> None:
                 "outliers": 0,
                 "outliers_per_row": 0.0,
                 "max_outliers_per_row": 0,
+                "general_masks": 0,
             }
             for number, ids in enumerate(batches, start=1):
                 model(ids)

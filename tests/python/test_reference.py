@@ -36,7 +36,7 @@ def tiny(scores: list[list[float]], **visibility: Any) -> dict[str, Any]:
 
 
 def defaults() -> dict[str, Any]:
-    names = ("causal", "query_offset", "window", "key_start", "key_end", "mask")
+    names = ("causal", "query_offset", "window", "key_start", "key_end", "mask", "chunk")
     return dict.fromkeys(names) | {"key_offset": 0}
 
 
@@ -119,6 +119,10 @@ def test_received_by_hand() -> None:
         ({"causal": False}, ["111", "111"]),
         ({"query_offset": 0}, ["100", "110"]),
         ({"query_offset": -1}, ["000", "100"]),
+        ({"query_offset": np.array([1])}, ["110", "111"]),
+        ({"chunk": 2, "query_offset": 1}, ["110", "001"]),
+        ({"chunk": 2, "query_offset": 1, "key_start": np.array([1])}, ["010", "011"]),
+        ({"chunk": 2, "query_offset": 1, "causal": False}, ["110", "001"]),
         ({"window": 1}, ["010", "001"]),
         ({"window": 2, "causal": False}, ["111", "011"]),
         ({"key_offset": 5}, ["110", "111"]),

@@ -140,59 +140,55 @@ def test_several_forwards_before_one_backward() -> None:
 
 # ------------------------------------------------------------------------------------------------- torch's rules
 
-VISIBILITY = (True, 3, 0, 0, None, None, None)
+VISIBILITY: dict[str, Any] = {"causal": True, "query_offset": 3}
 
 
 def training_cases() -> list[Any]:
+    """(op, tensors, options) of the ops that have a gradient."""
     torch.manual_seed(2)
     found = []
     for dtype in DTYPES:
         query, key, value = tensors(dtype, queries=6, keys=9, width=8)
-        outliers = ops.source_attention(query.detach(), key.detach(), value.detach(), 0.05, *VISIBILITY, 0.4, 0.0, None)
-        for score in ((0.4, 0.0, None), (0.4, 3.0, torch.randn(4).requires_grad_())):
-            gain = torch.rand(4 if score[2] is not None else 1).requires_grad_()
-            name = f"{str(dtype)[6:]}-{'plain' if score[2] is None else 'sinks'}"
-            options = (*VISIBILITY, *score)
-            for op, arguments in (
-                ("source", (query, key, value, 0.05, *options)),
-                ("rebalanced", (query, key, value, *outliers[2:], gain, True, *options)),
-                ("received", (query, key, *options)),
+        outliers = outliers_of(query, key, value, threshold=0.05)
+        lists = {"indices": outliers.indices, "counts": outliers.counts}
+        for score in ({"scale": 0.4}, {"scale": 0.4, "softcap": 3.0, "sinks": torch.randn(4).requires_grad_()}):
+            gain = torch.rand(4 if "sinks" in score else 1).requires_grad_()
+            name = f"{str(dtype)[6:]}-{'sinks' if 'sinks' in score else 'plain'}"
+            options = VISIBILITY | score
+            older = (True, 3, 0, 0, None, None, None, 0.4, score.get("softcap", 0.0), score.get("sinks"))
+            attention, received = ops.attention_training.default, ops.received_attention_training.default
+            for kind, op, operands, given in (
+                ("source", attention, (query, key, value), {"emit": 0.05, **options}),
+                ("rebalanced", attention, (query, key, value), {**lists, "gain": gain, "rule": 1, **options}),
+                ("received", received, (query, key, *older), {}),
             ):
-                found.append(
-                    pytest.param(getattr(ops, f"{op}_attention_training").default, arguments, id=f"{op}-{name}")
-                )
+                found.append(pytest.param(op, operands, given, id=f"{kind}-{name}"))
     return found
 
 
-@pytest.mark.parametrize(("op", "arguments"), training_cases())
-def test_opcheck_forward(op: Any, arguments: tuple[Any, ...]) -> None:
-    torch.library.opcheck(op, arguments)
+@pytest.mark.parametrize(("op", "operands", "options"), training_cases())
+def test_opcheck_forward(op: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
+    torch.library.opcheck(op, operands, options)
 
 
-def backward_cases() -> list[Any]:
-    found = []
-    for case in training_cases():
-        op, arguments = case.values
-        plain_arguments = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
-        results = op(*plain_arguments)
-        upstream, options = torch.randn_like(results[0]), plain_arguments[-10:]
-        query, key = plain_arguments[:2]
-        if "source" in str(op):
-            rest: tuple[Any, ...] = (torch.randn_like(results[1]), query, key, plain_arguments[2], *results[:2])
-        elif "rebalanced" in str(op):
-            rest = (query, key, plain_arguments[2], *results, *plain_arguments[3:7])
-        else:
-            rest = (query, key, results[1])
-        backward = getattr(ops, str(op).split(".")[1].replace("training", "backward")).default
-        found.append(pytest.param(backward, (upstream, *rest, *options), id=case.id))
-    return found
-
-
-@pytest.mark.parametrize(("op", "arguments"), backward_cases())
-def test_opcheck_backward(op: Any, arguments: tuple[Any, ...]) -> None:
-    torch.library.opcheck(op, arguments)
-    real = op(*arguments)
-    fake = op(*(each.to("meta") if isinstance(each, Tensor) else each for each in arguments))
+@pytest.mark.parametrize(("op", "operands", "options"), training_cases())
+def test_opcheck_backward(op: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
+    operands = tuple(each.detach() if isinstance(each, Tensor) else each for each in operands)
+    options = {name: each.detach() if isinstance(each, Tensor) else each for name, each in options.items()}
+    results = op(*operands, **options)
+    if "received" in str(op):
+        backward, arguments = ops.received_attention_backward.default, (*operands[:2], results[1], *operands[2:])
+    else:
+        backward = ops.attention_backward.default
+        options.pop("emit", None)
+        arguments = (torch.randn_like(results[1]), *operands, *results[:2])
+    arguments = (torch.randn_like(results[0]), *arguments)
+    torch.library.opcheck(backward, arguments, options)
+    real = backward(*arguments, **options)
+    shapes = [each.to("meta") if isinstance(each, Tensor) else each for each in arguments]
+    fake = backward(
+        *shapes, **{n: each.to("meta") if isinstance(each, Tensor) else each for n, each in options.items()}
+    )
     for told, came in zip(fake, real, strict=True):
         assert (told.shape, told.dtype, told.stride()) == (came.shape, came.dtype, came.stride())
 

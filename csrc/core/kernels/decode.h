@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "float_engine.h"
 #include "pairs.h"
 #include "prefill.h"
 
@@ -122,7 +123,10 @@ struct FloatDot : FloatProbabilities {
 };
 
 template <class Dot>
-class Decode {
+class Decode : Driver<Decode<Dot>> {
+  using Base = Driver<Decode>;
+  friend Base;
+  using Base::note, Base::pool_;
   using Input = typename Dot::Input;
   using Probability = typename Dot::Probability;
   static constexpr int kBlockKeys =
@@ -137,21 +141,20 @@ class Decode {
   static bool suits(const AttentionProblem& problem) {
     const Shape& shape = problem.shape;
     const int64_t group = shape.heads / shape.key_heads;
-    return shape.queries == 1 ||
-           (shape.queries * group <= kMaxRows && problem.key.strides[3] == 1 && problem.value.strides[3] == 1);
+    return shape.queries == 1 || (shape.queries * group <= kMaxRows && problem.key.column_stride() == 1 &&
+                                  problem.value.column_stride() == 1);
   }
 
   Decode(const AttentionProblem& problem, const ThreadPool& pool, Scratch& scratch)
-      : problem_(problem),
+      : Base(pool, scratch),
+        problem_(problem),
         shape_(problem.shape),
-        pool_(pool),
-        scratch_(scratch),
         rules_(problem),
         group_(problem.shape.heads / problem.shape.key_heads),
         rows_(group_ * problem.shape.queries),
         query_columns_(round_up(problem.shape.width, Dot::chunk)),
         sum_columns_(round_up(problem.shape.value_width, Dot::chunk)),
-        candidate_capacity_(rules_.candidate_capacity(kBlockKeys)) {
+        candidate_capacity_(rules_.marks.candidate_capacity(kBlockKeys)) {
     // Enough spans for a few tasks a thread on any machine of today, none so short that merging shows.
     constexpr int64_t kTasks = 32, kShortest = 512;
     const int64_t heads = shape_.batch * shape_.key_heads;
@@ -163,13 +166,15 @@ class Decode {
 
   Status run() {
     const int64_t heads = shape_.batch * shape_.key_heads, partials = heads * spans_ * rows_;
-    int64_t bytes = 0;
-    carve_shared(nullptr, partials, &bytes);
-    carve_shared(scratch_.shared.reserve(size_t(bytes)), partials, nullptr);
-    bytes = 0;
-    carve_worker(nullptr, &bytes);
-    if (int64_t(scratch_.workers.size()) < pool_.workers) scratch_.workers.resize(size_t(pool_.workers));
-    for (int64_t w = 0; w < pool_.workers; ++w) scratch_.workers[size_t(w)].reserve(size_t(bytes));
+    this->reserve_shared([&](Carver& carver) {
+      rows_state_ = carver.take<Row>(partials);
+      sums_ = carver.take<float>(partials * sum_columns_);
+      marked_ = carver.take<float>(rules_.marks.parts() ? partials * sum_columns_ : 0);
+      candidate_scores_ = carver.take<float>(partials * candidate_capacity_);
+      candidates_ = carver.take<int32_t>(partials * candidate_capacity_);
+      left_ = carver.take<std::atomic<int32_t>>(heads);
+    });
+    this->reserve_workers();
 
     // The last span to finish merges its key head: no second round of tasks.
     for (int64_t h = 0; h < heads; ++h) new (&left_[h]) std::atomic<int32_t>(int32_t(spans_));
@@ -179,7 +184,7 @@ class Decode {
       if (left_[head].fetch_sub(1, std::memory_order_acq_rel) == 1)
         merge(worker, head / shape_.key_heads, head % shape_.key_heads);
     });
-    return Status(status_.load());
+    return this->status();
   }
 
  private:
@@ -187,38 +192,29 @@ class Decode {
     typename Dot::Query* queries;
     float* scores;
     Probability* probabilities;
-    Input* keys;  // a copy of keys or values whose columns do not follow each other
-    float* row;   // output sums in the order of their columns
+    Input* keys;      // a copy of keys or values whose columns do not follow each other
+    float* row;       // output sums in the order of their columns
+    BiasBlock* bias;  // of each head
+    float* bias_values;
     float* merged_scores;
     int32_t* merged;
   };
 
-  void carve_shared(void* base, int64_t partials, int64_t* bytes) {
-    Carver carver(base);
-    rows_state_ = carver.take<Row>(partials);
-    sums_ = carver.take<float>(partials * sum_columns_);
-    candidate_scores_ = carver.take<float>(partials * candidate_capacity_);
-    candidates_ = carver.take<int32_t>(partials * candidate_capacity_);
-    left_ = carver.take<std::atomic<int32_t>>(shape_.batch * shape_.key_heads);
-    if (bytes != nullptr) *bytes = carver.taken(base);
-  }
-
-  Worker carve_worker(void* base, int64_t* bytes) const {
-    Carver carver(base);
+  Worker carve(Carver& carver) const {
     Worker worker;
     worker.queries = carver.take<typename Dot::Query>(rows_ * query_columns_);
     worker.scores = carver.take<float>(rows_ * kBlockKeys);
     worker.probabilities = carver.take<Probability>(rows_ * kBlockKeys);
-    const int64_t columns = shape_.width > shape_.value_width ? shape_.width : shape_.value_width;
-    worker.keys = carver.take<Input>(copies() ? kBlockKeys * columns : 0);
-    worker.row = carver.take<float>(shape_.value_width);
+    worker.keys = carver.take<Input>(copies() ? kBlockKeys * larger(shape_.width, shape_.value_width) : 0);
+    worker.row = carver.take<float>(sum_columns_);
+    worker.bias = carver.take<BiasBlock>(group_);
+    worker.bias_values = carver.take<float>(rules_.bias.any() ? group_ * kBlockKeys : 0);
     worker.merged_scores = carver.take<float>(candidate_capacity_ * spans_);
     worker.merged = carver.take<int32_t>(candidate_capacity_ * spans_);
-    if (bytes != nullptr) *bytes = carver.taken(base);
     return worker;
   }
 
-  bool copies() const { return problem_.key.strides[3] != 1 || problem_.value.strides[3] != 1; }
+  bool copies() const { return problem_.key.column_stride() != 1 || problem_.value.column_stride() != 1; }
 
   int64_t head_of(int64_t key_head, int64_t r) const { return key_head * group_ + r / shape_.queries; }
   int64_t query_of(int64_t r) const { return r % shape_.queries; }
@@ -228,52 +224,50 @@ class Decode {
 
   void attend(int64_t worker_index, int64_t batch, int64_t key_head, int64_t span) {
     const FlushSubnormals flush;
-    Worker worker = carve_worker(scratch_.workers[size_t(worker_index)].reserve(0), nullptr);
+    const Worker worker = this->worker(worker_index);
     const int64_t index = partial_index(batch, key_head, span);
     Row* rows = rows_state_ + index;
     float* sums = sums_ + index * sum_columns_;
-    const int64_t* qs = problem_.query.strides;
     for (int64_t r = 0; r < rows_; ++r) {
       Row& row = *new (&rows[r]) Row();
-      note(rules_.start(row, batch, head_of(key_head, r), query_of(r)));
+      note(rules_.start(row, batch, head_of(key_head, r), query_of(r), worker.bias + r / shape_.queries));
       if (span > 0) row.sum = 0.0f, row.max = -kInfinity;  // a sink joins the denominator once
-      if (rules_.emits()) {
-        row.candidate_scores = candidate_scores_ + (index + r) * candidate_capacity_;
-        row.candidates = candidates_ + (index + r) * candidate_capacity_;
+      if (rules_.marks.emits()) {
+        row.found.scores = candidate_scores_ + (index + r) * candidate_capacity_;
+        row.found.positions = candidates_ + (index + r) * candidate_capacity_;
       }
-      const Input* query = static_cast<const Input*>(problem_.query.data) + batch * qs[0] +
-                           head_of(key_head, r) * qs[1] + query_of(r) * qs[2];
-      Dot::pack_query(worker.queries + r * query_columns_, query, qs[3], shape_.width, rules_.query_factor());
+      const Input* query = row_of<Input>(problem_.query, batch, head_of(key_head, r), query_of(r));
+      Dot::pack_query(worker.queries + r * query_columns_, query, problem_.query.strides[3], shape_.width,
+                      rules_.query_factor());
     }
     for (int64_t i = 0; i < rows_ * sum_columns_; ++i) sums[i] = 0.0f;
+    if (rules_.marks.parts())
+      for (int64_t i = 0; i < rows_ * sum_columns_; ++i) marked_[index * sum_columns_ + i] = 0.0f;
 
     const Interval seen = visible_interval(problem_.visibility, batch, 0, shape_.queries, shape_.keys);
     const int64_t begin = span * span_keys_ > seen.low ? span * span_keys_ : seen.low;
     const int64_t end = (span + 1) * span_keys_ < seen.high ? (span + 1) * span_keys_ : seen.high;
-    for (int64_t key = begin; key < end; key += kBlockKeys) attend_block(worker, rows, sums, batch, key_head, key, end);
-    for (int64_t r = 0; r < rows_; ++r) note(rules_.finish_boost(rows[r]));
-  }
-
-  void note(Status status) {
-    if (status != Status::ok) status_.store(int32_t(status), std::memory_order_relaxed);
+    for (int64_t key = begin; key < end; key += kBlockKeys) attend_block(worker, index, batch, key_head, key, end);
+    for (int64_t r = 0; r < rows_; ++r) note(MarkRules::finish(rows[r].marks));
   }
 
   // Rows of keys or values with adjacent columns: where they lie, or copied.
-  const Input* block_rows(const Worker& worker, const View& view, int64_t batch, int64_t key_head, int64_t key,
+  const Input* block_rows(const Worker& worker, const KeyRows& operand, int64_t batch, int64_t key_head, int64_t key,
                           int64_t count, int64_t columns, int64_t* row_stride) const {
-    const int64_t* s = view.strides;
-    const Input* data = static_cast<const Input*>(view.data) + batch * s[0] + key_head * s[1] + key * s[2];
-    *row_stride = s[2];
-    if (s[3] == 1) return data;
+    const Input* data = operand.template row<Input>(batch, key_head, key);
+    const int64_t step = operand.row_stride(), column_step = operand.column_stride();
+    *row_stride = step;
+    if (column_step == 1) return data;
     for (int64_t j = 0; j < count; ++j)
-      for (int64_t d = 0; d < columns; ++d) worker.keys[j * columns + d] = data[j * s[2] + d * s[3]];
+      for (int64_t d = 0; d < columns; ++d) worker.keys[j * columns + d] = data[j * step + d * column_step];
     *row_stride = columns;
     return worker.keys;
   }
 
-  // The first block of the keys [key, end).
-  void attend_block(const Worker& worker, Row* rows, float* sums, int64_t batch, int64_t key_head, int64_t key,
-                    int64_t end) {
+  // The first block of the keys [key, end), for the partial rows from `index` on.
+  void attend_block(const Worker& worker, int64_t index, int64_t batch, int64_t key_head, int64_t key, int64_t end) {
+    Row* rows = rows_state_ + index;
+    float* sums = sums_ + index * sum_columns_;
     const int64_t count = end - key < kBlockKeys ? end - key : kBlockKeys;
     int64_t stride;
     const Input* keys = block_rows(worker, problem_.key, batch, key_head, key, count, shape_.width, &stride);
@@ -283,24 +277,26 @@ class Decode {
     bool partial = problem_.visibility.mask != nullptr;
     for (int64_t r = 0; r < rows_; ++r) partial = partial || rows[r].low > key || rows[r].high < key + count;
     const int64_t padded = round_up(count, 2 * Vec::width);
+    if (rules_.bias.any())
+      for (int64_t g = 0; g < group_; ++g)
+        worker.bias[g] =
+            rules_.bias.block(batch, key_head * group_ + g, key, padded, worker.bias_values + g * kBlockKeys);
     for (int64_t r = 0; r < rows_; ++r) {
-      float* scores = worker.scores + r * kBlockKeys;
-      Probability* probabilities = worker.probabilities + r * kBlockKeys;
-      float* row_sums = sums + r * sum_columns_;
       const auto rescale = [&](float factor) {
-        const Vec by = Vec::set(factor);
-        for (int64_t d = 0; d < sum_columns_; d += Vec::width) (Vec::load(row_sums + d) * by).store(row_sums + d);
+        scale_sums(sums + r * sum_columns_, sum_columns_, factor);
+        if (rules_.marks.parts()) scale_sums(marked_ + (index + r) * sum_columns_, sum_columns_, factor);
       };
-      rules_.finish_scores(rows[r], scores, key, count, partial);
-      for (int64_t j = count; j < padded; ++j) scores[j] = -kInfinity;
-      if (partial || count < padded)
-        rules_.template absorb<Dot, true>(rows[r], scores, key, padded, probabilities, rescale);
-      else
-        rules_.template absorb<Dot, false>(rows[r], scores, key, padded, probabilities, rescale);
+      const auto take = [&](int64_t j, float weight) {
+        add_scaled(marked_ + (index + r) * sum_columns_, weight,
+                   problem_.value.template row<Input>(batch, key_head, key + j), problem_.value.column_stride(),
+                   shape_.value_width);
+      };
+      rules_.template absorb<Dot>(rows[r], worker.scores + r * kBlockKeys, key, padded, count,
+                                  partial || count < padded, worker.probabilities + r * kBlockKeys, rescale, take);
     }
 
     const Input* values = block_rows(worker, problem_.value, batch, key_head, key, count, shape_.value_width, &stride);
-    if (partial && !all_finite(values, stride, count)) {
+    if (partial && !all_finite(values, stride, 1, count, shape_.value_width)) {
       // A masked value of NaN or infinity must not meet a probability of zero: their product is NaN.
       for (int64_t r = 0; r < rows_; ++r)
         for (int64_t j = 0; j < count; ++j)
@@ -317,24 +313,15 @@ class Decode {
     mix_rows(worker, values, stride, count, sums, keys_ahead);
   }
 
-  Upcoming upcoming(const View& view, int64_t batch, int64_t key_head, int64_t key, int64_t count,
+  Upcoming upcoming(const KeyRows& operand, int64_t batch, int64_t key_head, int64_t key, int64_t count,
                     int64_t columns) const {
-    const int64_t* s = view.strides;
     Upcoming ahead;
-    if (s[3] != 1) return ahead;
-    ahead.next = reinterpret_cast<const char*>(static_cast<const Input*>(view.data) + batch * s[0] + key_head * s[1] +
-                                               key * s[2]);
-    ahead.stride = s[2] * int64_t(sizeof(Input));
+    if (operand.column_stride() != 1) return ahead;
+    ahead.next = reinterpret_cast<const char*>(operand.template row<Input>(batch, key_head, key));
+    ahead.stride = operand.row_stride() * int64_t(sizeof(Input));
     ahead.row_bytes = columns * int64_t(sizeof(Input));
     ahead.rows = count;
     return ahead;
-  }
-
-  bool all_finite(const Input* values, int64_t stride, int64_t count) const {
-    float test = 0.0f;
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t d = 0; d < shape_.value_width; ++d) test += to_float(values[j * stride + d]) * 0.0f;
-    return test == 0.0f;
   }
 
   void dot_rows(const Worker& worker, const Input* keys, int64_t stride, int64_t count, Upcoming& ahead) const {
@@ -406,58 +393,64 @@ class Decode {
 
   // Partial softmaxes with references m_s and sums l_s merge into m = max m_s, l = sum l_s 2^(m_s - m).
   void merge(int64_t worker_index, int64_t batch, int64_t key_head) {
-    Worker worker = carve_worker(scratch_.workers[size_t(worker_index)].reserve(0), nullptr);
+    const Worker worker = this->worker(worker_index);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t first = partial_index(batch, key_head, 0) + r;
       Row total = rows_state_[first];
       float* sums = sums_ + first * sum_columns_;
-      for (int64_t span = 1; span < spans_; ++span) join(total, sums, first + span * rows_);
+      for (int64_t span = 1; span < spans_; ++span) join(total, first, first + span * rows_);
 
       const int64_t head = head_of(key_head, r), query = query_of(r);
       const int64_t index = (batch * shape_.heads + head) * shape_.queries + query;
       rules_.report(total, index);
       for (int64_t d = 0; d < shape_.value_width; ++d) worker.row[d] = sums[Dot::place(d)];
-      if (shape_.value_width > 0) write_output<Input>(problem_, rules_, total, worker.row, batch, head, query);
-      if (!rules_.emits()) continue;
+      if (shape_.value_width > 0)
+        write_output<Input>(problem_, rules_, total, worker.row,
+                            rules_.marks.parts() ? marked_ + first * sum_columns_ : nullptr, batch, head, query);
+      if (!rules_.marks.emits()) continue;
       int64_t count = 0;
       for (int64_t span = 0; span < spans_; ++span) {
         const Row& part = rows_state_[first + span * rows_];
-        for (int32_t c = 0; c < part.candidate_count; ++c, ++count) {
-          worker.merged_scores[count] = part.candidate_scores[c];
-          worker.merged[count] = part.candidates[c];
+        for (int32_t c = 0; c < part.found.count; ++c, ++count) {
+          worker.merged_scores[count] = part.found.scores[c];
+          worker.merged[count] = part.found.positions[c];
         }
       }
-      rules_.emit(total, worker.merged_scores, worker.merged, count, index);
+      rules_.marks.emit(worker.merged_scores, worker.merged, count, total.max, rules_.mass(total), total.own, index);
     }
   }
 
-  void join(Row& total, float* sums, int64_t index) const {
+  // The partial row `index` joins the one at `first`, whose state is `total`.
+  void join(Row& total, int64_t first, int64_t index) const {
     const Row& part = rows_state_[index];
     if (!part.seen) return;
-    const float* part_sums = sums_ + index * sum_columns_;
     const float max = part.max > total.max ? part.max : total.max;
     const float keep = total.max == -kInfinity ? 0.0f : std::exp2(total.max - max), add = std::exp2(part.max - max);
     total.sum = total.sum * keep + part.sum * add;
-    total.boosted = total.boosted * keep + part.boosted * add;
+    total.marks.mass = total.marks.mass * keep + part.marks.mass * add;
     total.max = max;
     total.seen = true;
+    join_sums(sums_, first, keep, index, add);
+    if (rules_.marks.parts()) join_sums(marked_, first, keep, index, add);
+  }
+
+  void join_sums(float* sums, int64_t first, float keep, int64_t index, float add) const {
+    float* to = sums + first * sum_columns_;
+    const float* from = sums + index * sum_columns_;
     for (int64_t d = 0; d < sum_columns_; d += Vec::width)
-      Vec::fma(Vec::load(part_sums + d), Vec::set(add), Vec::load(sums + d) * Vec::set(keep)).store(sums + d);
+      Vec::fma(Vec::load(from + d), Vec::set(add), Vec::load(to + d) * Vec::set(keep)).store(to + d);
   }
 
   const AttentionProblem& problem_;
   const Shape& shape_;
-  const ThreadPool& pool_;
-  Scratch& scratch_;
   const RowRules rules_;
   const int64_t group_, rows_, query_columns_, sum_columns_, candidate_capacity_;
   int64_t span_keys_, spans_;
   Row* rows_state_ = nullptr;
-  float* sums_ = nullptr;
+  float *sums_ = nullptr, *marked_ = nullptr;
   float* candidate_scores_ = nullptr;
   int32_t* candidates_ = nullptr;
   std::atomic<int32_t>* left_ = nullptr;
-  std::atomic<int32_t> status_{0};
 };
 
 }  // namespace ATTNRB_ISA

@@ -1,8 +1,7 @@
 // The operations on weight matrices that the caller already holds, and a gradient: plain loops over rows.
 #pragma once
 
-#include "../problem.h"
-#include "../thread_pool.h"
+#include "driver.h"
 #include "math.h"
 
 namespace attnrb {
@@ -19,11 +18,6 @@ void for_each_row(const Shape& shape, const ThreadPool& pool, RowFunction&& row)
     for (int64_t index = task * kRowsPerTask; index < last; ++index)
       row(index / shape.queries / shape.heads, index / shape.queries % shape.heads, index % shape.queries, index);
   });
-}
-
-template <class T>
-const T* row_of(const View& view, int64_t batch, int64_t head, int64_t query) {
-  return static_cast<const T*>(view.data) + batch * view.strides[0] + head * view.strides[1] + query * view.strides[2];
 }
 
 template <class T>

@@ -1,7 +1,7 @@
 // Tile products in float32, for every vector width and every input type: everything is converted on the way in.
 #pragma once
 
-#include "panels.h"
+#include "driver.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
@@ -45,8 +45,8 @@ struct FloatEngine : PanelEngine<FloatProduct>, FloatProbabilities {
         const int n = int(width - d < W ? width - d : W);
         Vec rows[W];
         for (int i = 0; i < W; ++i)
-          rows[i] =
-              key + i < count ? load(keys + (key + i) * row_stride + d * column_stride, column_stride, n) : Vec::zero();
+          rows[i] = key + i < count ? load_strided(keys + (key + i) * row_stride + d * column_stride, column_stride, n)
+                                    : Vec::zero();
         Vec::transpose(rows);
         for (int i = 0; i < n; ++i) rows[i].store(columns + (d + i) * panel);
       }
@@ -60,7 +60,8 @@ struct FloatEngine : PanelEngine<FloatProduct>, FloatProbabilities {
     for (int64_t row = 0; row < filled; ++row)
       for (int64_t d = 0; d < value_columns; d += Vec::width) {
         const int n = int(value_width - d < Vec::width ? value_width - d : Vec::width);
-        const Vec x = row < count ? load(values + row * row_stride + d * column_stride, column_stride, n) : Vec::zero();
+        const Vec x =
+            row < count ? load_strided(values + row * row_stride + d * column_stride, column_stride, n) : Vec::zero();
         x.store(out + (d / panel * block_keys + row) * panel + d % panel);
       }
   }
@@ -70,21 +71,12 @@ struct FloatEngine : PanelEngine<FloatProduct>, FloatProbabilities {
     for (int64_t d = 0; d < width; d += Vec::width) {
       const int n = int(width - d < Vec::width ? width - d : Vec::width);
       const Vec x =
-          query == nullptr ? Vec::zero() : load(query + d * column_stride, column_stride, n) * Vec::set(factor);
+          query == nullptr ? Vec::zero() : load_strided(query + d * column_stride, column_stride, n) * Vec::set(factor);
       if (n == Vec::width)
         x.store(out + d);
       else
         x.store(out + d, n);
     }
-  }
-
- private:
-  // The first n <= Vec::width elements; zeros follow.
-  static ATTNRB_INLINE Vec load(const T* p, int64_t stride, int n) {
-    if (stride == 1) return n == Vec::width ? Vec::load(p) : Vec::load(p, n);
-    float lanes[Vec::width] = {};
-    for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i * stride]);
-    return Vec::load(lanes);
   }
 };
 

@@ -1,22 +1,25 @@
 // Gradients of attention: weights are computed anew, tile by tile, from the log-sum-exp that the forward left.
 //
-// With w_ij = 1 + gain [j in S_i], P_ij = exp(s_ij - LSE_i), dW_ij = dy_i . v_j and delta_i = dy_i . y_i - dLSE_i:
+// With w_ij = 1 + gain [j in S_i], P_ij = exp(t_ij - LSE_i), dW_ij = dy_i . v_j and delta_i = dy_i . y_i - dLSE_i,
+// under rules none and row (Note: [Gradients of shared rows] has the other):
 //   dV = (w P)^T dY,   dS = P (w dW - delta), or w P (dW - delta) when normalised,   dQ = scale dS K,  dK = scale dS^T
 //   Q, dgain = sum over outliers of P dW, or P (dW - delta),   dsink = - sum_i exp(sink - LSE_i) delta_i
 // (docs/method.md, Gradients). received_attention is attention with dW_ij = grad_received_j / (queries that see j) and
-// delta_i = sum_j P_ij dW_ij, for which a pass of its own goes before.
+// delta_i = sum_j P_ij dW_ij, for which a pass of its own goes before, as for rule rest.
 //
 // Note: [Turns]
 // A task is a block of keys of one key head: it owns their dK and dV, and walks over the rows of all heads that share
 // them. A block of rows of dQ gets a contribution from each of its blocks of keys, in the order of the keys: a task
 // waits until those before have added theirs. Results then do not depend on the number of threads, no product is
 // computed twice, and threads rarely wait, since all walk over the rows in the same direction.
+//
+// A key bias moves with dt, the gradient of a score behind softcap and bias: a task adds it up for each of its heads,
+// in float64 over the tiles, and what broadcasting asks for is added at the end, in one order.
 #pragma once
 
 #include <new>
 
-#include "gradient_products.h"
-#include "gradient_rows.h"
+#include "gradient_scores.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
@@ -25,7 +28,10 @@ namespace ATTNRB_ISA {
 constexpr int64_t kGradientBudget = int64_t(128) << 20;
 
 template <class Engine>
-class Gradient {
+class Gradient : Driver<Gradient<Engine>> {
+  using Base = Driver<Gradient>;
+  friend Base;
+  using Base::note, Base::pool_;
   using Input = typename Engine::Input;
   static constexpr int64_t kRows = Engine::block_rows, kKeys = Engine::block_keys, kStrip = Engine::strip;
   static constexpr int64_t kStrips = kRows / kStrip;
@@ -33,13 +39,13 @@ class Gradient {
 
  public:
   Gradient(const GradientProblem& problem, const ThreadPool& pool, Scratch& scratch)
-      : problem_(problem),
+      : Base(pool, scratch),
+        problem_(problem),
         shape_(problem.shape),
-        pool_(pool),
-        scratch_(scratch),
         rows_(row_problem(problem)),
         rules_(rows_),
         data_(problem, rules_),
+        scores_(problem, rules_, data_),
         group_(shape_.heads / shape_.key_heads),
         row_blocks_((shape_.queries + kRows - 1) / kRows),
         key_blocks_((shape_.keys + kKeys - 1) / kKeys),
@@ -51,25 +57,30 @@ class Gradient {
                   element_bytes = shape_.heads * shape_.queries * query_columns_ * 4;
     int64_t elements = kGradientBudget / (element_bytes > 0 ? element_bytes : 1);
     elements = elements < 1 ? 1 : elements > shape_.batch ? shape_.batch : elements;
-    carve_shared(elements);
-    reserve_workers();
+    this->reserve_shared([&](Carver& carver) { carve_shared(carver, elements); });
+    this->reserve_workers();
 
     for_each_task(pool_, heads * row_blocks_, [&](int64_t, int64_t task) {
       const int64_t first = task % row_blocks_ * kRows, head = task / row_blocks_;
-      const Status status = data_.prepare(head / shape_.heads, head % shape_.heads, first, row_end(first));
-      if (status != Status::ok) status_.store(int32_t(status), std::memory_order_relaxed);
+      note(data_.prepare(head / shape_.heads, head % shape_.heads, first, row_end(first)));
     });
-    if (status_.load() != int32_t(Status::ok)) return Status(status_.load());
+    if (this->status() != Status::ok) return this->status();
     if (received())
-      for_each_task(pool_, heads,
-                    [&](int64_t, int64_t task) { data_.share(task / shape_.heads, task % shape_.heads); });
+      for_each_task(pool_, heads, [&](int64_t index, int64_t task) {
+        data_.share(task / shape_.heads, task % shape_.heads, this->worker(index).all_bias);
+      });
     for (int64_t first = 0; first < shape_.batch; first += elements) {
       const int64_t count = shape_.batch - first < elements ? shape_.batch - first : elements;
       for_each_task(pool_, count * shape_.heads * row_blocks_, [&](int64_t, int64_t task) { clear(task); });
-      if (received()) {
+      if (received() || data_.parts()) {
         walk<Pass::deltas>(first, count);
         for (int64_t i = 0; i < count * shape_.heads * row_blocks_; ++i) turns_[i].store(0, std::memory_order_relaxed);
       }
+      if (data_.parts())
+        for_each_task(pool_, count * shape_.heads * row_blocks_, [&](int64_t, int64_t task) {
+          const int64_t head = task / row_blocks_, first_row = task % row_blocks_ * kRows;
+          data_.settle(first + head / shape_.heads, head % shape_.heads, first_row, row_end(first_row));
+        });
       walk<Pass::gradients>(first, count);
       for_each_task(pool_, count * shape_.heads * row_blocks_,
                     [&](int64_t, int64_t task) { write_query_gradient(first, task); });
@@ -78,6 +89,7 @@ class Gradient {
       for_each_task(pool_, shape_.heads, [&](int64_t, int64_t head) { write_sink_gradient(head); });
     if (problem_.grad_gain != nullptr)
       for (int64_t head = 0; head < shape_.heads; ++head) write_gain_gradient(head);
+    if (problem_.grad_bias != nullptr) write_bias_gradients();
     return Status::ok;
   }
 
@@ -91,12 +103,15 @@ class Gradient {
     float* weights;
     float *key_sums, *value_sums;
     float* deltas;
+    RestSums* rests;
     float* shares;
     Row* rows;
     const Input **queries, **outputs;  // rows of the tile; null where they have no part in it
-    // Outliers of one row in the tile.
-    int32_t* places;
-    float *weight_gradients, *slopes;
+    TileMarks marks;                   // of one row in the tile
+    BiasBlock* bias;                   // of the head at hand
+    float *bias_values, *bias_sums;
+    double* bias_totals;
+    float* all_bias;  // of all keys
   };
 
   struct Block {
@@ -112,27 +127,25 @@ class Gradient {
     rows.key = problem.key;
     rows.visibility = problem.visibility;
     rows.scoring = problem.scoring;
+    rows.edit = problem.edit;
+    rows.edit.indices = nullptr;  // they are taken tile by tile
     return rows;
   }
 
   bool received() const { return problem_.grad_received != nullptr; }
-  bool boosts() const { return problem_.edit.indices != nullptr; }
+  bool edits() const { return problem_.edit.indices != nullptr; }
 
-  void carve_shared(int64_t elements) {
-    for (void* base = nullptr;;) {
-      Carver carver(base);
-      sums_ = carver.take<float>(elements * shape_.heads * shape_.queries * query_columns_);
-      turns_ = carver.take<std::atomic<int32_t>>(elements * shape_.heads * row_blocks_);
-      data_.carve(carver);
-      gains_ = carver.take<double>(boosts() ? key_blocks_ * shape_.batch * shape_.heads : 0);
-      if (base != nullptr) return;
-      base = scratch_.shared.reserve(size_t(carver.taken(nullptr) + 64));
-    }
+  void carve_shared(Carver& carver, int64_t elements) {
+    const int64_t heads = shape_.batch * shape_.heads;
+    sums_ = carver.take<float>(elements * shape_.heads * shape_.queries * query_columns_);
+    turns_ = carver.take<std::atomic<int32_t>>(elements * shape_.heads * row_blocks_);
+    data_.carve(carver);
+    gains_ = carver.take<double>(edits() ? key_blocks_ * heads : 0);
+    biases_ = carver.take<double>(problem_.grad_bias != nullptr ? heads * shape_.keys : 0);
   }
 
-  Worker carve_worker(void* base, int64_t* bytes) const {
+  Worker carve(Carver& carver) const {
     const int64_t width = shape_.width, value_width = shape_.value_width;
-    Carver carver(base);
     Worker worker;
     worker.keys_across = carver.take<float>(Engine::across_lanes(kKeys, width));
     worker.keys_along = carver.take<float>(Engine::along_lanes(kKeys, width));
@@ -147,26 +160,18 @@ class Gradient {
     worker.key_sums = carver.take<float>(kKeys * query_columns_);
     worker.value_sums = carver.take<float>(kKeys * value_columns_);
     worker.deltas = carver.take<float>(kRows);
+    worker.rests = carver.take<RestSums>(kRows);
     worker.shares = carver.take<float>(kKeys);
     worker.rows = carver.take<Row>(kRows);
     worker.queries = carver.take<const Input*>(kKeys > kRows ? kKeys : kRows);
     worker.outputs = carver.take<const Input*>(kKeys > kRows ? kKeys : kRows);
-    worker.places = carver.take<int32_t>(kKeys);
-    worker.weight_gradients = carver.take<float>(kKeys);
-    worker.slopes = carver.take<float>(kKeys);
-    if (bytes != nullptr) *bytes = carver.taken(base);
+    worker.marks = TileMarks::carve(carver, kKeys);
+    worker.bias = carver.take<BiasBlock>(1);
+    worker.bias_values = carver.take<float>(kKeys);
+    worker.bias_sums = carver.take<float>(kKeys);
+    worker.bias_totals = carver.take<double>(kKeys);
+    worker.all_bias = carver.take<float>(received() && rules_.bias.any() ? round_up(shape_.keys, Vec::width) : 0);
     return worker;
-  }
-
-  void reserve_workers() {
-    int64_t bytes = 0;
-    carve_worker(nullptr, &bytes);
-    if (int64_t(scratch_.workers.size()) < pool_.workers) scratch_.workers.resize(size_t(pool_.workers));
-    for (int64_t w = 0; w < pool_.workers; ++w) scratch_.workers[size_t(w)].reserve(size_t(bytes));
-  }
-
-  static const Input* row_of(const View& view, int64_t batch, int64_t head, int64_t row) {
-    return gradient_row<Input>(view, batch, head, row);
   }
 
   int64_t row_end(int64_t first) const { return first + kRows < shape_.queries ? first + kRows : shape_.queries; }
@@ -198,7 +203,7 @@ class Gradient {
   template <Pass pass>
   void walk_block(int64_t first_batch, int64_t worker_index, Block& block) {
     const FlushSubnormals flush;
-    Worker worker = carve_worker(scratch_.workers[size_t(worker_index)].reserve(0), nullptr);
+    const Worker worker = this->worker(worker_index);
     pack_block<pass>(worker, block);
     for (int64_t i = 0; i < kKeys * query_columns_; ++i) worker.key_sums[i] = 0.0f;
     for (int64_t i = 0; i < kKeys * value_columns_; ++i) worker.value_sums[i] = 0.0f;
@@ -209,6 +214,8 @@ class Gradient {
           worker.shares[j] =
               j < block.count ? data_.shares[(block.batch * shape_.heads + head) * shape_.keys + block.key + j] : 0.0f;
       double gain = 0.0;
+      if (rules_.bias.any()) *worker.bias = rules_.bias.block(block.batch, head, block.key, kKeys, worker.bias_values);
+      for (int64_t j = 0; j < kKeys; ++j) worker.bias_totals[j] = 0.0;
       for (int64_t row_block = row_blocks_ - 1; row_block >= 0; --row_block) {
         const int64_t first = row_block * kRows, left = shape_.queries - first, rows = left < kRows ? left : kRows;
         const Interval seen = visible_interval(problem_.visibility, block.batch, first, first + rows, shape_.keys);
@@ -218,8 +225,11 @@ class Gradient {
             sums_ + (((block.batch - first_batch) * shape_.heads + head) * shape_.queries + first) * query_columns_;
         tile<pass>(worker, block, head, first, rows, turns_[turn], int32_t(block.index - seen.low / kKeys), sums, gain);
       }
-      if (pass == Pass::gradients && boosts())
+      if (pass == Pass::gradients && edits())
         gains_[(block.index * shape_.batch + block.batch) * shape_.heads + head] = gain;
+      if (pass == Pass::gradients && problem_.grad_bias != nullptr)
+        for (int64_t j = 0; j < block.count; ++j)
+          biases_[(block.batch * shape_.heads + head) * shape_.keys + block.key + j] = worker.bias_totals[j];
     }
     if (pass == Pass::deltas) return;
     write_block(problem_.grad_key, block, worker.key_sums, query_columns_, shape_.width, problem_.scoring.scale);
@@ -231,22 +241,22 @@ class Gradient {
   template <Pass pass>
   void pack_block(const Worker& worker, Block& block) const {
     const Interval seen = visible_interval(problem_.visibility, block.batch, 0, shape_.queries, shape_.keys);
-    const int64_t key_stride = problem_.key.strides[3], value_stride = problem_.value.strides[3];
+    const int64_t key_stride = problem_.key.column_stride(), value_stride = problem_.value.column_stride();
     block.finite = true;
     for (int64_t j = 0; j < kKeys; ++j) {
       const int64_t key = block.key + j;
       const bool held = j < block.count && key >= seen.low && key < seen.high;
-      worker.queries[j] = held ? row_of(problem_.key, block.batch, block.key_head, key) : nullptr;
-      worker.outputs[j] = held && !received() ? row_of(problem_.value, block.batch, block.key_head, key) : nullptr;
+      const bool valued = held && !received();
+      worker.queries[j] = held ? problem_.key.template row<Input>(block.batch, block.key_head, key) : nullptr;
+      worker.outputs[j] = valued ? problem_.value.template row<Input>(block.batch, block.key_head, key) : nullptr;
       if (held)
-        block.finite =
-            block.finite && GradientRows<Input>::is_finite(worker.queries[j], key_stride, shape_.width) &&
-            (received() || GradientRows<Input>::is_finite(worker.outputs[j], value_stride, shape_.value_width));
+        block.finite = block.finite && all_finite(worker.queries[j], 0, key_stride, 1, shape_.width) &&
+                       (received() || all_finite(worker.outputs[j], 0, value_stride, 1, shape_.value_width));
     }
     Engine::pack_across(worker.keys_across, worker.queries, kKeys, key_stride, shape_.width);
+    if (!received()) Engine::pack_across(worker.values_across, worker.outputs, kKeys, value_stride, shape_.value_width);
     if (pass == Pass::deltas) return;
     Engine::template pack_along<kKeys>(worker.keys_along, worker.queries, kKeys, key_stride, shape_.width);
-    if (!received()) Engine::pack_across(worker.values_across, worker.outputs, kKeys, value_stride, shape_.value_width);
   }
 
   void write_block(const GradientProblem::Target& target, const Block& block, const float* sums, int64_t columns,
@@ -254,13 +264,6 @@ class Gradient {
     const int64_t* s = target.strides;
     Input* out = static_cast<Input*>(target.data) + block.batch * s[0] + block.key_head * s[1] + block.key * s[2];
     for (int64_t j = 0; j < block.count; ++j) write_scaled(out + j * s[2], sums + j * columns, width, factor);
-  }
-
-  static void write_scaled(Input* out, const float* sums, int64_t width, float factor) {
-    const Vec by = Vec::set(factor);
-    int64_t d = 0;
-    for (; d + Vec::width <= width; d += Vec::width) (Vec::load(sums + d) * by).store(out + d);
-    if (d < width) (Vec::load(sums + d, int(width - d)) * by).store(out + d, int(width - d));
   }
 
   // ------------------------------------------------------------------------------------------------ tiles
@@ -275,16 +278,17 @@ class Gradient {
       Row& row = worker.rows[r] = Row();
       worker.queries[r] = worker.outputs[r] = nullptr;
       worker.deltas[r] = 0.0f;
+      worker.rests[r] = RestSums();
       if (r >= rows || !data_.active(first_row + r)) continue;
-      rules_.start(row, block.batch, head, first_query + r);
-      worker.queries[r] = row_of(problem_.query, block.batch, head, first_query + r);
-      if (!received()) worker.outputs[r] = row_of(problem_.grad_output, block.batch, head, first_query + r);
+      rules_.start(row, block.batch, head, first_query + r, worker.bias);
+      worker.queries[r] = row_of<Input>(problem_.query, block.batch, head, first_query + r);
+      if (!received()) worker.outputs[r] = row_of<Input>(problem_.grad_output, block.batch, head, first_query + r);
       finite = finite && data_.finite(first_row + r);
     }
     KeyRange ranges[kStrips];
     bool any = false, partial = false;
     for (int64_t s = 0; s < strips; ++s) {
-      ranges[s] = strip_range(worker.rows + s * kStrip, block);
+      ranges[s] = strip_range(worker, worker.rows + s * kStrip, block);
       any = any || !ranges[s].empty();
       partial = partial || ranges[s].partial;
     }
@@ -300,10 +304,12 @@ class Gradient {
         Products::multiply_rows(worker.output_rows, worker.values_across, shape_.value_width, ranges, strips,
                                 worker.products);
       }
+      if (rules_.bias.any())
+        for (int64_t j = 0; j < kKeys; ++j) worker.bias_sums[j] = 0.0f;
       for (int64_t s = 0; s < strips; ++s) {
         if (ranges[s].empty()) continue;
         for (int64_t r = s * kStrip; r < (s + 1) * kStrip; ++r)
-          differentiate<pass>(worker, block, r, head, first_row + r, ranges[s], gain);
+          differentiate<pass>(worker, block, r, head, first_query + r, first_row + r, ranges[s], gain);
         if (pass == Pass::gradients && !careful)
           weights.convert(worker.scores, worker.products, s * kStrip, kStrip, ranges[s].first, ranges[s].last);
       }
@@ -321,9 +327,10 @@ class Gradient {
           [&](int64_t row, int64_t key) { return weights.gradients_down(worker.products, row, key); },
           worker.query_along, query_columns_, ranges, strips, worker.key_sums);
     }
+    if (any && rules_.bias.any())
+      for (int64_t j = 0; j < kKeys; ++j) worker.bias_totals[j] += double(worker.bias_sums[j]);
     wait_for(turn, my_turn);  // see Note: [Turns]
-    if (any && pass == Pass::deltas)
-      for (int64_t r = 0; r < rows; ++r) data_.deltas[first_row + r] += worker.deltas[r];
+    if (any && pass == Pass::deltas) add_deltas(worker, first_row, rows);
     if (any && pass == Pass::gradients) {
       if (careful)
         multiply_visible(worker, block, rows, ranges, query_sums);
@@ -334,7 +341,20 @@ class Gradient {
     turn.store(my_turn + 1, std::memory_order_release);
   }
 
-  KeyRange strip_range(const Row* rows, const Block& block) const {
+  void add_deltas(const Worker& worker, int64_t first_row, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (received()) {
+        data_.deltas[first_row + r] += worker.deltas[r];
+        continue;
+      }
+      RestSums& sums = data_.rests[first_row + r];
+      sums.mass += worker.rests[r].mass;
+      sums.product += worker.rests[r].product;
+      sums.marked += worker.rests[r].marked;
+    }
+  }
+
+  KeyRange strip_range(const Worker& worker, const Row* rows, const Block& block) const {
     KeyRange range;
     int64_t low = shape_.keys, high = 0, all_low = 0, all_high = shape_.keys;
     for (int64_t r = 0; r < kStrip; ++r) {
@@ -347,8 +367,8 @@ class Gradient {
     if (low >= high || high <= block.key || low >= block.key + block.count) return range;
     range.first = low > block.key ? (low - block.key) / Engine::key_granule * Engine::key_granule : 0;
     range.last = high - block.key < kKeys ? round_up(high - block.key, Engine::key_granule) : kKeys;
-    range.partial =
-        all_low > block.key + range.first || all_high < block.key + range.last || problem_.visibility.mask != nullptr;
+    range.partial = all_low > block.key + range.first || all_high < block.key + range.last ||
+                    problem_.visibility.mask != nullptr || (rules_.bias.any() && worker.bias->removes);
     return range;
   }
 
@@ -368,123 +388,32 @@ class Gradient {
           add(worker.value_sums + j * value_columns_, weight, worker.outputs[r], problem_.grad_output.strides[3],
               shape_.value_width);
         add(worker.key_sums + j * query_columns_, gradient, worker.queries[r], problem_.query.strides[3], shape_.width);
-        add(query_sums + r * query_columns_, gradient, row_of(problem_.key, block.batch, block.key_head, block.key + j),
-            problem_.key.strides[3], shape_.width);
+        add(query_sums + r * query_columns_, gradient,
+            problem_.key.template row<Input>(block.batch, block.key_head, block.key + j), problem_.key.column_stride(),
+            shape_.width);
       }
     }
   }
 
-  // Scores become weights and gradients of weights become gradients of scores, in place.
+  // One row of a tile: in place, scores become weights and gradients of weights become gradients of scores.
   template <Pass pass>
-  void differentiate(const Worker& worker, const Block& block, int64_t r, int64_t head, int64_t index,
+  void differentiate(const Worker& worker, const Block& block, int64_t r, int64_t head, int64_t query, int64_t index,
                      const KeyRange& range, double& gain) const {
-    const Row& row = worker.rows[r];
     float *scores = worker.scores + r * kKeys, *products = worker.products + r * kKeys;
     if (worker.queries[r] == nullptr) {
       for (int64_t j = range.first; j < range.last; ++j) scores[j] = products[j] = 0.0f;
       return;
     }
-    rules_.finish_scores(row, scores + range.first, block.key + range.first, range.last - range.first, range.partial);
-    if (pass == Pass::deltas) {
-      worker.deltas[r] = row_delta(worker, scores, index, range);
-      return;
-    }
-    const float* weight_gradients = received() ? worker.shares : products;
-    const int32_t outliers = boosts() ? gather(worker, block, row, scores, weight_gradients, index, range) : 0;
-    if (problem_.scoring.softcap > 0)
-      differentiate_row<true, true>(scores, products, weight_gradients, index, range);
-    else if (range.partial)
-      differentiate_row<true, false>(scores, products, weight_gradients, index, range);
+    const TileRow tile{worker.rows[r],  block.batch, head,   query,    index,
+                       block.key,       range,       scores, products, received() ? worker.shares : products,
+                       worker.bias_sums};
+    TileMarks marks = worker.marks;
+    if (pass == Pass::gradients)
+      gain += scores_.differentiate(tile, marks);
+    else if (received())
+      worker.deltas[r] = scores_.row_delta(tile);
     else
-      differentiate_row<false, false>(scores, products, weight_gradients, index, range);
-    if (outliers > 0)
-      gain += strengthen(worker, scores, products, outliers, problem_.edit.gain[head], data_.deltas[index]);
-  }
-
-  template <bool Partial, bool Capped>
-  ATTNRB_INLINE void differentiate_row(float* scores, float* products, const float* weight_gradients, int64_t index,
-                                       const KeyRange& range) const {
-    const Vec to_log2 = Vec::set(rules_.to_log2()), reference = Vec::set(data_.references[2 * index]);
-    const Vec rest = Vec::set(data_.references[2 * index + 1]);
-    const Vec delta = Vec::set(data_.deltas[index]);
-    const Vec by_cap = Vec::set(Capped ? 1.0f / problem_.scoring.softcap : 0.0f), one = Vec::set(1.0f);
-    for (int64_t j = range.first; j < range.last; j += Vec::width) {
-      const Vec score = Vec::load(scores + j), exponent = Vec::fms(score, to_log2, reference) - rest;
-      Vec weight = exp2<Engine::exp2_degree>(Partial ? Vec::max(Vec::set(-200.0f), exponent) : exponent);
-      Vec gradient = weight * (Vec::load(weight_gradients + j) - delta);
-      if (Capped) {
-        const Vec tanh = score * by_cap;
-        gradient = gradient * (one - tanh * tanh);
-      }
-      if (Partial) {
-        const typename Vec::Mask hidden = Vec::greater_equal(Vec::set(-kInfinity), score);
-        weight = Vec::select(hidden, Vec::zero(), weight);
-        gradient = Vec::select(hidden, Vec::zero(), gradient);
-      }
-      weight.store(scores + j);
-      gradient.store(products + j);
-    }
-  }
-
-  // The part of sum_j P_ij dW_ij that this tile holds.
-  float row_delta(const Worker& worker, const float* scores, int64_t index, const KeyRange& range) const {
-    const Vec to_log2 = Vec::set(rules_.to_log2()), reference = Vec::set(data_.references[2 * index]);
-    const Vec rest = Vec::set(data_.references[2 * index + 1]);
-    Vec sum = Vec::zero();
-    for (int64_t j = range.first; j < range.last; j += Vec::width) {
-      const Vec score = Vec::load(scores + j), exponent = Vec::fms(score, to_log2, reference) - rest;
-      const Vec weight = exp2<Engine::exp2_degree>(Vec::max(Vec::set(-200.0f), exponent));
-      const typename Vec::Mask hidden = Vec::greater_equal(Vec::set(-kInfinity), score);
-      sum = sum + Vec::select(hidden, Vec::zero(), weight * Vec::load(worker.shares + j));
-    }
-    return sum.sum();
-  }
-
-  // Notes the row's outliers in this tile, with what the dense pass overwrites; returns how many.
-  int32_t gather(const Worker& worker, const Block& block, const Row& row, const float* scores,
-                 const float* weight_gradients, int64_t index, const KeyRange& range) const {
-    const Edit& edit = problem_.edit;
-    const int32_t* slots = edit.indices + index * edit.capacity;
-    const int64_t base = block.key + problem_.visibility.key_offset;
-    int32_t low = 0, high = edit.counts[index];
-    const int32_t count = high;
-    while (low < high) {
-      const int32_t middle = (low + high) / 2;
-      if (int64_t(slots[middle]) < base + range.first)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    int32_t found = 0;
-    for (; low < count; ++low) {
-      const int64_t j = int64_t(slots[low]) - base;
-      if (j >= range.last) break;
-      if (!rules_.visible(row, block.key + j)) continue;
-      const float tanh = problem_.scoring.softcap > 0 ? scores[j] / problem_.scoring.softcap : 0.0f;
-      worker.places[found] = int32_t(j);
-      worker.weight_gradients[found] = weight_gradients[j];
-      worker.slopes[found++] = 1.0f - tanh * tanh;
-    }
-    return found;
-  }
-
-  // The sparse part; returns the row's share of the gain's gradient.
-  double strengthen(const Worker& worker, float* weights, float* gradients, int32_t outliers, float gain,
-                    float delta) const {
-    double sum = 0.0;
-    for (int32_t c = 0; c < outliers; ++c) {
-      const int32_t j = worker.places[c];
-      const float weight = weights[j], weight_gradient = worker.weight_gradients[c];
-      if (problem_.edit.rule == Rule::row) {
-        sum += double(weight) * (double(weight_gradient) - double(delta));
-        gradients[j] *= 1.0f + gain;
-      } else {
-        sum += double(weight) * double(weight_gradient);
-        gradients[j] += gain * weight * weight_gradient * worker.slopes[c];
-      }
-      weights[j] = weight * (1.0f + gain);
-    }
-    return sum;
+      worker.rests[r] = scores_.rest_sums(tile, marks);
   }
 
   // ------------------------------------------------------------------------------------------------ results
@@ -513,25 +442,43 @@ class Gradient {
     problem_.grad_sinks[head] = float(sum);
   }
 
+  // Of every slot of the bias, in parallel; sums over what it is broadcast along have one order.
+  void write_bias_gradients() const {
+    const int64_t *strides = problem_.grad_bias_strides, slots = problem_.edit.bias_slots;
+    const int64_t batches = strides[0] == 0 ? 1 : shape_.batch, heads = strides[1] == 0 ? 1 : shape_.heads;
+    for_each_task(pool_, batches * heads, [&](int64_t, int64_t task) {
+      const int64_t batch = task / heads, head = task % heads;
+      float* out = problem_.grad_bias + batch * strides[0] + head * strides[1];
+      for (int64_t slot = 0; slot < slots; ++slot) {
+        const int64_t key = slot - problem_.visibility.key_offset;
+        double sum = 0.0;
+        if (key >= 0 && key < shape_.keys)
+          for (int64_t b = batch; b < (batches == 1 ? shape_.batch : batch + 1); ++b)
+            for (int64_t h = head; h < (heads == 1 ? shape_.heads : head + 1); ++h)
+              sum += biases_[(b * shape_.heads + h) * shape_.keys + key];
+        out[slot * strides[2]] = float(sum);
+      }
+    });
+  }
+
   void write_gain_gradient(int64_t head) const {
     double sum = 0.0;
-    if (boosts())
+    if (edits())
       for (int64_t block = 0; block < key_blocks_ * shape_.batch; ++block) sum += gains_[block * shape_.heads + head];
     problem_.grad_gain[head] = float(sum);
   }
 
   const GradientProblem& problem_;
   const Shape& shape_;
-  const ThreadPool& pool_;
-  Scratch& scratch_;
   const AttentionProblem rows_;
   const RowRules rules_;
   GradientRows<Input> data_;
+  const GradientScores<Engine> scores_;
   const int64_t group_, row_blocks_, key_blocks_, query_columns_, value_columns_;
   float* sums_ = nullptr;
   std::atomic<int32_t>* turns_ = nullptr;
-  double* gains_ = nullptr;
-  std::atomic<int32_t> status_{0};
+  double* gains_ = nullptr;   // [key block, B, H]
+  double* biases_ = nullptr;  // [B, H, N]
 };
 
 }  // namespace ATTNRB_ISA

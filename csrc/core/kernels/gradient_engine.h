@@ -18,15 +18,6 @@
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-// The first n <= Vec::width elements; zeros follow.
-template <class T>
-ATTNRB_INLINE Vec load_strided(const T* p, int64_t stride, int n) {
-  if (stride == 1) return n == Vec::width ? Vec::load(p) : Vec::load(p, n);
-  float lanes[Vec::width] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i * stride]);
-  return Vec::load(lanes);
-}
-
 // c[Rows, Vectors * width] (+)= left * right over `depth` lanes, `right` being (the left part of) a packed panel. The
 // rows of `left` lie a_stride lanes apart; those of a Transposed one are neighbours, and its summed lanes lie a_stride
 // apart.

@@ -2,18 +2,27 @@
 #pragma once
 
 #include "gradient_engine.h"
-#include "prefill.h"
+#include "rows.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
 
 constexpr double kLog2EDouble = 1.44269504088896340736;
 
-template <class Input>
-const Input* gradient_row(const View& view, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<const Input*>(view.data) + batch * view.strides[0] + head * view.strides[1] +
-         row * view.strides[2];
-}
+// Of a row whose outliers share with the others: the mass of those, that mass times their mean gradient of a weight,
+// and the mass of its outliers.
+struct RestSums {
+  float mass = 0.0f, product = 0.0f, marked = 0.0f;
+};
+
+// The same, digested: see Note: [Gradients of shared rows].
+struct SharedRow {
+  float factor;        // a
+  float strength;      // 1 + g
+  float marked_delta;  // h + g q
+  float mean;          // q
+  bool shares;         // the others have some mass
+};
 
 template <class Input>
 class GradientRows {
@@ -27,6 +36,11 @@ class GradientRows {
   float* deltas = nullptr;      // [rows]
   uint8_t* flags = nullptr;     // [rows]
   float* shares = nullptr;      // [B, H, N], of received_attention: the gradient of each weight in a column
+  RestSums* rests = nullptr;    // [rows], under rule rest, and
+  SharedRow* shared = nullptr;  // [rows]
+
+  bool received() const { return problem_.grad_received != nullptr; }
+  bool parts() const { return problem_.edit.indices != nullptr && problem_.edit.rule == Rule::rest; }
 
   void carve(Carver& carver) {
     const int64_t heads = shape_.batch * shape_.heads, rows = heads * shape_.queries;
@@ -34,6 +48,8 @@ class GradientRows {
     deltas = carver.take<float>(rows);
     flags = carver.take<uint8_t>(rows);
     shares = carver.take<float>(received() ? heads * shape_.keys : 0);
+    rests = carver.take<RestSums>(parts() ? rows : 0);
+    shared = carver.take<SharedRow>(parts() ? rows : 0);
   }
 
   bool active(int64_t row) const { return flags[row] & kActive; }
@@ -46,18 +62,16 @@ class GradientRows {
     for (int64_t query = first; query < end; ++query) {
       const int64_t row = (batch * shape_.heads + head) * shape_.queries + query;
       if (problem_.edit.indices != nullptr) {
-        const Status status = check_outliers(row);
+        const Status status = check_outliers(batch, head, query);
         if (status != Status::ok) return status;
       }
       float delta = 0.0f;
-      bool active = true, finite = is_finite(gradient_row<Input>(problem_.query, batch, head, query),
-                                             problem_.query.strides[3], shape_.width);
+      bool active = true, finite = row_is_finite(problem_.query, batch, head, query, shape_.width);
       if (!received()) {
-        const Input* grad = gradient_row<Input>(problem_.grad_output, batch, head, query);
         const float grad_lse = problem_.grad_lse != nullptr ? problem_.grad_lse[row] : 0.0f;
         active = dot_output(batch, head, query, delta) || grad_lse != 0.0f;
         delta -= grad_lse;
-        finite = finite && is_finite(grad, problem_.grad_output.strides[3], shape_.value_width);
+        finite = finite && row_is_finite(problem_.grad_output, batch, head, query, shape_.value_width);
       }
       if (problem_.lse[row] == -kInfinity) active = false;
       // In two floats: rounded to one, a log-sum-exp of 20 would cost every weight of its row 1e-6.
@@ -66,49 +80,68 @@ class GradientRows {
       references[2 * row + 1] = active ? float(reference - double(references[2 * row])) : 0.0f;
       deltas[row] = delta;
       flags[row] = uint8_t((active ? kActive : 0) | (finite ? kFinite : 0));
+      if (parts()) rests[row] = RestSums();
     }
     return Status::ok;
   }
 
-  // shares[b, h, j] = grad_received_j / number of queries that see key j.
-  void share(int64_t batch, int64_t head) {
+  // shares[b, h, j] = grad_received_j / number of queries that see key j. `bias_values` has room for all keys.
+  void share(int64_t batch, int64_t head, float* bias_values) {
     const int64_t keys = shape_.keys;
     float* share = shares + (batch * shape_.heads + head) * keys;
     const float* grad = problem_.grad_received + (batch * shape_.heads + head) * keys;
+    BiasBlock bias;
+    if (rules_.bias.any()) bias = rules_.bias.block(batch, head, 0, round_up(keys, Vec::width), bias_values);
     // Counts up to 2^24 are exact; with more queries the rounding is one of the quotient's.
     for (int64_t j = 0; j < keys; ++j) share[j] = 0.0f;
     for (int64_t query = 0; query < shape_.queries; ++query) {
       Row row;
-      rules_.start(row, batch, head, query);
-      if (row.mask != nullptr) {
+      rules_.start(row, batch, head, query, &bias);
+      if (counts_singly(bias)) {
         for (int64_t j = row.low; j < row.high; ++j) share[j] += rules_.visible(row, j) ? 1.0f : 0.0f;
       } else if (row.low < row.high) {  // differences, summed up below
         share[row.low] += 1.0f;
         if (row.high < keys) share[row.high] -= 1.0f;
       }
     }
-    if (problem_.visibility.mask == nullptr)
+    if (!counts_singly(bias))
       for (int64_t j = 1; j < keys; ++j) share[j] += share[j - 1];
     for (int64_t j = 0; j < keys; ++j) share[j] = share[j] > 0.0f ? grad[j] / share[j] : 0.0f;
   }
 
-  // x * 0 is 0 for finite x and NaN otherwise.
-  static bool is_finite(const Input* row, int64_t stride, int64_t width) {
-    Vec test = Vec::zero();
-    for (int64_t d = 0; d < width; d += Vec::width) {
-      const int n = int(width - d < Vec::width ? width - d : Vec::width);
-      test = Vec::fma(load_strided(row + d * stride, stride, n), Vec::zero(), test);
+  // What the sums over all tiles say of the rows [first, end) of a head: deltas become those of the others.
+  void settle(int64_t batch, int64_t head, int64_t first, int64_t end) {
+    for (int64_t query = first; query < end; ++query) {
+      const int64_t row = (batch * shape_.heads + head) * shape_.queries + query;
+      if (!active(row)) continue;
+      const float gain = problem_.edit.gain[head], delta = deltas[row];
+      RestSums sums = rests[row];
+      if (problem_.scoring.sinks != nullptr)
+        sums.mass += float(std::exp(double(problem_.scoring.sinks[head]) - double(problem_.lse[row])));
+      if (sums.mass == 0.0f) {
+        shared[row] = {1.0f, 1.0f, delta, 0.0f, false};
+        continue;
+      }
+      // A larger ratio would leave float32's range; weights it multiplies are as small.
+      constexpr float kLargest = 1e34f;
+      const float mean = sums.product / sums.mass, ratio = sums.marked / sums.mass;
+      const float taken = gain * (ratio > kLargest ? kLargest : ratio);
+      shared[row] = {1.0f - taken, 1.0f + gain, delta + gain * mean, mean, true};
+      deltas[row] = delta - taken * mean;
     }
-    return test.sum() == 0.0f;
   }
 
  private:
-  bool received() const { return problem_.grad_received != nullptr; }
+  bool counts_singly(const BiasBlock& bias) const { return problem_.visibility.mask != nullptr || bias.removes; }
+
+  static bool row_is_finite(const View& view, int64_t batch, int64_t head, int64_t row, int64_t width) {
+    return all_finite(row_of<Input>(view, batch, head, row), 0, view.strides[3], 1, width);
+  }
 
   // delta = dy . y; returns whether dy is anything but zeros.
   bool dot_output(int64_t batch, int64_t head, int64_t query, float& delta) const {
-    const Input *grad = gradient_row<Input>(problem_.grad_output, batch, head, query),
-                *output = gradient_row<Input>(problem_.output, batch, head, query);
+    const Input *grad = row_of<Input>(problem_.grad_output, batch, head, query),
+                *output = row_of<Input>(problem_.output, batch, head, query);
     const int64_t grad_stride = problem_.grad_output.strides[3], stride = problem_.output.strides[3];
     Vec sum = Vec::zero();
     uint32_t zero = ~0u;
@@ -123,9 +156,10 @@ class GradientRows {
     return nonzero;
   }
 
-  Status check_outliers(int64_t row) const {
+  Status check_outliers(int64_t batch, int64_t head, int64_t query) const {
     const Edit& edit = problem_.edit;
-    const int32_t *slots = edit.indices + row * edit.capacity, count = edit.counts[row];
+    const int64_t list = edit.list(shape_.heads, shape_.queries, batch, head, query);
+    const int32_t *slots = edit.indices + list * edit.capacity, count = edit.counts[list];
     if (count < 0 || count > edit.capacity) return Status::outlier_count;
     for (int32_t c = 1; c < count; ++c)
       if (slots[c] <= slots[c - 1]) return Status::unsorted_outliers;

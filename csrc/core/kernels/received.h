@@ -11,29 +11,22 @@ namespace attnrb {
 namespace ATTNRB_ISA {
 
 template <class Engine>
-class Received {
+class Received : Driver<Received<Engine>> {
+  using Base = Driver<Received>;
+  friend Base;
   using Input = typename Engine::Input;
 
  public:
   // `rows` is the attention problem with the same queries and keys and no values, its softmax filled in.
   Received(const ReceivedProblem& problem, const AttentionProblem& rows, const ThreadPool& pool, Scratch& scratch)
-      : problem_(problem),
-        rows_(rows),
-        shape_(rows.shape),
-        pool_(pool),
-        scratch_(scratch),
-        engine_(rows.shape),
-        rules_(rows) {}
+      : Base(pool, scratch), problem_(problem), rows_(rows), shape_(rows.shape), engine_(rows.shape), rules_(rows) {}
 
   void run() {
-    int64_t bytes = 0;
-    carve_worker(nullptr, &bytes);
-    if (int64_t(scratch_.workers.size()) < pool_.workers) scratch_.workers.resize(size_t(pool_.workers));
-    for (int64_t w = 0; w < pool_.workers; ++w) scratch_.workers[size_t(w)].reserve(size_t(bytes));
+    this->reserve_workers();
     // Under a causal mask the first keys are seen by the most queries: their blocks come first.
     const int64_t blocks = (shape_.keys + Engine::block_keys - 1) / Engine::block_keys,
                   heads = shape_.batch * shape_.heads;
-    for_each_task(pool_, blocks * heads, [&](int64_t worker, int64_t task) {
+    for_each_task(this->pool_, blocks * heads, [&](int64_t worker, int64_t task) {
       receive(worker, task % heads / shape_.heads, task % heads % shape_.heads, task / heads * Engine::block_keys);
     });
   }
@@ -44,34 +37,35 @@ class Received {
     void* queries;
     float* scores;
     Row* rows;
+    BiasBlock* bias;
+    float* bias_values;
     float* strip_sums;
     double* sums;
     int64_t* seen;  // differences of the number of queries that see a key
   };
 
-  Worker carve_worker(void* base, int64_t* bytes) const {
-    Carver carver(base);
+  Worker carve(Carver& carver) const {
     Worker worker;
     worker.keys = carver.take<char>(engine_.key_block_bytes());
     worker.queries = carver.take<char>(engine_.query_block_bytes());
     worker.scores = carver.take<float>(Engine::strip * Engine::block_keys);
     worker.rows = carver.take<Row>(Engine::strip);
+    worker.bias = carver.take<BiasBlock>(1);
+    worker.bias_values = carver.take<float>(rules_.bias.any() ? Engine::block_keys : 0);
     worker.strip_sums = carver.take<float>(Engine::block_keys);
     worker.sums = carver.take<double>(Engine::block_keys);
     worker.seen = carver.take<int64_t>(Engine::block_keys + 1);
-    if (bytes != nullptr) *bytes = carver.taken(base);
     return worker;
   }
 
   void receive(int64_t worker_index, int64_t batch, int64_t head, int64_t key) {
     const FlushSubnormals flush;
-    Worker worker = carve_worker(scratch_.workers[size_t(worker_index)].reserve(0), nullptr);
+    const Worker worker = this->worker(worker_index);
     const int64_t count = shape_.keys - key < Engine::block_keys ? shape_.keys - key : Engine::block_keys;
-    const int64_t* ks = problem_.key.strides;
-    const Input* keys = static_cast<const Input*>(problem_.key.data) + batch * ks[0] +
-                        head / (shape_.heads / shape_.key_heads) * ks[1] + key * ks[2];
+    const Input* keys = problem_.key.template row<Input>(batch, head / (shape_.heads / shape_.key_heads), key);
     engine_.start_worker();
-    engine_.pack_keys(worker.keys, keys, ks[2], ks[3], count);
+    engine_.pack_keys(worker.keys, keys, problem_.key.row_stride(), problem_.key.column_stride(), count);
+    if (rules_.bias.any()) *worker.bias = rules_.bias.block(batch, head, key, Engine::block_keys, worker.bias_values);
     for (int64_t j = 0; j < Engine::block_keys; ++j) worker.sums[j] = 0.0;
     for (int64_t j = 0; j <= Engine::block_keys; ++j) worker.seen[j] = 0;
 
@@ -90,21 +84,19 @@ class Received {
     }
   }
 
-  void receive_strip(Worker& worker, int64_t batch, int64_t head, int64_t key, int64_t count, int64_t first_query,
+  void receive_strip(const Worker& worker, int64_t batch, int64_t head, int64_t key, int64_t count, int64_t first_query,
                      int64_t queries) {
-    const int64_t* qs = problem_.query.strides;
     const int64_t last = round_up(count, Engine::key_granule);
     bool partial = problem_.visibility.mask != nullptr;
     for (int64_t r = 0; r < Engine::strip; ++r) {
       Row& row = worker.rows[r] = Row();
       const Input* query = nullptr;
       if (r < queries) {
-        rules_.start(row, batch, head, first_query + r);
+        rules_.start(row, batch, head, first_query + r, worker.bias);
         partial = partial || row.low > key || row.high < key + last;
-        query =
-            static_cast<const Input*>(problem_.query.data) + batch * qs[0] + head * qs[1] + (first_query + r) * qs[2];
+        query = row_of<Input>(problem_.query, batch, head, first_query + r);
       }
-      engine_.pack_query_row(worker.queries, r, query, qs[3], rules_.query_factor());
+      engine_.pack_query_row(worker.queries, r, query, problem_.query.strides[3], rules_.query_factor());
     }
     engine_.scores(worker.queries, 0, queries, worker.keys, 0, last, worker.scores);
     for (int64_t j = 0; j < last; ++j) worker.strip_sums[j] = 0.0f;
@@ -113,8 +105,8 @@ class Received {
       count_seen(worker, worker.rows[r], key, count);
       const float* softmax = rows_.softmax + 2 * ((batch * shape_.heads + head) * shape_.queries + first_query + r);
       if (softmax[1] == 0.0f) continue;
-      rules_.finish_scores(worker.rows[r], scores, key, last, partial);
-      const Vec to_log2 = Vec::set(rules_.to_log2()), reference = Vec::set(softmax[0]);
+      rules_.finish_scores(worker.rows[r], scores, key, last, last, partial);
+      const Vec to_log2 = Vec::set(worker.rows[r].to_log2), reference = Vec::set(softmax[0]);
       const Vec share = Vec::set(1.0f / softmax[1]);
       for (int64_t j = 0; j < last; j += Vec::width) {
         const Vec score = Vec::load(scores + j), exponent = Vec::fms(score, to_log2, reference);
@@ -127,8 +119,8 @@ class Received {
     for (int64_t j = 0; j < count; ++j) worker.sums[j] += double(worker.strip_sums[j]);
   }
 
-  void count_seen(Worker& worker, const Row& row, int64_t key, int64_t count) const {
-    if (row.mask == nullptr) {
+  void count_seen(const Worker& worker, const Row& row, int64_t key, int64_t count) const {
+    if (row.mask == nullptr && !RowRules::removes(row)) {
       const int64_t low = row.low > key ? row.low - key : 0, high = row.high - key < count ? row.high - key : count;
       if (low >= high) return;
       ++worker.seen[low];
@@ -142,8 +134,6 @@ class Received {
   const ReceivedProblem& problem_;
   const AttentionProblem& rows_;
   const Shape& shape_;
-  const ThreadPool& pool_;
-  Scratch& scratch_;
   const Engine engine_;
   const RowRules rules_;
 };

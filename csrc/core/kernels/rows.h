@@ -1,5 +1,4 @@
-// The state of one query row while it walks over its keys: an online softmax in base 2, its outliers found so far, and
-// its outliers still to be strengthened.
+// The state of one query row while it walks over its keys: an online softmax in base 2 (and its outliers, marks.h).
 //
 // Note: [Online softmax in base 2]
 // Scores are kept as t = score * log2(e), so that weights are 2^(t - m) / l with m a reference near the largest t so
@@ -7,102 +6,154 @@
 // float32 sums and bfloat16 products), which spares nearly all rescaling of the output row. log-sum-exp = ln(2)(m +
 // log2 l).
 //
-// Note: [One-pass outliers]
-// The weight of key j exceeds the threshold tau when t_j > m + log2(tau * l) at the end. m + log2 l only grows, so the
-// same test against the running value keeps a superset; it is cut down when its buffer fills and once more at the end.
-// For the running test, log2 is bounded from below by the exponent plus the mantissa's fraction (2^e(1+f) <= 2^(e+f)),
-// a subtraction on the bits; the superset grows by at most 6%.
-//
-// Note: [Strengthened probabilities]
-// An outlier's probability is multiplied by 1 + gain after it joined the row sum l, so the other weights stay as they
-// were. With normalize, the gained mass is collected in `boosted` and the row is divided by l + boosted instead of l.
-// Whether the slots ascend is seen on the way, and for those behind the last block when the row is finished: a look of
-// its own at every row cost 2% of a prefill.
+// Note: [Scores with a bias]
+// Without a bias, products stay as the engine left them, and the scale joins log2(e) in the exponent. A row that a bias
+// reaches has its scores scaled as the bias is added, in the pass that looks for their maximum: one multiply-add. Its
+// to_log2 is then log2(e) alone.
 #pragma once
 
 #include "../outliers.h"
-#include "../visibility.h"
-#include "float_engine.h"
+#include "bias.h"
+#include "marks.h"
 #include "math.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-constexpr int64_t kNoKey = std::numeric_limits<int64_t>::max();  // behind all keys
-
 struct Row {
   float max = -kInfinity;  // m
-  float sum = 0.0f;        // l
-  float boosted = 0.0f;
-  bool seen = false;  // some key was visible
+  float sum = 0.0f;        // l; under rule rest without the outliers
+  bool seen = false;       // some key was visible
   int32_t low = 0, high = 0;
-  int64_t own = -1;                // position of the query's own key
-  const bool* mask = nullptr;      // its row of the boolean mask, or null
-  const int32_t* boost = nullptr;  // outlier slots to strengthen
-  int32_t boost_count = 0, boost_next = 0;
-  int64_t boost_key = kNoKey;  // position of the next of them
-  bool unsorted = false;       // they were found not to ascend
-  float gain = 0.0f;
-  float* candidate_scores = nullptr;
-  int32_t* candidates = nullptr;  // positions
-  int32_t candidate_count = 0;
+  int64_t own = -1;                 // position of the query's own key
+  const bool* mask = nullptr;       // its row of the boolean mask, or null
+  const BiasBlock* bias = nullptr;  // of the block of keys at hand, or null where no bias reaches the row
+  float to_log2 = kLog2E;           // of its finished scores
+  Marks marks;
+  Candidates found;
 };
 
 // What every row of a problem has in common.
 class RowRules {
  public:
   explicit RowRules(const AttentionProblem& problem)
-      : problem_(problem),
+      : marks(problem),
+        bias(problem.edit, problem.visibility),
+        problem_(problem),
         capped_(problem.scoring.softcap > 0),
         // A negative or zero scale cannot be applied after the maximum was taken: it goes into the query instead.
         query_factor_(problem.scoring.scale > 0   ? 1.0f
                       : problem.scoring.scale < 0 ? -1.0f
                                                   : 0.0f),
-        scale_(problem.scoring.scale == 0 ? 1.0f : std::fabs(problem.scoring.scale)),
-        to_log2_(capped_ ? kLog2E : scale_ * kLog2E),
-        threshold_log2_(float(std::log2(problem.emit.threshold))),
-        threshold_(float(problem.emit.threshold)) {}
+        scale_(problem.scoring.scale == 0 ? 1.0f : std::fabs(problem.scoring.scale)) {}
 
-  bool emits() const { return problem_.emit.indices != nullptr; }
-  bool boosts() const { return problem_.edit.indices != nullptr; }
+  const MarkRules marks;
+  const KeyBias bias;
+
   float query_factor() const { return query_factor_; }
-  float to_log2() const { return to_log2_; }
+  // What takes a product, capped where there is a cap, to a score.
+  float score_factor() const { return capped_ ? 1.0f : scale_; }
 
-  // Candidates per row: the running test keeps at most 1.07/threshold of them, and one block more may come at once.
-  int64_t candidate_capacity(int64_t block_keys) const {
-    return emits() ? problem_.emit.capacity + problem_.emit.capacity / 8 + 2 * Vec::width + block_keys : 0;
-  }
-
-  // Asks for what start() is going to read: the outliers of a row lie far from the next row's, in a table of which
-  // little is filled.
-  ATTNRB_INLINE void prefetch(int64_t batch, int64_t head, int64_t query) const {
-    if (!boosts()) return;
-    const int64_t index = (batch * problem_.shape.heads + head) * problem_.shape.queries + query;
-    const int32_t* row = problem_.edit.indices + index * problem_.edit.capacity;
-    __builtin_prefetch(row);
-    __builtin_prefetch(row + 15);
-  }
-
-  Status start(Row& row, int64_t batch, int64_t head, int64_t query) const {
-    const Shape& shape = problem_.shape;
+  // `block` is where the bias of the row's head will stand, block by block.
+  Status start(Row& row, int64_t batch, int64_t head, int64_t query, const BiasBlock* block) const {
     const Visibility& visibility = problem_.visibility;
-    const Interval interval = visible_interval(visibility, batch, query, shape.keys);
+    const Interval interval = visible_interval(visibility, batch, query, problem_.shape.keys);
     row.low = int32_t(interval.low);
     row.high = int32_t(interval.high);
-    row.own = visibility.query_offset + query - visibility.key_offset;
+    row.own = query_slot(visibility, batch, query) - visibility.key_offset;
     if (visibility.mask != nullptr)
       row.mask = visibility.mask + batch * visibility.mask_strides[0] + head * visibility.mask_strides[1] +
                  query * visibility.mask_strides[2];
+    if (bias.reaches(batch, query))
+      row.bias = block;
+    else
+      row.to_log2 = capped_ ? kLog2E : scale_ * kLog2E;
     if (problem_.scoring.sinks != nullptr) {
       row.max = problem_.scoring.sinks[head] * kLog2E;
       row.sum = 1.0f;
     }
-    return boosts() ? start_boost(row, head, (batch * shape.heads + head) * shape.queries + query) : Status::ok;
+    return marks.start(row.marks, batch, head, query);
   }
 
+  // A key that the bias removes is not seen.
   bool visible(const Row& row, int64_t key) const {
     return key >= row.low && key < row.high &&
-           (row.mask == nullptr || row.mask[key * problem_.visibility.mask_strides[3]]);
+           (row.mask == nullptr || row.mask[key * problem_.visibility.mask_strides[3]]) &&
+           !(removes(row) && row.bias->values[key - row.bias->key] == -kInfinity);
+  }
+
+  static bool removes(const Row& row) { return row.bias != nullptr && row.bias->removes; }
+
+  // Products of a block of keys become scores, minus infinity where the row sees none: of the keys [key, key + count),
+  // none behind the first `held`. Not partial: it sees all of them, unless the bias removes some.
+  ATTNRB_INLINE void finish_scores(const Row& row, float* scores, int64_t key, int64_t count, int64_t held,
+                                   bool partial) const {
+    if (capped_) cap(scores, count);
+    if (row.bias != nullptr) add_bias(row, scores, key, count);
+    if (partial || removes(row)) hide(row, scores, key, count, held);
+  }
+
+  ATTNRB_INLINE void cap(float* scores, int64_t count) const {
+    if (!capped_) return;
+    const Vec inner = Vec::set(scale_ / problem_.scoring.softcap), outer = Vec::set(problem_.scoring.softcap);
+    for (int64_t j = 0; j < count; j += Vec::width) (outer * tanh(Vec::load(scores + j) * inner)).store(scores + j);
+  }
+
+  ATTNRB_INLINE void hide(const Row& row, float* scores, int64_t key, int64_t count, int64_t held) const {
+    const Vec low = Vec::set(float(row.low - key)), high = Vec::set(float(smaller(row.high - key, held)));
+    for (int64_t j = 0; j < count; j += Vec::width) {
+      const Vec lane = Vec::iota() + Vec::set(float(j));
+      typename Vec::Mask shown = Vec::both(Vec::greater_equal(lane, low), Vec::greater(high, lane));
+      if (row.mask != nullptr) shown = Vec::both(shown, mask_lanes(row, key + j));
+      if (removes(row))
+        shown = Vec::both(shown,
+                          Vec::greater(Vec::load(row.bias->values + (key - row.bias->key) + j), Vec::set(-kInfinity)));
+      Vec::select(shown, Vec::load(scores + j), Vec::set(-kInfinity)).store(scores + j);
+    }
+  }
+
+  // One block of the online softmax: the products scores[0, count) of the keys from `key` on, of which `held` count,
+  // become probabilities relative to row.max. `rescale` multiplies what the row accumulated so far when row.max moves;
+  // under rule rest take(place, weight) gets each outlier in place of the probabilities.
+  template <class Engine, class Rescale, class Take>
+  ATTNRB_INLINE void absorb(Row& row, float* scores, int64_t key, int64_t count, int64_t held, bool partial,
+                            typename Engine::Probability* probabilities, Rescale&& rescale, Take&& take) const {
+    const bool lifts = marks.parts() && row.marks.key < key + held;
+    if (!partial && !lifts && !removes(row)) {
+      cap(scores, count);
+      if (row.bias == nullptr)
+        absorb_scores<Engine, false, false>(row, scores, key, count, held, probabilities, rescale, take);
+      else
+        absorb_scores<Engine, false, true>(row, scores, key, count, held, probabilities, rescale, take);
+      return;
+    }
+    finish_scores(row, scores, key, count, held, partial);
+    absorb_scores<Engine, true, false>(row, scores, key, count, held, probabilities, rescale, take);
+  }
+
+  // The sum over all weights of a row, before any is strengthened.
+  float mass(const Row& row) const { return marks.parts() ? row.sum + row.marks.mass : row.sum; }
+
+  // What the output row is divided by; 0 when the row saw no key.
+  float denominator(const Row& row) const { return row.seen ? row.sum + row.marks.mass : 0.0f; }
+
+  // What the caller asked to know of a row's softmax: the natural log-sum-exp, of the strengthened scores under rule
+  // row; the reference and the sum, 0 where the row saw no key.
+  void report(const Row& row, int64_t index) const {
+    if (problem_.lse != nullptr)
+      problem_.lse[index] = row.seen ? (row.max + std::log2(row.sum + row.marks.mass)) * kLn2 : -kInfinity;
+    if (problem_.softmax != nullptr) {
+      problem_.softmax[2 * index] = row.max;
+      problem_.softmax[2 * index + 1] = row.seen ? row.sum : 0.0f;
+    }
+  }
+
+ private:
+  ATTNRB_INLINE void add_bias(const Row& row, float* scores, int64_t key, int64_t count) const {
+    const Vec factor = Vec::set(score_factor());
+    const float* values = row.bias->values + (key - row.bias->key);
+    for (int64_t j = 0; j < count; j += Vec::width)
+      Vec::fma(Vec::load(scores + j), factor, Vec::load(values + j)).store(scores + j);
   }
 
   bool sees_any(const Row& row, int64_t key, int64_t count) const {
@@ -111,33 +162,29 @@ class RowRules {
     return false;
   }
 
-  // Turns the raw products of the keys [key, key + count) into scores, minus infinity where the row sees none.
-  ATTNRB_INLINE void finish_scores(const Row& row, float* scores, int64_t key, int64_t count, bool partial) const {
-    if (capped_) cap(scores, count);
-    if (!partial) return;
-    const Vec low = Vec::set(float(row.low - key)), high = Vec::set(float(row.high - key));
-    for (int64_t j = 0; j < count; j += Vec::width) {
-      const Vec lane = Vec::iota() + Vec::set(float(j));
-      typename Vec::Mask shown = Vec::both(Vec::greater_equal(lane, low), Vec::greater(high, lane));
-      if (row.mask != nullptr) shown = Vec::both(shown, mask_lanes(row, key + j));
-      Vec::select(shown, Vec::load(scores + j), Vec::set(-kInfinity)).store(scores + j);
-    }
-  }
-
-  // One block of the online softmax: scores[0, count) of the keys from `key` on become probabilities relative to
-  // row.max. `rescale` multiplies what the row accumulated so far when row.max moves.
-  template <class Engine, bool Partial, class Rescale>
-  ATTNRB_INLINE void absorb(Row& row, const float* scores, int64_t key, int64_t count,
-                            typename Engine::Probability* probabilities, Rescale&& rescale) const {
+  // Partial: some scores are minus infinity. Biased: the bias is still to be added.
+  template <class Engine, bool Partial, bool Biased, class Rescale, class Take>
+  ATTNRB_INLINE void absorb_scores(Row& row, float* scores, int64_t key, int64_t count, int64_t held,
+                                   typename Engine::Probability* probabilities, Rescale&& rescale, Take&& take) const {
     constexpr int kStep = 2 * Vec::width;
-    Vec largest0 = Vec::load(scores), largest1 = Vec::load(scores + Vec::width);
+    const Vec factor = Vec::set(Biased ? score_factor() : 1.0f);
+    const float* values = Biased ? row.bias->values + (key - row.bias->key) : nullptr;
+    const auto score = [&](int64_t j) {
+      Vec each = Vec::load(scores + j);
+      if constexpr (Biased) {
+        each = Vec::fma(each, factor, Vec::load(values + j));
+        each.store(scores + j);
+      }
+      return each;
+    };
+    Vec largest0 = score(0), largest1 = score(Vec::width);
     for (int64_t j = kStep; j < count; j += kStep) {
-      largest0 = Vec::max(largest0, Vec::load(scores + j));
-      largest1 = Vec::max(largest1, Vec::load(scores + j + Vec::width));
+      largest0 = Vec::max(largest0, score(j));
+      largest1 = Vec::max(largest1, score(j + Vec::width));
     }
-    const float block_max = Vec::max(largest0, largest1).max() * to_log2_;
+    const float block_max = Vec::max(largest0, largest1).max() * row.to_log2;
     // A maximum does not tell "sees none of these keys" from "sees only NaN", which must not end as zeros.
-    if (Partial && block_max == -kInfinity && !sees_any(row, key, count)) {
+    if (Partial && block_max == -kInfinity && !sees_any(row, key, held)) {
       for (int64_t j = 0; j < count; j += kStep)
         Engine::store_probabilities(probabilities, j, Vec::zero(), Vec::zero());
       return;
@@ -145,16 +192,34 @@ class RowRules {
     row.seen = true;
     if (block_max > row.max + 8.0f || row.max == -kInfinity) {
       if (row.max != -kInfinity) {
-        const float factor = std::exp2(row.max - block_max);
-        row.sum *= factor;
-        row.boosted *= factor;
-        rescale(factor);
+        const float by = std::exp2(row.max - block_max);
+        row.sum *= by;
+        row.marks.mass *= by;
+        rescale(by);
       } else {
         row.sum = 0.0f;  // a sink of minus infinity adds nothing
       }
       row.max = block_max;
     }
-    const Vec to_log2 = Vec::set(to_log2_), reference = Vec::set(row.max);
+    if (Partial && marks.parts() && row.marks.key < key + held) {
+      MarkRules::Lifted lifted;
+      marks.lift(row.marks, scores, key, key + held, lifted);
+      add_probabilities<Engine, Partial>(row, scores, count, probabilities);
+      marks.template weigh<Engine>(row.marks, lifted, row.to_log2, row.max, take);
+      if (row.found.scores != nullptr) MarkRules::put_back(lifted, scores);
+    } else {
+      add_probabilities<Engine, Partial>(row, scores, count, probabilities);
+    }
+    if (row.found.scores != nullptr)
+      marks.collect(row.found, scores, key, count, row.to_log2, row.max, mass(row), block_max);
+    if (row.marks.key < key + held) marks.template strengthen<Engine>(row.marks, probabilities, key, key + held);
+  }
+
+  template <class Engine, bool Partial>
+  ATTNRB_INLINE void add_probabilities(Row& row, const float* scores, int64_t count,
+                                       typename Engine::Probability* probabilities) const {
+    constexpr int kStep = 2 * Vec::width;
+    const Vec to_log2 = Vec::set(row.to_log2), reference = Vec::set(row.max);
     Vec sum0 = Vec::zero(), sum1 = Vec::zero();
     for (int64_t j = 0; j < count; j += kStep) {
       const Vec p0 = probability<Engine, Partial>(Vec::load(scores + j), to_log2, reference);
@@ -164,45 +229,8 @@ class RowRules {
       Engine::store_probabilities(probabilities, j, p0, p1);
     }
     row.sum += (sum0 + sum1).sum();
-    if (row.candidates != nullptr) collect(row, scores, key, count, block_max);
-    if (row.boost_key < key + count) strengthen<Engine>(row, probabilities, key, key + count);
   }
 
-  // What is wrong with the row's outliers, once it has seen all its keys.
-  static Status finish_boost(const Row& row) {
-    bool unsorted = row.unsorted;
-    for (int32_t c = row.boost_next + 1; c < row.boost_count; ++c) unsorted |= row.boost[c] <= row.boost[c - 1];
-    return unsorted ? Status::unsorted_outliers : Status::ok;
-  }
-
-  // What the output row is divided by; 0 when the row saw no key.
-  float denominator(const Row& row) const { return row.seen ? row.sum + row.boosted : 0.0f; }
-
-  // What the caller asked to know of a row's softmax: the natural log-sum-exp, of the strengthened scores when they are
-  // normalized; the reference and the sum, 0 where the row saw no key.
-  void report(const Row& row, int64_t index) const {
-    if (problem_.lse != nullptr)
-      problem_.lse[index] = row.seen ? (row.max + std::log2(row.sum + row.boosted)) * kLn2 : -kInfinity;
-    if (problem_.softmax != nullptr) {
-      problem_.softmax[2 * index] = row.max;
-      problem_.softmax[2 * index + 1] = row.seen ? row.sum : 0.0f;
-    }
-  }
-
-  // Writes the row's outliers: ascending slots, then -1.
-  void emit(const Row& row, const float* scores, const int32_t* positions, int64_t count, int64_t index) const {
-    const Emit& emit = problem_.emit;
-    int32_t* out = emit.indices + index * emit.capacity;
-    const float threshold = row.max + std::log2(row.sum) + threshold_log2_;
-    int64_t kept = 0;
-    for (int64_t c = 0; c < count && kept < emit.capacity; ++c)
-      if (scores[c] > threshold && positions[c] != row.own)
-        out[kept++] = int32_t(positions[c] + problem_.visibility.key_offset);
-    emit.counts[index] = int32_t(kept);
-    for (; kept < emit.capacity; ++kept) out[kept] = -1;
-  }
-
- private:
   template <class Engine, bool Partial>
   static ATTNRB_INLINE Vec probability(Vec score, Vec to_log2, Vec reference) {
     const Vec exponent = Vec::fms(score, to_log2, reference);
@@ -219,100 +247,36 @@ class RowRules {
     return Vec::from_bytes(lanes);
   }
 
-  void cap(float* scores, int64_t count) const {
-    const Vec inner = Vec::set(scale_ / problem_.scoring.softcap), outer = Vec::set(problem_.scoring.softcap);
-    for (int64_t j = 0; j < count; j += Vec::width) (outer * tanh(Vec::load(scores + j) * inner)).store(scores + j);
-  }
-
-  Status start_boost(Row& row, int64_t head, int64_t index) const {
-    const Edit& edit = problem_.edit;
-    row.gain = edit.gain[head];
-    row.boost = edit.indices + index * edit.capacity;
-    const int32_t count = edit.counts[index];
-    if (count < 0 || count > edit.capacity) return Status::outlier_count;
-    row.boost_count = count;
-    if (row.gain != 0.0f && count > 0) row.boost_key = row.boost[0] - problem_.visibility.key_offset;
-    return Status::ok;
-  }
-
-  // See Note: [Strengthened probabilities]. Of the keys [key, end); slots before them, hence outside memory or not
-  // seen, are passed over.
-  template <class Engine>
-  ATTNRB_INLINE void strengthen(Row& row, typename Engine::Probability* probabilities, int64_t key, int64_t end) const {
-    const int64_t offset = problem_.visibility.key_offset;
-    const float factor = 1.0f + row.gain;
-    int32_t next = row.boost_next;
-    int64_t at = row.boost_key;
-    bool unsorted = false;
-    do {
-      if (at >= key) {
-        const float before = Engine::load_probability(probabilities, at - key);
-        Engine::scale_probability(probabilities, at - key, factor);
-        // What the output really gained: rounded probabilities must not be divided by exact ones.
-        if (problem_.edit.rule == Rule::row) row.boosted += Engine::load_probability(probabilities, at - key) - before;
-      }
-      const int64_t last = at;
-      at = ++next < row.boost_count ? row.boost[next] - offset : kNoKey;
-      unsorted |= at <= last;
-    } while (at < end);
-    row.boost_next = next;
-    row.boost_key = at;
-    row.unsorted |= unsorted;
-  }
-
-  // See Note: [One-pass outliers].
-  float running_threshold(const Row& row) const {
-    constexpr float kMantissa = 1.0f / (1 << 23);
-    return row.max + (float(bit_cast<int32_t>(threshold_ * row.sum)) * kMantissa - 127.0f) - 1e-4f;
-  }
-
-  void collect(Row& row, const float* scores, int64_t key, int64_t count, float block_max) const {
-    const float threshold = running_threshold(row);
-    if (!(block_max > threshold)) return;
-    const Vec to_log2 = Vec::set(to_log2_), bound = Vec::set(threshold);
-    int32_t found = row.candidate_count;
-    for (int64_t j = 0; j < count; j += Vec::width) {
-      const Vec score = Vec::load(scores + j) * to_log2;
-      const typename Vec::Mask above = Vec::greater(score, bound);
-      if (Vec::bits(above) != 0)
-        found += Vec::compress(above, score, int32_t(key + j), row.candidate_scores + found, row.candidates + found);
-    }
-    // Rounding may let a few more pass than the bound says (see Note: [Outlier capacity]): the slack takes them, and
-    // the buffer is cut back so that the next block fits again.
-    const int32_t room = int32_t(candidate_capacity(0)) - Vec::width;
-    if (found > room) {
-      int32_t kept = 0;
-      for (int32_t c = 0; c < found; ++c)
-        if (row.candidate_scores[c] > threshold && kept < room) {
-          row.candidate_scores[kept] = row.candidate_scores[c];
-          row.candidates[kept++] = row.candidates[c];
-        }
-      found = kept;
-    }
-    row.candidate_count = found;
-  }
-
   const AttentionProblem& problem_;
   const bool capped_;
-  const float query_factor_, scale_, to_log2_, threshold_log2_, threshold_;
+  const float query_factor_, scale_;
 };
 
-// output row = sums / denominator; zeros when the row saw no key.
-template <class Output>
-ATTNRB_INLINE void write_row(Output* out, const float* sums, int64_t width, float denominator) {
-  const float factor = denominator == 0.0f ? 0.0f : 1.0f / denominator;
-  const Vec by = Vec::set(factor);
-  int64_t d = 0;
-  for (; d + Vec::width <= width; d += Vec::width) (Vec::load(sums + d) * by).store(out + d);
-  if (d < width) (Vec::load(sums + d, int(width - d)) * by).store(out + d, int(width - d));
-}
-
+// output row = sums / denominator; zeros when the row saw no key. Under rule rest `marked` are the sums of outliers:
+// see Note: [Sharing with the rest].
 template <class Output>
 void write_output(const AttentionProblem& problem, const RowRules& rules, const Row& row, const float* sums,
-                  int64_t batch, int64_t head, int64_t query) {
+                  const float* marked, int64_t batch, int64_t head, int64_t query) {
   const int64_t* strides = problem.output_strides;
   Output* out = static_cast<Output*>(problem.output) + batch * strides[0] + head * strides[1] + query * strides[2];
-  write_row(out, sums, problem.shape.value_width, rules.denominator(row));
+  const float denominator = rules.denominator(row);
+  const float factor = denominator == 0.0f ? 0.0f : 1.0f / denominator;
+  if (marked == nullptr) return write_scaled(out, sums, problem.shape.value_width, factor);
+  // Where the others have no mass, the row stays plain.
+  const bool shares = row.seen && row.sum != 0.0f;
+  const Vec strength = Vec::set(shares ? 1.0f + row.marks.gain : 1.0f), by = Vec::set(factor);
+  const Vec taken = Vec::set(shares ? row.marks.gain * row.marks.mass : 0.0f),
+            mean = Vec::set(shares ? 1.0f / row.sum : 0.0f);
+  for (int64_t d = 0; d < problem.shape.value_width; d += Vec::width) {
+    const int n = int(smaller(problem.shape.value_width - d, int64_t(Vec::width)));
+    const Vec rest = Vec::load(sums + d, n);
+    const Vec shared = rest - taken * (rest * mean);
+    const Vec y = Vec::fma(strength, Vec::load(marked + d, n), shared) * by;
+    if (n == Vec::width)
+      y.store(out + d);
+    else
+      y.store(out + d, n);
+  }
 }
 
 }  // namespace ATTNRB_ISA

@@ -55,6 +55,7 @@ void run_received(const ReceivedProblem& problem, const ThreadPool& pool, Scratc
   rows.key = problem.key;
   rows.visibility = problem.visibility;
   rows.scoring = problem.scoring;
+  rows.edit = problem.edit;
   rows.lse = problem.lse;
   rows.softmax = static_cast<float*>(
       (*rows_scratch).shared.reserve(2 * sizeof(float) * size_t(shape.batch * shape.heads * shape.queries + 1)));

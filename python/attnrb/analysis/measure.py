@@ -23,7 +23,6 @@ weights are computed for a few rows at a time.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,15 +33,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnrb.hosts.transformers.attention import AttentionCall
-from attnrb.ops import functional, reference
+from attnrb.hosts.session import AttentionCall
+from attnrb.ops import dense, functional
+from attnrb.ops.edit import NO_EDIT
 from attnrb.ops.outliers import Outliers
-from attnrb.ops.visibility import Visibility
+from attnrb.ops.scores import score_arguments
+from attnrb.ops.visibility import Visibility, visibility_arguments
 from attnrb.text.classes import TOKEN_CLASSES
 
 Floats = NDArray[np.float64]
 
-_BLOCK = 1 << 22  # weights in memory at a time, where they have to be computed
 _ENTRIES = 1 << 17  # outliers whose queries, keys and values are gathered at a time
 
 
@@ -234,8 +234,9 @@ class _Layer:
     def _bent_scores(self, strengthened: _Strengthened | None) -> Tensor:
         """Σ_j w_ij s_ij, float64 ``[H, n]``, where a softcap makes it not linear in the keys."""
         result = torch.empty(self.heads, self.length, dtype=torch.float64, device=self.query.device)
-        for rows, scores, weights in self._blocks():
-            result[:, rows] = (weights * scores.masked_fill(weights == 0, 0)).sum(-1, dtype=torch.float64)
+        for block in self._dense().blocks():
+            scores = block.scores.masked_fill(~block.seen, 0)
+            result[:, block.rows] = (block.weights * scores).sum(-1, dtype=torch.float64)[0]
         if self.gain is not None and strengthened is None:
             result *= 1 + self.gain.double()[:, None]
         elif self.gain is not None and strengthened is not None:
@@ -252,8 +253,8 @@ class _Layer:
                 received *= 1 + self.gain.double()[:, None]
         else:
             received = torch.zeros(self.heads, self.length, dtype=torch.float64, device=self.query.device)
-            for rows, _, weights in self._blocks():
-                received += (weights / z[:, rows, None]).sum(1)
+            for block in self._dense().blocks():
+                received += (block.weights[0] / z[:, block.rows, None]).sum(1)
             received /= self._seen_by()
         if self.gain is not None and strengthened is not None:
             (head, query, key), weights = strengthened
@@ -297,39 +298,21 @@ class _Layer:
             return places.at(places.query - places.key < visibility.window)
         return places
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Scores and softmax weights of a few rows at a time: the rows, and float32 ``[H, rows, n]`` of both."""
-        key = self.key[0].repeat_interleave(self.groups, 0).transpose(1, 2)
-        step = max(1, _BLOCK // (self.heads * self.length))
-        for first in range(0, self.length, step):
-            rows = slice(first, min(first + step, self.length))
-            seen = torch.from_numpy(self._seen(rows)).to(self.query.device)
-            scores = self._bend(self.scale * self.query[0, :, rows] @ key)
-            weights = (scores - self.lse[:, rows, None]).exp_().masked_fill_(~seen, 0)
-            yield rows, scores, weights
-
-    def _seen(self, rows: slice) -> NDArray[np.bool_]:
-        """Which keys a few rows see, bool ``[1 or H, rows, n]``."""
-        visibility: Visibility = self.scores["visibility"]
-        mask = visibility.mask
-        if mask is not None and mask.dim() >= 2 and mask.shape[-2] > 1:
-            mask = mask[..., rows, :]
-        here = dataclasses.replace(visibility, query_offset=rows.start, mask=mask)
-        heads = mask.shape[1] if mask is not None and mask.dim() == 4 else 1
-        seen: NDArray[np.bool_] = reference.visible(1, heads, rows.stop - rows.start, self.length, here)[0]
-        return seen
-
     def _seen_by(self) -> Tensor:
         """How many queries see each key, at least 1: float64 ``[1 or H, n]``."""
         visibility: Visibility = self.scores["visibility"]
-        if visibility.mask is None and visibility.key_start is None and visibility.key_end is None:
+        named = (visibility.mask, visibility.chunk, visibility.key_start, visibility.key_end)
+        if all(each is None for each in named):
             first = self.slots if visibility.causal else torch.zeros_like(self.slots)
             beyond = (self.slots + (visibility.window or self.length)).clamp(max=self.length)
             return (beyond - first).double()[None]
-        step = max(1, _BLOCK // self.length)
-        blocks = (slice(first, min(first + step, self.length)) for first in range(0, self.length, step))
-        counts = np.sum([self._seen(rows).sum(1) for rows in blocks], axis=0)
-        return torch.from_numpy(counts).double().clamp(min=1).to(self.query.device)
+        return self._dense().onlookers()[0].double().clamp(min=1)
+
+    def _dense(self) -> dense.Layer:
+        """The layer's softmax weights, a few rows of them at a time."""
+        visibility = visibility_arguments(self.scores["visibility"])
+        scores = score_arguments(self.scale, self.softcap, self.scores["sinks"])
+        return dense.Layer(self.query, self.key, NO_EDIT, visibility, scores)
 
 
 class _Strengthened(NamedTuple):

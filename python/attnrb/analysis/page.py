@@ -161,9 +161,9 @@ def _header(report: AttentionReport) -> str:
     }
     for run in runs:
         if run.config is not None:
-            strength = {"alpha": run.config.alpha} if run.gains is None else {"gains": _learnt(run.gains)}
-            changed = {**strength, **_changed(run)}
-            settings["Re-balanced"] = ", ".join(f"{name} {_value(value)}" for name, value in changed.items())
+            settings[_EDITED.get(run.config.name, _capital(run.config.name))] = (
+                run.config.label() if run.gains is None else _learnt(run.gains)
+            )
     lines = "".join(
         f"<li><span class='soft'>{name}</span> <b>{escape(value)}</b></li>" for name, value in settings.items()
     )
@@ -178,21 +178,12 @@ def _header(report: AttentionReport) -> str:
 </header>"""
 
 
-def _changed(run: AttentionRun) -> dict[str, Any]:
-    from attnrb.policies.rebalance import RebalanceConfig
-
-    assert run.config is not None
-    usual = RebalanceConfig().to_dict()
-    own = run.config.to_dict()
-    return {name: value for name, value in own.items() if value != usual[name] and name not in ("alpha", "threshold")}
+_EDITED = {"rebalance": "Re-balanced", "learned_gains": "Re-balanced"}
+"""What a page calls a run, by its policy."""
 
 
 def _learnt(gains: NDArray[np.float64]) -> str:
-    return f"learnt, {gains.min():.2f} to {gains.max():.2f}"
-
-
-def _value(value: Any) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+    return f"gains learnt, {gains.min():.2f} to {gains.max():.2f}"
 
 
 def _fact(report: AttentionReport, name: str, what: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnrb.analysis.outlier_tokens import Sink, robust_z_scores
-from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies import Policy
 from attnrb.reports.files import write_whole
 from attnrb.text.classes import NON_SEMANTIC, TOKEN_CLASSES, Token, TokenClass
 
@@ -50,8 +50,8 @@ class AttentionRun:
     """``plain`` and ``rebalanced``; with a baseline ``baseline`` and ``model`` in place of ``plain``."""
     model: str
     """Name of the model."""
-    config: RebalanceConfig | None
-    """How it was re-balanced; None: not at all."""
+    config: Policy | None
+    """How its attention was edited; None: not at all."""
     gains: Floats | None
     """The gains that were used, where they were learnt and no schedule; 0 where a layer or head has none."""
     entropy: Floats
@@ -328,7 +328,7 @@ def _run(run: Mapping[str, Any], shape: tuple[int, int], texts: Sequence[TextRep
     return AttentionRun(
         label=run["label"],
         model=run["model"],
-        config=None if run["config"] is None else RebalanceConfig.from_dict(run["config"]),
+        config=None if run["config"] is None else Policy.from_dict(run["config"]),
         gains=None if run.get("gains") is None else _array(run["gains"], shape),  # older reports have none
         entropy=_array(run["entropy"], shape),
         first_key=_array(run["first_key"], shape),

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from attnrb.analysis.measure import Entries, LayerSums, measure
 from attnrb.analysis.outlier_tokens import DEFAULT_Z_THRESHOLD, SinkCounter
 from attnrb.analysis.report import AttentionReport, AttentionRun, TextReport
-from attnrb.hosts.transformers.attention import AttentionCall
+from attnrb.hosts.session import AttentionCall
 from attnrb.hosts.transformers.patch import Patch, patch
-from attnrb.policies.learned import LearnedGains
-from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies import LearnedGains, Policy, Rebalance
 from attnrb.studies.generation import encode
 from attnrb.text.classes import TOKEN_CLASSES, Token, describe_tokens
 
@@ -45,7 +44,7 @@ def analyze(
     tokenizer: Any,
     texts: str | Iterable[str],
     *,
-    compare: RebalanceConfig | LearnedGains | None = None,
+    compare: Policy | None = None,
     baseline: Any | None = None,
     threshold: float | None = None,
     source_layer: int | None = None,
@@ -93,12 +92,9 @@ def analyze(
         ValueError: an argument is out of range, no text holds two tokens, or the baseline does not fit the model.
         Whatever `attnrb.patch` raises for a model it cannot serve.
     """
-    if compare is not None and not isinstance(compare, (RebalanceConfig, LearnedGains)):
-        raise TypeError(
-            f"compare: expected an attnrb.RebalanceConfig, attnrb.LearnedGains or None, got {type(compare).__name__}"
-        )
-    learned, config = (compare, compare.config) if isinstance(compare, LearnedGains) else (None, compare)
-    plain = _plain_config(config, threshold, source_layer)
+    if compare is not None and not isinstance(compare, Policy):
+        raise TypeError(f"compare: expected an attnrb.Policy or None, got {type(compare).__name__}")
+    plain = _plain_config(compare, threshold, source_layer)
     if not z_threshold > 0:
         raise ValueError(f"z_threshold: expected a number above 0, got {z_threshold}")
     if max_tokens is not None and max_tokens < 2:
@@ -109,9 +105,9 @@ def analyze(
     if baseline is not None:
         runs[0].label = "model"
         runs.insert(0, _Run("baseline", baseline, baseline_name or _name(baseline), plain, z_threshold))
-    if config is not None:
+    if compare is not None:
         name = model_name or _name(model)
-        runs.append(_Run("rebalanced", model, name, config, z_threshold, shown=config, learned=learned))
+        runs.append(_Run("rebalanced", model, name, plain, z_threshold, edited=compare))
 
     kept: list[TextReport] = []
     notes: list[str] = []
@@ -179,14 +175,14 @@ class _Run:
         label: str,
         model: Any,
         name: str,
-        config: RebalanceConfig,
+        config: Rebalance,
         z: float,
         *,
-        shown: RebalanceConfig | None = None,
-        learned: LearnedGains | None = None,
+        edited: Policy | None = None,
     ) -> None:
+        """``config`` says which outliers are looked for; ``edited`` is the policy, where there is one."""
         self.label, self.model, self.name, self.config = label, model, name, config
-        self.shown, self.learned = shown, learned
+        self.edited = edited
         self.layers: tuple[int, ...] = ()
         self.source_layer = config.source_layer
         self.received: list[NDArray[np.float32]] = []
@@ -211,7 +207,7 @@ class _Run:
         with (
             torch.inference_mode(),
             _evaluating(self.model),
-            patch(self.model, self.config if self.learned is None else self.learned, observer=observer) as on,
+            patch(self.model, self.edited or self.config, observer=observer) as on,
         ):
             observer.total = _layer_count(on)
             try:
@@ -237,6 +233,7 @@ class _Run:
 
     def result(self) -> AttentionRun:
         sums = [self._sums[layer] for layer in self.layers]
+        learned = self.edited if isinstance(self.edited, LearnedGains) else None
 
         def table(rows: Iterable[Floats]) -> Floats:
             return _stack(list(rows), self.heads)
@@ -244,8 +241,8 @@ class _Run:
         return AttentionRun(
             label=self.label,
             model=self.name,
-            config=self.shown,
-            gains=None if self.learned is None else self.learned.matrix()[list(self.layers)].double().numpy(),
+            config=self.edited,
+            gains=learned.matrix()[list(self.layers)].double().numpy() if learned is not None else None,
             entropy=table(each.entropy / each.queries for each in sums),
             first_key=table(each.first_key / each.later_queries for each in sums),
             mean_distance=table(each.mean_distance / each.queries for each in sums),
@@ -306,7 +303,7 @@ class _Observer:
     """Measures each layer of one forward as it runs."""
 
     def __init__(
-        self, classes: torch.Tensor, config: RebalanceConfig, length: int, layer_done: Callable[[float], None]
+        self, classes: torch.Tensor, config: Rebalance, length: int, layer_done: Callable[[float], None]
     ) -> None:
         self.classes, self.config, self.length, self.layer_done = classes, config, length, layer_done
         self.source_layer = config.source_layer
@@ -351,17 +348,16 @@ def _overlap(own: Entries, source: Entries, source_codes: torch.Tensor, heads: i
     return _Overlap(both, count(own.head) + count(source.head) - both)
 
 
-def _plain_config(
-    compare: RebalanceConfig | None, threshold: float | None, source_layer: int | None
-) -> RebalanceConfig:
-    """A configuration that changes nothing and finds the outliers that are asked for."""
+def _plain_config(compare: Policy | None, threshold: float | None, source_layer: int | None) -> Rebalance:
+    """A configuration that changes nothing and finds the outliers asked for, or those that ``compare`` uses."""
+    like = compare.config if isinstance(compare, LearnedGains) else compare
     options: dict[str, Any] = {"threshold": threshold, "source_layer": source_layer}
     for name, value in options.items():
-        own = getattr(compare or RebalanceConfig(), name)
-        if compare is not None and value is not None and value != own:
+        own = getattr(like if isinstance(like, Rebalance) else Rebalance(), name)
+        if isinstance(like, Rebalance) and value is not None and value != own:
             raise ValueError(f"{name}: {value} differs from that of compare, {own}; give it in one place")
         options[name] = own if value is None else value
-    return RebalanceConfig(alpha=0.0, **options)
+    return Rebalance(alpha=0.0, **options)
 
 
 def _ids(tokenizer: Any, text: str, chat: bool) -> list[int]:

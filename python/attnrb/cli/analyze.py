@@ -24,8 +24,7 @@ from attnrb.reports.printable import printable
 if TYPE_CHECKING:
     from attnrb.analysis import AttentionReport, AttentionRun
     from attnrb.analysis import Progress as AnalysisProgress
-    from attnrb.policies.learned import LearnedGains
-    from attnrb.policies.rebalance import RebalanceConfig
+    from attnrb.policies import Policy
 
 _INPUT = "What to analyse"
 
@@ -40,7 +39,9 @@ _COLUMNS = {
 }
 
 
+@options.takes_any_policy
 def analyze(
+    *,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,8 +56,8 @@ def analyze(
     compare: Annotated[
         str | None,
         typer.Option(
-            help="Measure again, re-balanced: default, alpha=0.3,normalize=true, a JSON object, a .json file, "
-            "a model's folder, or learnt gains.",
+            help="Measure again, edited: default, alpha=0.3,normalize=true, emphasis(strength=8), a JSON object, a "
+            ".json file, a model's folder, or learnt gains. --policy and --set say the same in parts.",
             show_default=False,
             rich_help_panel=_INPUT,
         ),
@@ -101,13 +102,14 @@ def analyze(
     png: Annotated[
         Path | None, typer.Option(help="Folder for the plots.", show_default=False, rich_help_panel=files.PANEL)
     ] = None,
+    policy: options.PolicyChoice,
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
 ) -> None:
     """Measure where attention goes, in every layer and head."""
     with user_errors():
-        config = None if compare is None else _compared(compare)
+        chosen = _compared(compare, policy)
         texts = read_texts(text or [])
         _check_outputs(html, json, png)
         words = None if function_words is None else _read(function_words).split()
@@ -124,7 +126,7 @@ def analyze(
                 loaded,
                 tokenizer,
                 [each.text for each in texts],
-                compare=config,
+                compare=chosen,
                 baseline=base,
                 threshold=threshold,
                 source_layer=source_layer,
@@ -148,17 +150,18 @@ def analyze(
         errors().print(Text(f"Wrote {', '.join(written)}"), soft_wrap=True)
 
 
-def _compared(text: str) -> RebalanceConfig | LearnedGains:
-    """What ``--compare`` names: options as `options.parse_config` has them, or a file or folder of learnt gains."""
-    from attnrb.policies.learned import GAINS_FILE, LearnedGains
+def _compared(compare: str | None, choice: options.PolicyChoice) -> Policy | None:
+    """The policy that ``--compare``, or ``--policy`` and ``--set``, name."""
+    from attnrb.policies.parse import parse_policy
 
-    written_out = text.lstrip().startswith("{")
-    if not written_out and (text.endswith(".safetensors") or (Path(text) / GAINS_FILE).is_file()):
-        try:
-            return LearnedGains.load(text)
-        except FileNotFoundError as error:
-            raise ValueError(f"compare: {error}") from error
-    return options.parse_config(text)
+    if compare is None:
+        return choice.policy() if choice.given else None
+    if choice.given:
+        raise ValueError("compare: expected the policy once: by --compare, or by --policy and --set")
+    try:
+        return parse_policy(compare)
+    except FileNotFoundError as error:
+        raise ValueError(f"compare: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------------------- the texts

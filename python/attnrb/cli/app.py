@@ -42,28 +42,23 @@ def root(
 
 
 @app.command()
+@options.takes_policy
 def compare(
+    *,
     prompt: options.Prompt = None,
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
     json: options.Json = False,
-    alpha: options.Alpha = 0.2,
-    threshold: options.Threshold = 0.01,
-    source_layer: options.SourceLayer = 0,
-    depth: options.Depth = None,
-    layers: options.Layers = None,
-    normalize: options.Normalize = False,
-    boost_all: options.BoostAll = False,
+    policy: options.PolicyChoice,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
     chat: options.Chat = None,
 ) -> None:
     """Generate from one prompt without and with re-balancing, side by side."""
-    method = options.Method(alpha, threshold, source_layer, depth, layers, normalize, boost_all)
     with user_errors(), steps() as step:
-        config = method.config()
+        chosen = policy.policy()
         text = _prompt(prompt)
         loaded, tokenizer = load_model(model, dtype, threads, step)
         from attnrb.studies.compare import DEFAULT_PROMPT
@@ -73,7 +68,7 @@ def compare(
             loaded,
             tokenizer,
             DEFAULT_PROMPT if text is None else text,
-            config,
+            chosen,
             chat=chat,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -88,29 +83,24 @@ def compare(
 
 
 @app.command()
+@options.takes_policy
 def generate(
+    *,
     prompt: options.Prompt = None,
     plain: Annotated[bool, typer.Option("--plain", help="Without re-balancing: the model as it is.")] = False,
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
     json: options.Json = False,
-    alpha: options.Alpha = 0.2,
-    threshold: options.Threshold = 0.01,
-    source_layer: options.SourceLayer = 0,
-    depth: options.Depth = None,
-    layers: options.Layers = None,
-    normalize: options.Normalize = False,
-    boost_all: options.BoostAll = False,
+    policy: options.PolicyChoice,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
     chat: options.Chat = None,
 ) -> None:
     """Generate from one prompt, token by token, with re-balancing (or --plain, without)."""
-    method = options.Method(alpha, threshold, source_layer, depth, layers, normalize, boost_all)
     with user_errors():
-        config = method.config()
+        chosen = policy.policy()
         text = _prompt(prompt)
         with steps() as step:
             loaded, tokenizer = load_model(model, dtype, threads, step)
@@ -141,7 +131,7 @@ def generate(
         if plain:
             generation, stats = go(), None
         else:
-            with patch(loaded, config) as patched:
+            with patch(loaded, chosen) as patched:
                 generation = go()
             stats = patched.stats
     if json:
@@ -149,7 +139,7 @@ def generate(
             {
                 **_about(loaded, model, temperature, seed),
                 "prompt": text,
-                "config": None if plain else config.to_dict(),
+                "config": None if plain else chosen.to_dict(),
                 **generation.to_dict(),
                 "outliers_per_row": None if stats is None else stats.outliers_per_row,
                 "rebalanced_layers": 0 if stats is None else stats.layers,

@@ -18,7 +18,9 @@ from attnrb.cli.console import errors, output, print_json, user_errors
 from attnrb.reports.printable import printable
 
 
+@options.takes_policy
 def evaluate(
+    *,
     tasks: running.Tasks,
     data: running.Data = None,
     include_path: running.IncludePath = None,
@@ -57,19 +59,13 @@ def evaluate(
         typer.Option(
             "--config",
             "-c",
-            help="A re-balancing: default, alpha=0.3,normalize=true, a JSON object or a .json file. May be given "
-            "again, and stands in place of the options below.",
+            help="A policy in one word: default, alpha=0.3,normalize=true, emphasis(strength=8), a JSON object, a "
+            ".json file or a folder. May be given again, and stands in place of the options below.",
             show_default=False,
-            rich_help_panel="Re-balancing",
+            rich_help_panel="Policy",
         ),
     ] = None,
-    alpha: options.Alpha = 0.2,
-    threshold: options.Threshold = 0.01,
-    source_layer: options.SourceLayer = 0,
-    depth: options.Depth = None,
-    layers: options.Layers = None,
-    normalize: options.Normalize = False,
-    boost_all: options.BoostAll = False,
+    policy: options.PolicyChoice,
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
@@ -89,17 +85,17 @@ def evaluate(
     only what is new.
     """
     place: list[Path] = []
-    method = options.Method(alpha, threshold, source_layer, depth, layers, normalize, boost_all)
     with user_errors():
         from attnrb.evaluation.grid import evaluate as go
         from attnrb.evaluation.page import check_installed, page
         from attnrb.evaluation.plan import Plan, plan_names
+        from attnrb.policies.parse import parse_policy
     with running.run_errors(place):
         plan = Plan(
             tasks=plan_names(tasks),
             data=data,
             include_path=include_path,
-            configs=tuple(options.parse_config(each) for each in config) if config else (method.config(),),
+            configs=tuple(parse_policy(each) for each in config or ()) or (policy.policy(),),
             prompting=prompting,
             budgets=None if budgets is None else parse_budgets(budgets),
             min_computed=min_computed,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import typer
 
-from attnrb.policies.parse import parse_layers
-
-if TYPE_CHECKING:
-    from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies import Policy, Rebalance, policy_names
+from attnrb.policies.base import short_text
 
 _METHOD = "Re-balancing"
+_POLICIES = "Policy"
 _GENERATION = "Generation"
 _RUN = "Model and run"
 
@@ -38,28 +39,6 @@ Threads = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.", rich_help_panel=_RUN)]
 
-Alpha = Annotated[float, typer.Option(help="Strength: the gain at layer 0.", rich_help_panel=_METHOD)]
-Threshold = Annotated[
-    float, typer.Option(help="Attention above which an entry is an outlier.", rich_help_panel=_METHOD)
-]
-SourceLayer = Annotated[int, typer.Option(help="Layer whose outliers are taken.", rich_help_panel=_METHOD)]
-Depth = Annotated[
-    float | None,
-    typer.Option(help="Layer at which the gain reaches 0.", show_default="the last layer", rich_help_panel=_METHOD),
-]
-Layers = Annotated[
-    str | None,
-    typer.Option(
-        help="Layers to re-balance, like 1-12,15.", show_default="all after the source layer", rich_help_panel=_METHOD
-    ),
-]
-Normalize = Annotated[
-    bool, typer.Option("--normalize", help="Divide each row by its new sum.", rich_help_panel=_METHOD)
-]
-BoostAll = Annotated[
-    bool, typer.Option("--boost-all", help="Strengthen every entry, not only outliers.", rich_help_panel=_METHOD)
-]
-
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", "-n", help="At most so many new tokens.", rich_help_panel=_GENERATION)
 ]
@@ -79,75 +58,128 @@ Chat = Annotated[
 
 
 @dataclass(frozen=True)
-class Method:
-    """The re-balancing options as they were given."""
+class PolicyChoice:
+    """The options that name a policy, as they were given."""
 
-    alpha: float
-    threshold: float
-    source_layer: int
-    depth: float | None
-    layers: str | None
-    normalize: bool
-    boost_all: bool
+    name: str | None
+    settings: tuple[str, ...]
+    rebalancing: dict[str, Any]
 
-    def config(self) -> RebalanceConfig:
-        """The configuration they mean. Raises ValueError for one that is out of range."""
-        from attnrb.policies.rebalance import RebalanceConfig
+    @property
+    def given(self) -> bool:
+        """Whether any of them was."""
+        return bool(self.name or self.settings or self.rebalancing)
 
-        return RebalanceConfig(
-            alpha=self.alpha,
-            threshold=self.threshold,
-            source_layer=self.source_layer,
-            depth=self.depth,
-            layers=None if self.layers is None else tuple(parse_layers(self.layers)),
-            normalize=self.normalize,
-            boost_all=self.boost_all,
-        )
+    def policy(self) -> Policy:
+        """The policy they mean.
+
+        Raises:
+            ValueError: it is unknown, or an option is unknown or out of range.
+            TypeError: an option has the wrong type.
+        """
+        from attnrb.policies.parse import make_policy, parse_option, parse_policy
+
+        name = self.name or Rebalance.name
+        if self.rebalancing and name not in (Rebalance.name, "default"):
+            flag = "--" + next(iter(self.rebalancing)).replace("_", "-")
+            raise ValueError(f"{flag}: an option of re-balancing, which --policy {name} does not have; use --set")
+        if name not in policy_names():
+            if self.settings or self.rebalancing:
+                known = ", ".join(policy_names())
+                raise ValueError(f"policy: expected one of {known} where options stand beside it, got {name!r}")
+            return parse_policy(name)
+        made = make_policy(name, self.settings)
+        if not self.rebalancing:
+            return made
+        flags = {
+            key: parse_option(key, value) if isinstance(value, str) else value
+            for key, value in self.rebalancing.items()
+        }
+        return Policy.from_dict({**made.to_dict(), **flags})
 
 
-def parse_config(text: str) -> RebalanceConfig:
-    """A configuration: ``default``, ``alpha=0.3,normalize=true``, a JSON object, a file of one, or a model's folder.
+def takes_policy(command: Callable[..., None], *, rebalancing: bool = True) -> Callable[..., None]:
+    """Give a command the options that name a policy; it gets them as its argument ``policy``, a `PolicyChoice`.
 
-    In a list of options, layers and heads are joined by plus signs: ``layers=1-12+15``.
-
-    Raises:
-        ValueError: it is none of these, cannot be read, or an option is unknown or out of range.
-        TypeError: an option has the wrong type.
+    They are ``--policy`` and ``--set``, which any policy has, and with ``rebalancing`` a flag for each option of
+    re-balancing, made from the fields of `attnrb.Rebalance`.
     """
-    import json
-    from pathlib import Path
+    signature = inspect.signature(command, eval_str=True)
+    flags = _rebalancing_flags() if rebalancing else []
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += [_POLICY, _SET, *flags] if parameter.name == "policy" else [parameter]
 
-    from attnrb.policies.rebalance import RebalanceConfig
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        name, settings = given.pop("policy"), tuple(given.pop("set_") or ())
+        found = {flag.name: given.pop(flag.name) for flag in flags}
+        # A flag that was not given leaves the option at its default, or at what --set says.
+        named = {key: value for key, value in found.items() if value is not None and value is not False}
+        command(**given, policy=PolicyChoice(name, settings, named))
 
-    if text == "default":
-        return RebalanceConfig()
-    written_out = text.lstrip().startswith("{")
-    try:
-        if not written_out and Path(text).is_dir():
-            return RebalanceConfig.from_pretrained(text)
-        if written_out or text.endswith(".json"):
-            return RebalanceConfig.from_dict(json.loads(text if written_out else Path(text).read_text("utf-8")))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"config: {text!r} is no JSON: {error}") from error
-    except OSError as error:
-        raise ValueError(f"config: {text!r} could not be read: {error.strerror or error}") from error
-    options: dict[str, Any] = {}
-    for part in text.split(","):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"config: expected default, name=value,..., a JSON object or a .json file, got {text!r}")
-        options[name.strip()] = _option(name.strip(), value.strip())
-    return RebalanceConfig.from_dict(options)
+    del run.__wrapped__
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
 
 
-def _option(name: str, value: str) -> Any:
-    if name in ("layers", "heads"):
-        return parse_layers(value.replace("+", ","))
-    if name == "gains":
-        return [_option("", gain) for gain in value.split("+")]
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(value)
-    return value
+def takes_any_policy(command: Callable[..., None]) -> Callable[..., None]:
+    """As `takes_policy`, without the flags of re-balancing, for a command whose own options have their names."""
+    return takes_policy(command, rebalancing=False)
+
+
+_KINDS: dict[str, Any] = {"bool": bool, "float": float | None, "float | None": float | None, "int": int | None}
+
+
+def _rebalancing_flags() -> list[inspect.Parameter]:
+    """A parameter for each option of re-balancing; one that is not given is None, or False."""
+    flags = []
+    for each in fields(Rebalance):
+        kind = _KINDS.get(str(each.type), str | None)
+        described = typer.Option(
+            "--" + each.name.replace("_", "-"),
+            help=each.metadata["help"],
+            show_default=kind is not bool and (each.metadata["default"] or short_text(each.default)),
+            rich_help_panel=_METHOD,
+        )
+        flags.append(
+            inspect.Parameter(
+                each.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False if kind is bool else None,
+                annotation=Annotated[kind, described],
+            )
+        )
+    return flags
+
+
+_POLICY = inspect.Parameter(
+    "policy",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None,
+        typer.Option(
+            "--policy",
+            "-p",
+            help=f"What to edit: {', '.join(policy_names())}; or a policy's file or folder.",
+            show_default=Rebalance.name,
+            rich_help_panel=_POLICIES,
+        ),
+    ],
+)
+_SET = inspect.Parameter(
+    "set_",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="An option of the policy, as name=value. May be given again.",
+            show_default=False,
+            rich_help_panel=_POLICIES,
+        ),
+    ],
+)

@@ -43,8 +43,6 @@ def comparison(console: Console, result: Comparison, tokenizer: Any, about: Mapp
 
 def _heading(result: Comparison, about: Mapping[str, Any]) -> Table:
     config = result.config
-    depth = "" if config.depth is None else f", depth {config.depth:g}"
-    extras = [name for name, on in (("normalised", config.normalize), ("every entry", config.boost_all)) if on]
     threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
     choice = "greedy" if about["temperature"] == 0 else f"temperature {about['temperature']:g}, seed {about['seed']}"
     table = Table.grid(padding=(0, 2))
@@ -52,11 +50,8 @@ def _heading(result: Comparison, about: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_row("prompt", Text(printable(result.prompt)))
     table.add_row("model", Text(printable(f"{about['model']}, {about['dtype']}, {threads}, {choice}")))
-    table.add_row(
-        "method",
-        Text(", ".join([f"alpha {config.alpha:g}, threshold {config.threshold:g}{depth}", *extras])),
-    )
-    found = "" if config.boost_all else f"{result.outliers_per_row:.1f} a row ({result.rows:,} rows), "
+    table.add_row("method", Text(printable(config.summary())))
+    found = "" if not result.rows else f"{result.outliers_per_row:.1f} a row ({result.rows:,} rows), "
     table.add_row("outliers", Text(f"{found}{result.rebalanced_layers} layers re-balanced"))
     return table
 

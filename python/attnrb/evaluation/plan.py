@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from attnrb.evaluation.selection import Selected, cells_of, select
-from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies import Policy, Rebalance
 
 __all__ = ["Plan", "TaskPlan", "plan_names"]
 
@@ -90,7 +90,7 @@ class Plan(TaskPlan):
     command = "eval"
     growing = ("configs", "limit")
 
-    configs: tuple[RebalanceConfig, ...] = (RebalanceConfig(),)
+    configs: tuple[Policy, ...] = (Rebalance(),)
     prompting: str = "direct"
     budgets: tuple[int, ...] | None = None
     min_computed: int = 0
@@ -113,6 +113,6 @@ def plan_names(text: str | Sequence[str]) -> tuple[str, ...]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, RebalanceConfig):
+    if isinstance(value, Policy):
         return value.to_dict()
     return [_plain(each) for each in value] if isinstance(value, tuple) else value

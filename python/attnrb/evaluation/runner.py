@@ -19,7 +19,7 @@ from attnrb.evaluation.data import LETTERS, DataError
 from attnrb.evaluation.runfile import Key, RunFile
 from attnrb.evaluation.selection import Cell, Selected
 from attnrb.evaluation.tasks import ANSWER_TOKENS, extract
-from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies import Policy
 
 __all__ = ["PLAIN", "Progress", "Question", "arm_label", "prepare", "run"]
 
@@ -79,27 +79,9 @@ class Progress:
     """For a person."""
 
 
-def arm_label(config: RebalanceConfig | None) -> str:
-    """Names a model by its options, those at their defaults left out except ``alpha``."""
-    if config is None:
-        return PLAIN
-    default = RebalanceConfig().to_dict()
-    options = config.to_dict()
-    shown = {name: value for name, value in options.items() if name == "alpha" or value != default[name]}
-    if "gains" in shown:
-        del shown["alpha"]
-    return ",".join(f"{name}={_short(value)}" for name, value in shown.items())
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list) and value and all(isinstance(each, int) for each in value):
-        whole = value == list(range(value[0], value[-1] + 1)) and len(value) > 1
-        return f"{value[0]}-{value[-1]}" if whole else "+".join(map(str, value))
-    return str(value).replace(" ", "")
+def arm_label(policy: Policy | None) -> str:
+    """Names a model by its policy; None is the model as it is."""
+    return PLAIN if policy is None else policy.label()
 
 
 def prepare(
@@ -165,7 +147,7 @@ def _question(lm: Any, name: str, cell: Cell, task: Any, place: int, doc: Mappin
 def run(
     lm: Any,
     questions: Sequence[Question],
-    arms: Mapping[str, RebalanceConfig | None],
+    arms: Mapping[str, Policy | None],
     file: RunFile,
     *,
     progress: Callable[[Progress], None] | None = None,

@@ -26,7 +26,7 @@ from attnrb.evaluation.report import Report, make_report
 from attnrb.evaluation.runfile import RunFile
 from attnrb.evaluation.runner import PLAIN, Progress, Question, arm_label, prepare, run
 from attnrb.evaluation.selection import Cell, Selected
-from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies import Policy, Rebalance
 
 __all__ = ["SearchPlan", "SearchResult", "Trial", "search"]
 
@@ -61,8 +61,8 @@ class SearchPlan(TaskPlan):
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"{name}: expected a lower and a higher bound, got {low:g} and {high:g}")
-        RebalanceConfig(alpha=self.alpha[0], threshold=self.threshold[0])
-        RebalanceConfig(alpha=self.alpha[1], threshold=self.threshold[1])
+        Rebalance(alpha=self.alpha[0], threshold=self.threshold[0])
+        Rebalance(alpha=self.alpha[1], threshold=self.threshold[1])
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Trial:
     """A setting that was tried on the development split."""
 
     number: int
-    config: RebalanceConfig
+    config: Policy
     label: str
     accuracy: float
     """Of all development items."""
@@ -89,7 +89,7 @@ class Trial:
 class SearchResult:
     """What a search found."""
 
-    chosen: RebalanceConfig
+    chosen: Policy
     trials: tuple[Trial, ...]
     objectives: tuple[str, str]
     """What the two objectives of a trial are; more is better."""
@@ -170,7 +170,7 @@ def search(
     )
     measure = _measure(development, selected)
     with open_run(lm, run_file, plan) as file:
-        found: list[tuple[RebalanceConfig, float, float, tuple[float, float]]] = []
+        found: list[tuple[Policy, float, float, tuple[float, float]]] = []
         for number in range(plan.evaluations):
             trial = study.ask()
             config = _config(trial, plan, layers, most_source)
@@ -182,7 +182,7 @@ def search(
         plain = measure(file, PLAIN)[2]
         chosen = max(found, key=lambda each: (each[1], -each[2]))[0]
         say(f"Held-out items: {arm_label(chosen)}")
-        arms: dict[str, RebalanceConfig | None] = {PLAIN: None, arm_label(chosen): chosen}
+        arms: dict[str, Policy | None] = {PLAIN: None, arm_label(chosen): chosen}
         _run_all(lm, held_out, arms, file, progress)
         if lm.rank:
             return None
@@ -195,7 +195,7 @@ def search(
 def _run_all(
     lm: Any,
     questions: Sequence[Question],
-    arms: Mapping[str, RebalanceConfig | None],
+    arms: Mapping[str, Policy | None],
     file: RunFile,
     progress: Callable[[Progress], None] | None,
 ) -> None:
@@ -226,7 +226,7 @@ def _splits(lm: Any, selected: Sequence[Selected], plan: SearchPlan) -> tuple[li
     )
 
 
-def _config(trial: Any, plan: SearchPlan, layers: int, most_source: int) -> RebalanceConfig:
+def _config(trial: Any, plan: SearchPlan, layers: int, most_source: int) -> Rebalance:
     # Rounded, so that a label tells two settings apart.
     alpha = round(trial.suggest_float("alpha", *plan.alpha), 3)
     threshold = float(f"{trial.suggest_float('threshold', *plan.threshold, log=True):.2g}")
@@ -234,7 +234,7 @@ def _config(trial: Any, plan: SearchPlan, layers: int, most_source: int) -> Reba
     ends = sorted((trial.suggest_int("one_end", 1, layers - 1), trial.suggest_int("other_end", 1, layers - 1)))
     first, last = max(source + 1, ends[0]), max(source + 1, ends[1])
     every = first == source + 1 and last == layers - 1
-    return RebalanceConfig(
+    return Rebalance(
         alpha=alpha, threshold=threshold, source_layer=source, layers=None if every else tuple(range(first, last + 1))
     )
 
@@ -268,7 +268,7 @@ def _measure(
     return measure
 
 
-def _trials(found: Sequence[tuple[RebalanceConfig, float, float, tuple[float, float]]]) -> tuple[Trial, ...]:
+def _trials(found: Sequence[tuple[Policy, float, float, tuple[float, float]]]) -> tuple[Trial, ...]:
     def dominated(one: tuple[float, float]) -> bool:
         return any(other[0] >= one[0] and other[1] >= one[1] and other != one for _, _, _, other in found)
 

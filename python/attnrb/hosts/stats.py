@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import warnings
 from typing import Any
 
 import torch
 
-__all__ = ["PatchStats"]
+__all__ = ["PatchStats", "warn_of_general_mask"]
+
+_log = logging.getLogger("attnrb")
+_log.addHandler(logging.NullHandler())
 
 # Counts are kept as the ops return them and added up when someone asks, or when this many rows are waiting: adding up
 # at once would cost a few operations in every forward, and on an accelerator a wait.
@@ -25,6 +30,7 @@ class PatchStats:
         self._forwards = 0
         self._layers: set[int] = set()
         self._rows = self._outliers = self._most = 0
+        self._general_masks = 0
         self._waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._rows_waiting = 0
         self._lock = threading.RLock()  # threads may run one patched model at once
@@ -43,6 +49,15 @@ class PatchStats:
     def layers(self) -> int:
         """How many layers were re-balanced."""
         return len(self._layers)
+
+    @property
+    def general_masks(self) -> int:
+        """How many masks ``[B, 1, M, N]`` were built: one for each kind of attention and forward that needs one.
+
+        Everything else that attnrb keeps grows with the number of queries or of keys, and such a mask with both. Masks
+        of four dimensions that the user passes do not count.
+        """
+        return self._general_masks
 
     @property
     def rows(self) -> int:
@@ -72,6 +87,7 @@ class PatchStats:
         return {
             "forwards": self.forwards,
             "rebalanced_layers": list(self.rebalanced_layers),
+            "general_masks": self.general_masks,
             "rows": self.rows,
             "outliers": self.outliers,
             "outliers_per_row": self.outliers_per_row,
@@ -103,6 +119,18 @@ class PatchStats:
             self._forwards += 1
             self._layers |= rebalanced_layers
 
+    def add_general_mask(self, reason: str) -> None:
+        """Note that a mask of all queries and keys is built, and say so the first time.
+
+        Args:
+            reason: why, as part of a sentence.
+        """
+        with self._lock:
+            self._general_masks += 1
+            first = self._general_masks == 1
+        if first:
+            warn_of_general_mask(reason)
+
     def _add_up(self) -> None:
         with self._lock:
             self._add_up_waiting()
@@ -120,3 +148,18 @@ class PatchStats:
             self._rows += together.numel()
             self._outliers += int(together.sum())
             self._most = max(self._most, int(together.max()))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def warn_of_general_mask(reason: str) -> None:
+    """Say that a mask of all queries and keys is built, to users and to the log ``attnrb``.
+
+    Args:
+        reason: why, as part of a sentence.
+    """
+    message = (
+        f"attnrb builds a mask of all queries and keys, whose memory grows with both, because {reason}; results are "
+        "right, and PatchStats.general_masks counts such masks"
+    )
+    _log.warning(message)
+    warnings.warn(message, stacklevel=2)

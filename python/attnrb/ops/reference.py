@@ -6,7 +6,26 @@ can be read beside the formula it stands for (docs/method.md). The names and arg
 float64 (indices and counts int32).
 
 Axes, everywhere: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width, Dv value width.
-Query i sits at slot ``query_offset + i``, key j at slot ``key_offset + j``.
+Query i of sequence b sits at slot ``query_offset[b] + i``, key j at slot ``key_offset + j``.
+
+Note: [Edited attention]
+With s_ij the score of query i and key j after scale and softcap, beta_j the key bias at the key's slot (0 behind its
+end), r_b the first query that it holds for, S_i the outliers of row i, and g the gain of its head:
+
+    t_ij = s_ij + [slot_i >= r_b] beta_j        beta_j = -inf: the query does not see the key
+    P    = softmax(t) over the visible keys, the sink joining the sum
+    m_i  = sum_{j in S_i} P_ij,   u_i = sum_{j in S_i} P_ij v_j
+    y_i  = a(m_i) sum_j P_ij v_j + b(m_i) u_i
+
+    rule   a(m)                       b(m)             the row sums to
+    none   1                          g                1 + g m
+    row    1 / (1 + g m)              g / (1 + g m)    1: as if ln(1 + g) had been added to the scores of S_i
+    rest   (1 - (1+g) m) / (1 - m)    (1 + g) - a      1: S_i has (1 + g) times its share, the others the difference
+
+1 - m is the weight of all that is not in S_i, the sink included. Where it is 0, rule rest has nobody to share with and
+leaves the row plain. With rule row and g = -1 nothing is left of such a row: it becomes one that sees no key. The
+log-sum-exp is that of t, and with rule row ln(1 + g m) more. Outliers are emitted by P: above the threshold, the
+query's own key excluded. (`none`: arXiv 2403.14932; `row`: its normalised form; `rest`: arXiv 2406.15765.)
 """
 
 from __future__ import annotations
@@ -19,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from attnrb.ops.edit import Edit
     from attnrb.ops.visibility import Visibility
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -28,8 +48,12 @@ Ints: TypeAlias = NDArray[np.int32]
 __all__ = [
     "Floats",
     "OutlierRows",
+    "ResolvedEdit",
     "ResolvedVisibility",
+    "attention",
     "attention_weights",
+    "edited_attention_weights",
+    "edited_weights",
     "gain_schedule",
     "held_mask",
     "outlier_capacity",
@@ -57,12 +81,23 @@ class ResolvedVisibility(NamedTuple):
     """A visibility with its defaults filled in for M queries and N keys; the fields of ``attnrb.Visibility``."""
 
     causal: bool
-    query_offset: int
-    key_offset: int
-    window: int | None
-    key_start: Any
-    key_end: Any
-    mask: Any
+    query_offset: Any
+    key_offset: int = 0
+    window: int | None = None
+    key_start: Any = None
+    key_end: Any = None
+    mask: Any = None
+    chunk: int | None = None
+
+
+class ResolvedEdit(NamedTuple):
+    """The fields of ``attnrb.Edit``, which may be NumPy arrays here."""
+
+    outliers: tuple[Any, Any] | None = None
+    gain: Any = None
+    rule: str = "none"
+    key_bias: Any = None
+    first_query: Any = None
 
 
 def _array(values: Any) -> NDArray[Any]:
@@ -85,9 +120,9 @@ def resolve_visibility(queries: int, keys: int, visibility: Visibility | Any | N
     makes causality opt-in. ``query_offset`` defaults to ``N - M + key_offset``.
     """
     if visibility is None:
-        return ResolvedVisibility(True, keys - queries, 0, None, None, None, None)
+        return ResolvedVisibility(True, keys - queries)
     if not hasattr(visibility, "query_offset"):
-        return ResolvedVisibility(False, keys - queries, 0, None, None, None, visibility)
+        return ResolvedVisibility(False, keys - queries, mask=visibility)
     causal = visibility.causal if visibility.causal is not None else visibility.mask is None
     offset = visibility.query_offset
     return ResolvedVisibility(
@@ -98,19 +133,28 @@ def resolve_visibility(queries: int, keys: int, visibility: Visibility | Any | N
         key_start=visibility.key_start,
         key_end=visibility.key_end,
         mask=visibility.mask,
+        chunk=visibility.chunk,
     )
+
+
+def _query_slots(queries: int, v: ResolvedVisibility) -> Any:
+    """[1|B,1,M,1]: the slot of each query."""
+    return _array(v.query_offset).reshape(-1, 1, 1, 1) + np.arange(queries).reshape(1, 1, queries, 1)
 
 
 def visible(batch: int, heads: int, queries: int, keys: int, visibility: Visibility | Any | None = None) -> Bools:
     """Which keys each query sees, bool [B,H,M,N]: every condition that is set must hold."""
     v = resolve_visibility(queries, keys, visibility)
-    query_slot = (v.query_offset + np.arange(queries)).reshape(1, 1, queries, 1)
+    query_slot = _query_slots(queries, v)
     key_slot = (v.key_offset + np.arange(keys)).reshape(1, 1, 1, keys)
     seen = np.ones((batch, heads, queries, keys), dtype=bool)
     if v.causal:
         seen &= key_slot <= query_slot
     if v.window is not None:
         seen &= key_slot > query_slot - v.window
+    if v.chunk is not None:
+        origin = 0 if v.key_start is None else _array(v.key_start).reshape(batch, 1, 1, 1)
+        seen &= (key_slot - origin) // v.chunk == (query_slot - origin) // v.chunk
     if v.key_start is not None:
         seen &= key_slot >= _array(v.key_start).reshape(batch, 1, 1, 1)
     if v.key_end is not None:
@@ -118,6 +162,25 @@ def visible(batch: int, heads: int, queries: int, keys: int, visibility: Visibil
     if v.mask is not None:
         seen &= np.broadcast_to(_array(v.mask), seen.shape)
     return seen
+
+
+def biases(
+    key_bias: Any, first_query: Any, shape: tuple[int, int, int, int], visibility: Visibility | Any | None
+) -> Floats:
+    """What ``key_bias`` [B|1,H|1,N'] adds to each score, [B,H,M,N].
+
+    0 for keys at slots from N' on, and for queries before ``first_query``, a slot or [B].
+    """
+    batch, heads, queries, keys = shape
+    v = resolve_visibility(queries, keys, visibility)
+    bias = _floats(key_bias)
+    slots = v.key_offset + np.arange(keys)
+    of_keys = np.zeros((batch, heads, 1, keys))
+    reached = slots < bias.shape[2]
+    of_keys[..., reached] = bias[:, :, None, slots[reached]]
+    if first_query is None:
+        return np.broadcast_to(of_keys, shape)
+    return np.where(_query_slots(queries, v) >= _array(first_query).reshape(-1, 1, 1, 1), of_keys, 0.0)
 
 
 def attention_weights(
@@ -128,8 +191,10 @@ def attention_weights(
     visibility: Visibility | Any | None = None,
     softcap: float | None = None,
     sinks: Any | None = None,
+    key_bias: Any | None = None,
+    first_query: Any | None = None,
 ) -> tuple[Floats, Floats]:
-    """Softmax weights [B,H,M,N] and the log-sum-exp [B,H,M] of each row.
+    """Softmax weights [B,H,M,N] and the log-sum-exp [B,H,M] of each row: P of Note: [Edited attention].
 
     ``scale`` defaults to ``1/sqrt(D)``. ``softcap`` replaces a score s by ``softcap * tanh(s / softcap)``. ``sinks``
     [H] are scores without a key: they join the denominator, hence the log-sum-exp, and nothing else. A row that sees
@@ -147,6 +212,10 @@ def attention_weights(
         scores = scale * (q @ k.swapaxes(2, 3))
         if softcap:
             scores = softcap * np.tanh(scores / softcap)
+        if key_bias is not None:
+            bias = biases(key_bias, first_query, (batch, heads, queries, keys), visibility)
+            seen = seen & (bias != -np.inf)
+            scores = scores + bias
     scores = np.where(seen, scores, -np.inf)
     if sinks is not None:
         sink = np.broadcast_to(_floats(sinks).reshape(1, heads, 1, 1), (batch, heads, queries, 1))
@@ -165,9 +234,13 @@ def attention_weights(
     return weights, lse[..., 0]
 
 
-def _seen(weights: Floats, visibility: Visibility | Any | None) -> Bools:
+def _seen(weights: Floats, visibility: Visibility | Any | None, edit: ResolvedEdit | Edit | None = None) -> Bools:
     batch, heads, queries, keys = weights.shape
-    return visible(batch, heads, queries, keys, visibility)
+    seen = visible(batch, heads, queries, keys, visibility)
+    if edit is None or edit.key_bias is None:
+        return seen
+    removed = biases(edit.key_bias, edit.first_query, (batch, heads, queries, keys), visibility) == -np.inf
+    return np.asarray(seen & ~removed)
 
 
 def weighted_values(weights: Floats, value: Any, seen: Bools) -> Floats:
@@ -190,17 +263,18 @@ def outlier_capacity(threshold: float, keys: int) -> int:
 
 
 def outlier_mask(
-    weights: Any, threshold: float = 0.01, *, query_offset: int | None = None, key_offset: int = 0
+    weights: Any, threshold: float = 0.01, *, query_offset: Any | None = None, key_offset: int = 0
 ) -> Bools:
     """Bool [B,H,M,N]: weights strictly above ``threshold``, never the query's own key.
 
-    ``query_offset`` defaults to ``N - M + key_offset``. A NaN is not above anything.
+    ``query_offset`` is a slot, or one for each sequence, [B]; it defaults to ``N - M + key_offset``. A NaN is not above
+    anything.
     """
     w = _floats(weights)
     queries, keys = w.shape[2:]
     offset = keys - queries + key_offset if query_offset is None else query_offset
-    own = (key_offset + np.arange(keys))[None, :] == (offset + np.arange(queries))[:, None]
-    return np.asarray((w > threshold) & ~own)
+    own = _array(offset).reshape(-1, 1, 1, 1) + np.arange(queries).reshape(1, 1, queries, 1)
+    return np.asarray((w > threshold) & (key_offset + np.arange(keys) != own))
 
 
 def outlier_rows(mask: Bools, capacity: int, key_offset: int = 0) -> OutlierRows:
@@ -213,9 +287,14 @@ def outlier_rows(mask: Bools, capacity: int, key_offset: int = 0) -> OutlierRows
 
 
 def held_mask(indices: Any, counts: Any, seen: Bools, key_offset: int = 0) -> Bools:
-    """The inverse of :func:`outlier_rows`, as a layer applies it: slots it does not hold or may not see are skipped."""
+    """The inverse of :func:`outlier_rows`, as a layer applies it: slots it does not hold or may not see are skipped.
+
+    One list may serve all rows of a head: indices [B,H,1,C], counts [B,H,1].
+    """
     indices, counts = _array(indices), _array(counts)
     keys = seen.shape[3]
+    indices = np.broadcast_to(indices, (*seen.shape[:3], indices.shape[3]))  # [B,H,1,C] serves all rows
+    counts = np.broadcast_to(counts, seen.shape[:3])
     js = indices.astype(np.int64) - key_offset
     held = (np.arange(js.shape[3]) < counts[..., None]) & (js >= 0) & (js < keys)
     mask = np.zeros((*seen.shape[:3], keys + 1), dtype=bool)
@@ -241,21 +320,100 @@ def rebalance(weights: Any, mask: Any, gain: float | Sequence[float] | Any, *, n
     return np.asarray(np.divide(boosted, total, out=boosted.copy(), where=total != 0.0))
 
 
+def edited_weights(
+    weights: Floats, lse: Floats, mask: Bools, gain: float | Sequence[float] | Any, rule: str, sink: Floats
+) -> tuple[Floats, Floats]:
+    """The weights after the rule, and the log-sum-exp that goes with them: Note: [Edited attention].
+
+    Args:
+        weights: P [B,H,M,N].
+        lse: [B,H,M].
+        mask: the outliers S [B,H,M,N].
+        gain: g, one or one per head.
+        rule: none, row or rest.
+        sink: the sink's weight in each row, [B,H,M,1].
+    """
+    g = _per_head(gain)
+    boosted = np.where(mask, weights * (1.0 + g), weights)
+    if rule == "none":
+        return boosted, lse
+    mass = np.where(mask, weights, 0.0).sum(axis=3, keepdims=True)
+    # 1 - mass, without the rounding of that difference.
+    rest = np.where(mask, 0.0, weights).sum(axis=3, keepdims=True) + sink
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if rule == "row":
+            z = np.where(lse[..., None] == -np.inf, 1.0, rest + (1.0 + g) * mass)
+            return np.where(z == 0.0, 0.0, boosted / z), lse + np.log(z[..., 0])
+        assert rule == "rest", rule
+        share = (rest - g * mass) / rest
+        return np.where(rest == 0.0, weights, np.where(mask, boosted, share * weights)), lse
+
+
 def rebalanced_weights(
     weights: Floats, lse: Floats, mask: Bools, gain: float | Sequence[float] | Any, *, normalize: bool = False
 ) -> tuple[Floats, Floats]:
-    """What :func:`rebalance` means inside attention: the new weights, and the log-sum-exp that goes with them.
+    """What :func:`rebalance` means inside attention: :func:`edited_weights` with the rule ``row`` or ``none``.
 
     Normalised rows are divided by ``z = 1 + gain * (sum of the row's outlier weights)`` and their log-sum-exp grows
     by ``ln z``. Without sinks z is the new sum of the row; with them the sink's share is part of the row, is never
     boosted, and shrinks with the rest.
     """
-    gains = _per_head(gain)
-    boosted = np.where(mask, weights * (1.0 + gains), weights)
-    if not normalize:
-        return boosted, lse
-    z = 1.0 + (gains * np.where(mask, weights, 0.0)).sum(axis=3, keepdims=True)
-    return boosted / z, lse + np.log(z[..., 0])
+    sink = 1.0 - weights.sum(axis=3, keepdims=True)
+    return edited_weights(weights, lse, mask, gain, "row" if normalize else "none", sink)
+
+
+def edited_attention_weights(
+    query: Any,
+    key: Any,
+    *,
+    edit: Edit | ResolvedEdit | None = None,
+    scale: float | None = None,
+    visibility: Visibility | Any | None = None,
+    softcap: float | None = None,
+    sinks: Any | None = None,
+) -> tuple[Floats, Floats]:
+    """The weights [B,H,M,N] that the values are weighed by, and the log-sum-exp [B,H,M] of each row."""
+    edit = ResolvedEdit() if edit is None else edit
+    scores: dict[str, Any] = {"scale": scale, "visibility": visibility, "softcap": softcap, "sinks": sinks}
+    weights, lse = attention_weights(query, key, key_bias=edit.key_bias, first_query=edit.first_query, **scores)
+    if edit.gain is None:
+        return weights, lse
+    mask = seen = _seen(weights, visibility, edit)  # without outliers every visible key is one
+    if edit.outliers is not None:
+        queries, keys = weights.shape[2:]
+        indices, counts = edit.outliers
+        mask = held_mask(indices, counts, seen, resolve_visibility(queries, keys, visibility).key_offset)
+    sink = np.zeros((*lse.shape, 1))
+    if sinks is not None:
+        with np.errstate(over="ignore"):
+            sink = np.where(lse == -np.inf, 0.0, np.exp(_floats(sinks)[:, None] - lse))[..., None]
+    return edited_weights(weights, lse, mask, edit.gain, edit.rule, sink)
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    edit: Edit | ResolvedEdit | None = None,
+    emit: float | None = None,
+    visibility: Visibility | Any | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Any | None = None,
+) -> tuple[Floats, Floats, OutlierRows | None]:
+    """Edited attention: output [B,H,M,Dv], log-sum-exp [B,H,M], and the outliers where a threshold to emit is given."""
+    edit = ResolvedEdit() if edit is None else edit
+    scores: dict[str, Any] = {"scale": scale, "visibility": visibility, "softcap": softcap, "sinks": sinks}
+    weights, lse = edited_attention_weights(query, key, edit=edit, **scores)
+    output = weighted_values(weights, value, _seen(weights, visibility, edit))
+    if emit is None:
+        return output, lse, None
+    shares, _ = attention_weights(query, key, key_bias=edit.key_bias, first_query=edit.first_query, **scores)
+    queries, keys = weights.shape[2:]
+    v = resolve_visibility(queries, keys, visibility)
+    mask = outlier_mask(shares, emit, query_offset=v.query_offset, key_offset=v.key_offset)
+    return output, lse, outlier_rows(mask, outlier_capacity(emit, keys), v.key_offset)
 
 
 def source_attention(
@@ -270,12 +428,11 @@ def source_attention(
     sinks: Any | None = None,
 ) -> tuple[Floats, Floats, OutlierRows]:
     """Plain attention that also reports each query's outliers: output [B,H,M,Dv], log-sum-exp [B,H,M], outlier rows."""
-    weights, lse = attention_weights(query, key, scale=scale, visibility=visibility, softcap=softcap, sinks=sinks)
-    queries, keys = weights.shape[2:]
-    v = resolve_visibility(queries, keys, visibility)
-    mask = outlier_mask(weights, threshold, query_offset=v.query_offset, key_offset=v.key_offset)
-    rows = outlier_rows(mask, outlier_capacity(threshold, keys), v.key_offset)
-    return weighted_values(weights, value, _seen(weights, visibility)), lse, rows
+    output, lse, rows = attention(
+        query, key, value, emit=threshold, scale=scale, visibility=visibility, softcap=softcap, sinks=sinks
+    )
+    assert rows is not None
+    return output, lse, rows
 
 
 def rebalanced_attention(
@@ -292,13 +449,9 @@ def rebalanced_attention(
     sinks: Any | None = None,
 ) -> Floats:
     """Attention with the entries that ``outliers`` (indices, counts) names strengthened: output [B,H,M,Dv]."""
-    weights, lse = attention_weights(query, key, scale=scale, visibility=visibility, softcap=softcap, sinks=sinks)
-    seen = _seen(weights, visibility)
-    queries, keys = weights.shape[2:]
-    key_offset = resolve_visibility(queries, keys, visibility).key_offset
-    mask = held_mask(*outliers, seen, key_offset)
-    boosted, _ = rebalanced_weights(weights, lse, mask, gain, normalize=normalize)
-    return weighted_values(boosted, value, seen)
+    edit = ResolvedEdit(outliers, gain, "row" if normalize else "none")
+    scores: dict[str, Any] = {"scale": scale, "visibility": visibility, "softcap": softcap, "sinks": sinks}
+    return attention(query, key, value, edit=edit, **scores)[0]
 
 
 def received_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,72 +18,103 @@ class Visibility:
 
     Attributes:
         causal: a key's slot must not exceed the query's. The default, None, is True without a mask and False with one.
-        query_offset: slot of the first query. The default, None, puts the last query on the last key:
-            ``key_offset + N - M``.
+        query_offset: slot of the first query: one number for all sequences, or int64 or int32 ``[B]``, one for
+            each. The default, None, puts the last query on the last key: ``key_offset + N - M``.
         key_offset: slot of the first key, at least 0. Not 0 in windowed layers, which cache only their last keys.
         window: how many slots back a query sees, its own included (slot of key > slot of query - window). At least 1;
             None: no limit.
+        chunk: slots are counted off in chunks of this many, from ``key_start`` of the batch row where that is given,
+            else from slot 0; a query sees keys of its own chunk only. At least 1; None: no chunks.
         key_start: int64 or int32 ``[B]``: first slot visible in each batch row (left padding).
         key_end: int64 or int32 ``[B]``: one past the last slot visible in each batch row (right padding).
         mask: bool, broadcastable to ``[B, H, M, N]``, True where the key is visible: for everything else.
 
     Raises:
         TypeError: an attribute has the wrong type or dtype.
-        ValueError: ``window`` is below 1, ``key_offset`` below 0, or a tensor has the wrong rank.
+        ValueError: ``window`` or ``chunk`` is below 1, ``key_offset`` below 0, or a tensor has the wrong rank.
     """
 
     causal: bool | None = None
-    query_offset: int | None = None
+    query_offset: int | torch.Tensor | None = None
     key_offset: int = 0
     window: int | None = None
     key_start: torch.Tensor | None = None
     key_end: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.causal is not None and not isinstance(self.causal, bool):
             raise TypeError(f"causal: expected True, False or None, got {self.causal!r}")
-        _check_integer("query_offset", self.query_offset, optional=True)
-        _check_integer("key_offset", self.key_offset, optional=False)
+        if isinstance(self.query_offset, torch.Tensor):
+            check_slots("query_offset", self.query_offset)
+        else:
+            _check_integer("query_offset", self.query_offset, "an int, an int64 tensor [B] or None", optional=True)
+        _check_integer("key_offset", self.key_offset, "an int", optional=False)
         if self.key_offset < 0:
             raise ValueError(f"key_offset: expected a slot of at least 0, got {self.key_offset}")
-        _check_integer("window", self.window, optional=True)
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window: expected at least 1, or None for no limit, got {self.window}")
-        _check_bounds("key_start", self.key_start)
-        _check_bounds("key_end", self.key_end)
+        for name, value in (("window", self.window), ("chunk", self.chunk)):
+            _check_integer(name, value, "an int or None", optional=True)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, or None for no limit, got {value}")
+        for name, bounds in (("key_start", self.key_start), ("key_end", self.key_end)):
+            if bounds is not None:
+                check_slots(name, bounds)
         if self.mask is not None:
             check_mask("mask", self.mask)
 
 
-# As the ops take it: causal, query_offset, key_offset, window (0: none), key_start, key_end, mask.
-VisibilityArguments = tuple[bool, int, int, int, "torch.Tensor | None", "torch.Tensor | None", "torch.Tensor | None"]
+class VisibilityArguments(NamedTuple):
+    """A visibility as the ops take it, under the names of their arguments."""
+
+    causal: bool = True
+    query_offset: int | None = None
+    """Slot of the first query of every sequence; None: ``key_offset + N - M``, or ``query_offsets`` has them."""
+    query_offsets: torch.Tensor | None = None
+    key_offset: int = 0
+    window: int = 0
+    """0: no limit."""
+    chunk: int = 0
+    """0: no chunks."""
+    key_start: torch.Tensor | None = None
+    key_end: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def for_older_ops(self, queries: int, keys: int) -> tuple[Any, ...]:
+        """In the order of the ops of the first release, for so many queries and keys; offsets and chunks left out."""
+        offset = self.key_offset + keys - queries if self.query_offset is None else self.query_offset
+        return self.causal, offset, self.key_offset, self.window, self.key_start, self.key_end, self.mask
 
 
-def visibility_arguments(visibility: Visibility | torch.Tensor | None, queries: int, keys: int) -> VisibilityArguments:
+DEFAULT_VISIBILITY = VisibilityArguments()
+
+
+def visibility_arguments(visibility: Visibility | torch.Tensor | None) -> VisibilityArguments:
     """What an op is told for ``visibility``.
 
     Args:
         visibility: a :class:`Visibility`, a bool mask, or None: causal, with the last query on the last key.
-        queries: M, for the default of ``query_offset``.
-        keys: N, likewise.
 
     Raises:
         TypeError: ``visibility`` is something else, or a mask that is not boolean.
     """
     if visibility is None:
-        return True, keys - queries, 0, 0, None, None, None
+        return DEFAULT_VISIBILITY
     if isinstance(visibility, torch.Tensor):
         check_mask("visibility", visibility)
-        return False, keys - queries, 0, 0, None, None, visibility
+        return VisibilityArguments(causal=False, mask=visibility)
     if not isinstance(visibility, Visibility):
         raise TypeError(f"visibility: expected a Visibility, a bool tensor or None, got {describe(visibility)}")
-    causal, query_offset = visibility.causal, visibility.query_offset
-    return (
-        visibility.mask is None if causal is None else causal,
-        visibility.key_offset + keys - queries if query_offset is None else query_offset,
+    offset, offsets = visibility.query_offset, None
+    if isinstance(offset, torch.Tensor):
+        offset, offsets = None, offset
+    return VisibilityArguments(
+        visibility.mask is None if visibility.causal is None else visibility.causal,
+        offset,
+        offsets,
         visibility.key_offset,
         visibility.window or 0,
+        visibility.chunk or 0,
         visibility.key_start,
         visibility.key_end,
         visibility.mask,
@@ -98,21 +129,20 @@ def check_mask(name: str, mask: Any) -> None:
         raise ValueError(f"{name}: expected at most 4 dimensions [B, H, M, N], got {tuple(mask.shape)}")
 
 
-def _check_integer(name: str, value: Any, *, optional: bool) -> None:
-    if optional and value is None:
-        return
-    # A size under torch.compile is an int or a SymInt; True and False are ints only by accident.
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int{' or None' if optional else ''}, got {describe(value)}")
-
-
-def _check_bounds(name: str, value: Any) -> None:
-    if value is None:
-        return
+def check_slots(name: str, value: Any) -> None:
+    """Refuse anything but an int64 or int32 tensor ``[B]``."""
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected an int64 or int32 tensor [B], got {describe(value)}")
     if value.dim() != 1:
         raise ValueError(f"{name}: expected one slot for each batch row, [B], got the shape {tuple(value.shape)}")
+
+
+def _check_integer(name: str, value: Any, expected: str, *, optional: bool) -> None:
+    if optional and value is None:
+        return
+    # A size under torch.compile is an int or a SymInt; True and False are ints only by accident.
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
 
 
 def describe(value: Any) -> str:

@@ -1,15 +1,19 @@
-"""Gains that are learnt: one number for each layer and head, where `RebalanceConfig` has a schedule."""
+"""Gains that are learnt: one number for each layer and head, where `Rebalance` has a schedule."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies.base import LayerView, ModelShape, Policy, model_shape, register_policy
+from attnrb.policies.rebalance import Rebalance, RebalancePlan
 
 __all__ = ["GAINS_FILE", "LearnedGains"]
 
@@ -19,10 +23,11 @@ GAINS_FILE = "learned_gains.safetensors"
 _FORMAT = "attnrb.LearnedGains"
 
 
-class LearnedGains(torch.nn.Module):
+@register_policy
+class LearnedGains(torch.nn.Module, Policy):
     """One trainable gain for each re-balanced layer and head, beyond arXiv 2403.14932, where it follows a schedule.
 
-        learned = attnrb.LearnedGains(model, attnrb.RebalanceConfig())  # freezes the model
+        learned = attnrb.LearnedGains(model, attnrb.Rebalance())  # freezes the model
         with attnrb.patch(model, learned):
             optimizer = torch.optim.AdamW(learned.parameters(), lr=1e-2)
             ...  # model(**batch).loss.backward(), optimizer.step()
@@ -47,30 +52,35 @@ class LearnedGains(torch.nn.Module):
         gains: parameter, float32 ``[len(layers), H]``. Heads that ``config`` leaves out keep their 0.
     """
 
+    name: ClassVar[str] = "learned_gains"
+
     gains: torch.nn.Parameter
     chosen: torch.Tensor
 
-    def __init__(self, model: Any, config: RebalanceConfig | None = None) -> None:
+    def __init__(self, model: Any, config: Policy | None = None) -> None:
         """Start from the schedule, and freeze the model.
 
         Args:
-            model: the ``transformers`` decoder to be patched. All its parameters are frozen.
-            config: the options. Default: ``RebalanceConfig()``.
+            model: the ``transformers`` decoder to be patched, whose parameters are all frozen; or a
+                `attnrb.policies.ModelShape`.
+            config: the options. Default: ``Rebalance()``.
 
         Raises:
             TypeError: an argument has the wrong type.
             ValueError: ``config`` names a layer or head that the model has not.
             NotImplementedError: `attnrb.patch` could not serve the model either.
         """
-        from attnrb.hosts.transformers.patch import gain_layout  # which needs this module
-
         if config is None:
-            config = RebalanceConfig()
-        if not isinstance(config, RebalanceConfig):
-            raise TypeError(f"config: expected an attnrb.RebalanceConfig or None, got {type(config).__name__}")
+            config = Rebalance()
+        if not isinstance(config, Rebalance):
+            raise TypeError(f"config: expected an attnrb.Rebalance or None, got {type(config).__name__}")
         if config.boost_all and config.normalize:
             raise ValueError("config: boost_all with normalize takes every gain back, so there is nothing to learn")
-        schedule, chosen = gain_layout(model, config)
+        shape = model_shape(model)
+        schedule = config.gain_rows(shape)
+        # A chosen gain may be 0, as the last layer's is in the schedule.
+        rows = replace(config, gains=(1.0,) * shape.layers).gain_rows(shape)
+        chosen = [[row is not None and row[head] != 0.0 for head in range(shape.heads)] for row in rows]
         layers = tuple(layer for layer, heads in enumerate(chosen) if any(heads))
         if not layers:
             raise ValueError("config: expected at least one layer and head to learn a gain for, got none")
@@ -79,13 +89,14 @@ class LearnedGains(torch.nn.Module):
             config,
             len(schedule),
             layers,
-            torch.tensor([schedule[layer] for layer in layers]),
+            torch.tensor([schedule[layer] or (0.0,) * shape.heads for layer in layers]),
             torch.tensor([chosen[layer] for layer in layers]),
         )
-        model.requires_grad_(False)  # only now, when nothing can fail any more
+        if isinstance(model, torch.nn.Module):
+            model.requires_grad_(False)  # only now, when nothing can fail any more
 
     def _start(
-        self, config: RebalanceConfig, depth: int, layers: tuple[int, ...], gains: torch.Tensor, chosen: torch.Tensor
+        self, config: Rebalance, depth: int, layers: tuple[int, ...], gains: torch.Tensor, chosen: torch.Tensor
     ) -> None:
         self.config = config
         self.layers = layers
@@ -104,23 +115,66 @@ class LearnedGains(torch.nn.Module):
         row = self._row[layer]
         return torch.where(self.chosen[row], self.gains[row], 0.0)
 
-    def check_model(self, layers: int, heads: int) -> None:
-        """Refuse a model of another shape.
+    def resolve(self, shape: ModelShape) -> RebalancePlan:
+        """See `Policy.resolve`.
 
         Raises:
-            ValueError: it has other numbers of layers or heads than the model that these gains are of.
+            ValueError: the model has other numbers of layers or heads than the one that these gains are of.
         """
-        if (layers, heads) != (self.model_layers, self.heads):
+        if (shape.layers, shape.heads) != (self.model_layers, self.heads):
             raise ValueError(
                 f"config: these gains are of a model with {self.model_layers} layers of {self.heads} heads, this one "
-                f"has {layers} of {heads}"
+                f"has {shape.layers} of {shape.heads}"
             )
+        return _LearnedPlan(self, shape)
 
     def matrix(self) -> torch.Tensor:
         """All gains as float32 ``[L, H]``, 0 where a layer or head has none; without gradient."""
         matrix = torch.zeros(self.model_layers, self.heads)
         matrix[list(self.layers)] = torch.where(self.chosen, self.gains, 0.0).detach().cpu()
         return matrix
+
+    def to_dict(self) -> dict[str, Any]:
+        """Options and gains, JSON-ready: what `from_dict` reads."""
+        return {
+            "policy": self.name,
+            "version": self.version,
+            "config": self.config.to_dict(),
+            "layers": list(self.layers),
+            "model_layers": self.model_layers,
+            "gains": self.gains.detach().cpu().tolist(),
+            "chosen": self.chosen.cpu().tolist(),
+        }
+
+    @classmethod
+    def _from_options(cls, options: dict[str, Any]) -> LearnedGains:
+        if set(options) == {"path"}:  # as a command line names them
+            return cls.load(options["path"])
+        try:
+            tensors = {
+                "gains": torch.tensor(options["gains"], dtype=torch.float32),
+                "chosen": torch.tensor(options["chosen"], dtype=torch.bool),
+            }
+            about = {"config": options["config"], "layers": options["layers"], "model_layers": options["model_layers"]}
+        except KeyError as error:
+            raise ValueError(f"options: learnt gains without {error}; known are path, or what to_dict gives") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"options: damaged gains: {error}") from None
+        return cls._restore(about, tensors, "options")
+
+    def label(self) -> str:
+        """``learned_gains(`` and what tells these gains from others ``)``."""
+        digest = hashlib.sha256(self.gains.detach().cpu().numpy().tobytes()).hexdigest()[:8]
+        return f"{self.name}({digest})"
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the gains beside a model, as `save` does."""
+        return self.save(folder)
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike[str]) -> LearnedGains:
+        """Read what `save_pretrained` wrote, as `load` does."""
+        return cls.load(model)
 
     def forward(self, *_: Any) -> Any:
         """Not a layer of its own."""
@@ -185,8 +239,17 @@ class LearnedGains(torch.nn.Module):
         if about.get("format") != _FORMAT:
             raise ValueError(f"{file}: expected learnt gains ({_FORMAT}), got {about.get('format', 'other tensors')}")
         try:
-            config = RebalanceConfig.from_dict(json.loads(about["config"]))
-            layers, depth = tuple(json.loads(about["layers"])), int(about["model_layers"])
+            read = {name: json.loads(about[name]) for name in ("config", "layers", "model_layers")}
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{file}: damaged: {error}") from None
+        return cls._restore(read, tensors, str(file)).requires_grad_(trainable)
+
+    @classmethod
+    def _restore(cls, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], origin: str) -> LearnedGains:
+        """Gains as they were; ``origin`` names where they come from in errors."""
+        try:
+            config = Rebalance.from_dict(about["config"])
+            layers, depth = tuple(about["layers"]), int(about["model_layers"])
             gains, chosen = tensors["gains"], tensors["chosen"]
             fits = (
                 gains.dtype == torch.float32
@@ -198,14 +261,30 @@ class LearnedGains(torch.nn.Module):
                 and bool(torch.isfinite(gains).all())
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: damaged: {error}") from None
+            raise ValueError(f"{origin}: damaged: {error}") from None
         if not fits:
-            raise ValueError(f"{file}: damaged: gains, heads and layers do not fit together")
+            raise ValueError(f"{origin}: damaged: gains, heads and layers do not fit together")
         learned = cls.__new__(cls)
         torch.nn.Module.__init__(learned)
         learned._start(config, depth, layers, gains, chosen)
-        return learned.requires_grad_(trainable)
+        return learned.requires_grad_(False)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return f"layers={list(self.layers)}, heads={self.heads}, {self.config}"
+
+
+class _LearnedPlan(RebalancePlan):
+    """Re-balancing whose gains are read in every forward, with their gradient."""
+
+    def __init__(self, learned: LearnedGains, shape: ModelShape) -> None:
+        super().__init__(learned.config, shape, {})
+        self.learned = learned
+        self.edited = frozenset(learned.layers)
+        self.required |= self.edited
+
+    def gain(self, view: LayerView) -> torch.Tensor | None:
+        if view.layer not in self.edited:
+            return None
+        gain = self.learned.gain(view.layer)
+        return (gain if view.query.shape[1] == self.shape.heads else self.shape.own(gain)).to(view.device)

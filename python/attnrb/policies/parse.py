@@ -1,10 +1,129 @@
-"""Options of policies as people write them: on a command line, in one line of text."""
+"""Policies as people write them: in one line of text, or as a name and options on a command line.
+
+========================================  =================================================================
+text                                      policy
+========================================  =================================================================
+``default``                               `attnrb.Rebalance` with its defaults
+``alpha=0.3,normalize=true``              `attnrb.Rebalance` with these options
+``emphasis``                              the policy of this name, with its defaults
+``emphasis(strength=8,rows=all)``         the same, with these options
+``{"policy": "emphasis", ...}``           what `attnrb.Policy.to_dict` gives
+``policy.json``, ``model/``, ``gains/``   a file of that, a folder of `save_pretrained`, learnt gains
+========================================  =================================================================
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
-__all__ = ["parse_layers"]
+from attnrb.policies.base import Policy, policy_class, policy_names
+from attnrb.policies.learned import GAINS_FILE, LearnedGains
+from attnrb.policies.rebalance import Rebalance
+
+__all__ = ["make_policy", "parse_layers", "parse_option", "parse_policy", "policy_options"]
+
+
+def parse_policy(text: str) -> Policy:
+    """A policy: see the table of this module. In a list of options, layers and heads are joined by plus signs.
+
+    Raises:
+        ValueError: it is none of these, cannot be read, or an option is unknown or out of range.
+        TypeError: an option has the wrong type.
+    """
+    text = text.strip()
+    if text == "default":
+        return Rebalance()
+    if text in policy_names():
+        return make_policy(text, ())
+    call = re.fullmatch(r"([A-Za-z_]\w*)\((.*)\)", text, re.DOTALL)
+    if call is not None:
+        return make_policy(call[1], _split(call[2]))
+    if text.startswith("{") or text.endswith(".json"):
+        return _from_json(text)
+    if text.endswith(".safetensors") or (Path(text) / GAINS_FILE).is_file():
+        return LearnedGains.load(text)
+    if Path(text).is_dir():
+        return Policy.from_pretrained(text)
+    if "=" not in text:
+        raise ValueError(
+            f"config: expected default, name=value,..., one of {', '.join(policy_names())}, a JSON object, a .json "
+            f"file or a folder, got {text!r}"
+        )
+    return make_policy("rebalance", _split(text))
+
+
+def make_policy(name: str, options: Iterable[str]) -> Policy:
+    """The policy of this name with options ``key=value``.
+
+    Raises:
+        ValueError: there is no such policy, or an option is unknown, given twice or out of range.
+        TypeError: an option has the wrong type.
+    """
+    kind = policy_class(name)
+    found: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = (part.strip() for part in option.partition("="))
+        if not equals or not key:
+            raise ValueError(f"config: expected name=value, got {option!r}")
+        if key in found:
+            raise ValueError(f"config: expected {key} once, got it twice")
+        found[key] = parse_option(key, value)
+    return kind.from_dict({"policy": name, **found})
+
+
+def policy_options(name: str) -> tuple[str, ...]:
+    """The names of a policy's options.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    kind = policy_class(name)
+    return tuple(each.name for each in fields(kind)) if is_dataclass(kind) else ("path",)
+
+
+def _split(text: str) -> list[str]:
+    """Options at the commas that are not within brackets or quotes."""
+    return [part for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"|[^,])+", text) if part.strip()]
+
+
+def _from_json(text: str) -> Policy:
+    try:
+        written = text if text.startswith("{") else Path(text).read_text("utf-8")
+        return Policy.from_dict(json.loads(written))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config: {text!r} is no JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"config: {text!r} could not be read: {error.strerror or error}") from error
+
+
+def parse_option(name: str, value: str) -> Any:
+    """The value of one option: JSON, a number, true, false or none, or a list joined by plus signs; else text."""
+    if value.startswith(("{", "[", '"')):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(value)
+    if value.lower() in ("none", "null"):
+        return None
+    if name in ("layers", "heads"):
+        return parse_layers(value.replace("+", ",")) if re.fullmatch(r"[\d\s,+-]+", value) else _layers_or_text(value)
+    if name == "gains":
+        return [parse_option("", gain) for gain in value.split("+")]
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
+
+
+def _layers_or_text(value: str) -> Any:
+    """Where something else than layers stands: the name of a file, or a mistake that names what was expected."""
+    return value if Path(value).suffix == ".json" else parse_layers(value)
 
 
 def parse_layers(text: str) -> list[int]:

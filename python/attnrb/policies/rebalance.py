@@ -1,24 +1,46 @@
-"""What to re-balance and by how much: the method's options, checked when they are made."""
+"""Re-balancing: an early layer's outliers, strengthened in the layers above it (arXiv 2403.14932)."""
 
 from __future__ import annotations
 
-import json
-import math
-import operator
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar
 
-__all__ = ["CONFIG_FILE", "RebalanceConfig"]
+import torch
 
-CONFIG_FILE = "rebalance_config.json"
-"""Name of the file in a model's folder that `RebalanceConfig.save_pretrained` writes."""
+from attnrb.ops.edit import Edit
+from attnrb.ops.outliers import Outliers
+from attnrb.policies.base import (
+    LayerPlan,
+    LayerView,
+    ModelShape,
+    PerHead,
+    Policy,
+    Session,
+    option,
+    register_policy,
+    short_text,
+)
+from attnrb.policies.checks import (
+    HeadChoice,
+    beyond_the_model,
+    choose_heads,
+    head_choice,
+    index,
+    indices,
+    iterable,
+    number,
+)
+
+if TYPE_CHECKING:
+    from attnrb.text.spans import Spans
+
+__all__ = ["Rebalance", "RebalanceConfig", "RebalancePlan"]
 
 
+@register_policy
 @dataclass(frozen=True)
-class RebalanceConfig:
+class Rebalance(Policy):
     """The options of re-balancing (arXiv 2403.14932, section 3). Layers and heads are numbered from 0.
 
     Layer ℓ above the source layer strengthens the outliers of its heads by the gain ``g_ℓ = alpha · (1 - ℓ / depth)``;
@@ -45,48 +67,48 @@ class RebalanceConfig:
         ValueError: an option is out of range.
     """
 
-    alpha: float = 0.2
-    threshold: float = 0.01
-    source_layer: int = 0
-    depth: float | None = None
-    normalize: bool = False
-    boost_all: bool = False
-    layers: Sequence[int] | None = None
-    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None
-    gains: Sequence[float] | None = None
+    name: ClassVar[str] = "rebalance"
+    file: ClassVar[str] = "rebalance_config.json"
+
+    alpha: float = option(0.2, "Strength: the gain at layer 0.")
+    threshold: float = option(0.01, "Attention above which an entry is an outlier.")
+    source_layer: int = option(0, "Layer whose outliers are taken.")
+    depth: float | None = option(None, "Layer at which the gain reaches 0.", "the last layer")
+    normalize: bool = option(False, "Divide each row by its new sum.")
+    boost_all: bool = option(False, "Strengthen every entry, not only outliers.")
+    layers: Sequence[int] | None = option(None, "Layers to re-balance, like 1-12,15.", "all after the source layer")
+    heads: HeadChoice | None = option(None, 'Heads to re-balance, like 0-3,8, or {"5": [0, 3]} by layer.', "all")
+    gains: Sequence[float] | None = option(None, "One gain for each layer, like 0+0.2+0.1, in place of alpha.", "none")
 
     def __post_init__(self) -> None:
         # A frozen dataclass is set through object: only here, before anyone else sees it.
         put = object.__setattr__
-        put(self, "alpha", _number("alpha", self.alpha))
-        put(self, "threshold", _number("threshold", self.threshold))
+        put(self, "alpha", number("alpha", self.alpha))
+        put(self, "threshold", number("threshold", self.threshold))
         if not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold: expected a number between 0 and 1, both excluded, got {self.threshold}")
-        put(self, "source_layer", _index("source_layer", self.source_layer))
+        put(self, "source_layer", index("source_layer", self.source_layer))
         if self.depth is not None:
-            put(self, "depth", _number("depth", self.depth))
+            put(self, "depth", number("depth", self.depth))
             if self.depth <= 0:
                 raise ValueError(f"depth: expected a positive number, got {self.depth}")
         for name in ("normalize", "boost_all"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.layers is not None:
-            put(self, "layers", _indices("layers", self.layers))
+            put(self, "layers", indices("layers", self.layers))
             if all(layer <= self.source_layer for layer in self.layers):
                 raise ValueError(
                     f"layers: expected at least one above the source layer {self.source_layer}, got {list(self.layers)}"
                 )
-        if isinstance(self.heads, Mapping):
-            by_layer = {_index("heads", layer): _indices(f"heads[{layer}]", of) for layer, of in self.heads.items()}
-            if all(layer <= self.source_layer for layer in by_layer):
-                raise ValueError(
-                    f"heads: expected a layer above the source layer {self.source_layer}, got {sorted(by_layer)}"
-                )
-            put(self, "heads", by_layer)
-        elif self.heads is not None:
-            put(self, "heads", _indices("heads", self.heads))
+        if self.heads is not None:
+            put(self, "heads", head_choice("heads", self.heads))
+        if isinstance(self.heads, Mapping) and all(layer <= self.source_layer for layer in self.heads):
+            raise ValueError(
+                f"heads: expected a layer above the source layer {self.source_layer}, got {sorted(self.heads)}"
+            )
         if self.gains is not None:
-            put(self, "gains", tuple(_number("gains", gain) for gain in _iterable("gains", self.gains)))
+            put(self, "gains", tuple(number("gains", gain) for gain in iterable("gains", self.gains)))
 
     def __hash__(self) -> int:
         heads = tuple(sorted(self.heads.items())) if isinstance(self.heads, Mapping) else self.heads
@@ -113,9 +135,8 @@ class RebalanceConfig:
                 result.append(None)
                 continue
             gain = self.alpha * (1 - layer / depth) if self.gains is None else self.gains[layer]
-            chosen = self.heads.get(layer, ()) if isinstance(self.heads, Mapping) else self.heads
             gains = [0.0] * heads
-            for head in range(heads) if chosen is None else chosen:
+            for head in choose_heads(self.heads, layer, heads):
                 gains[head] = gain
             result.append(tuple(gains) if any(gains) else None)
         return tuple(result)
@@ -125,129 +146,119 @@ class RebalanceConfig:
             raise ValueError(f"source_layer: the model's layers are 0 to {layers - 1}, got {self.source_layer}")
         if self.gains is not None and len(self.gains) != layers:
             raise ValueError(f"gains: expected one for each of the model's {layers} layers, got {len(self.gains)}")
-        by_layer = self.heads if isinstance(self.heads, Mapping) else {}
-        for name, named in (("layers", self.layers or ()), ("heads", by_layer)):
-            if beyond := [layer for layer in named if layer >= layers]:
-                raise ValueError(f"{name}: the model's layers are 0 to {layers - 1}, got {beyond}")
-        for chosen in self.heads.values() if isinstance(self.heads, Mapping) else (self.heads or (),):
-            if beyond := [head for head in chosen if head >= heads]:
-                raise ValueError(f"heads: the model's heads are 0 to {heads - 1}, got {beyond}")
+        beyond_the_model(self.layers, self.heads, layers, heads)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every option, JSON-ready: sequences as lists, layers of ``heads`` as strings."""
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
-        if isinstance(self.heads, Mapping):
-            options["heads"] = {str(layer): list(heads) for layer, heads in self.heads.items()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-
-    @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> RebalanceConfig:
-        """The configuration that ``to_dict`` described; an option left out has its default.
+    def source(self, shape: ModelShape) -> int:
+        """The source layer in a model: in one that mixes attention with other layers, 0 means the first with attention.
 
         Raises:
-            TypeError: ``options`` is no mapping, or an option has the wrong type.
-            ValueError: an option is unknown or out of range.
+            ValueError: the model has no such layer, or it has no attention.
         """
-        if not isinstance(options, Mapping):
-            raise TypeError(f"options: expected a mapping, got {type(options).__name__}")
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(options) - set(known)):
-            raise ValueError(f"options: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
-        options = dict(options)
-        if isinstance(options.get("heads"), Mapping):
-            # JSON has no integer keys.
-            options["heads"] = {
-                int(layer) if isinstance(layer, str) and layer.isdecimal() else layer: heads
-                for layer, heads in options["heads"].items()
-            }
-        return cls(**options)
+        if True not in shape.has_attention:
+            raise ValueError("policy: this model has no layer of softmax attention")
+        if self.source_layer >= shape.layers or shape.has_attention[self.source_layer]:
+            return self.source_layer  # layer_gains refuses one beyond the model
+        if self.source_layer > 0:
+            raise ValueError(
+                f"source_layer: expected a layer with attention, which this model's layer {self.source_layer} has not"
+            )
+        return shape.has_attention.index(True)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the options beside a model, as ``rebalance_config.json``; `from_pretrained` reads them.
+    def resolve(self, shape: ModelShape) -> RebalancePlan:
+        """See `Policy.resolve`."""
+        gains = self.gain_rows(shape)
+        rows = {layer: torch.tensor(gain) for layer, gain in enumerate(gains) if gain is not None}
+        return RebalancePlan(self, shape, {layer: PerHead(gain, shape, layer) for layer, gain in rows.items()})
 
-        Args:
-            folder: of the model; made if it is not there.
+    def gain_rows(self, shape: ModelShape) -> tuple[tuple[float, ...] | None, ...]:
+        """The gains of `layer_gains` for this model, with layers left out that have no attention."""
+        source = self.source(shape)
+        definite = self if source == self.source_layer else replace(self, source_layer=source)
+        gains = definite.layer_gains(shape.layers, shape.heads)
+        if True not in shape.has_attention[source + 1 :]:
+            raise ValueError(
+                f"source_layer: this model has no attention above layer {source}, so nothing to re-balance"
+            )
+        if self.layers is not None or isinstance(self.heads, Mapping):
+            return gains  # chosen by name: a layer that turns out to have no attention is an error
+        return tuple(gain if has else None for gain, has in zip(gains, shape.has_attention, strict=True))
 
-        Returns:
-            The file.
-        """
-        path = Path(folder) / CONFIG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-        return path
+    def label(self) -> str:
+        """The options that are not at their defaults, and always ``alpha``: ``alpha=0.2,normalize=true``."""
+        shown = {"alpha": self.alpha, **self._shown_options()}
+        if "gains" in shown:
+            del shown["alpha"]
+        return ",".join(f"{name}={short_text(value)}" for name, value in shown.items())
 
-    @classmethod
-    def from_pretrained(cls, model: str | os.PathLike[str]) -> RebalanceConfig:
-        """The options that `save_pretrained` wrote beside a model.
+    def summary(self) -> str:
+        """Strength, threshold and what else is not at its default, in words."""
+        words = [f"alpha {self.alpha:g}", f"threshold {self.threshold:g}"]
+        words += [f"depth {self.depth:g}"] if self.depth is not None else []
+        words += [name for name, on in (("normalised", self.normalize), ("every entry", self.boost_all)) if on]
+        return ", ".join(words)
 
-        Args:
-            model: its folder, or its id on the Hugging Face hub, which needs the package huggingface_hub.
+
+RebalanceConfig = Rebalance
+"""The name that attnrb 0.1 gave to `Rebalance`."""
+
+
+class RebalancePlan(LayerPlan):
+    """Re-balancing fitted to one model: also for gains that are not the schedule's."""
+
+    def __init__(self, policy: Rebalance, shape: ModelShape, gains: Mapping[int, PerHead]) -> None:
+        """``gains``: of the layers that are re-balanced."""
+        self.gains = dict(gains)
+        self.rule = "row" if policy.normalize else "none"
+        source = policy.source(shape)
+        # Where every entry is strengthened, nobody needs to know which ones are outliers.
+        self.finds = not policy.boost_all
+        super().__init__(
+            shape,
+            emits={source: policy.threshold} if self.finds else {},
+            edited=frozenset(self.gains),
+            source_layer=source,
+        )
+
+    def gain(self, view: LayerView) -> torch.Tensor | None:
+        """float32 ``[H]``: the gains of this layer's heads; None for a layer that stays as it is."""
+        gains = self.gains.get(view.layer)
+        return None if gains is None else gains.of(view)
+
+    def begin(self, spans: Spans | None = None) -> RebalanceSession:
+        """See `LayerPlan.begin`; spans do not matter here."""
+        return RebalanceSession(self)
+
+
+class RebalanceSession(Session):
+    """One forward: the source layer's outliers, handed to the layers above it."""
+
+    __slots__ = ("outliers", "plan")
+
+    def __init__(self, plan: RebalancePlan) -> None:
+        self.plan = plan
+        self.outliers: Outliers | None = None
+
+    def emitted(self, layer: int, outliers: Outliers) -> None:
+        """See `Session.emitted`."""
+        self.outliers = outliers
+
+    def edit(self, view: LayerView) -> Edit | None:
+        """See `Session.edit`.
 
         Raises:
-            FileNotFoundError: there is no ``rebalance_config.json``.
-            TypeError, ValueError: it is no JSON object, or an option in it is unknown or out of range.
+            RuntimeError: the source layer has not run.
         """
-        path = Path(model) / CONFIG_FILE
-        if not Path(model).is_dir():
-            path = _from_hub(str(model))
-        if not path.is_file():
-            raise FileNotFoundError(f"model: there is no {CONFIG_FILE} in {str(model)!r}")
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except TypeError as error:
-            raise TypeError(f"{path}: {error}") from error
-        except ValueError as error:  # that of JSON has arguments of its own
-            raise ValueError(f"{path}: {error}") from error
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(name, CONFIG_FILE))
-    except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise FileNotFoundError(
-            f"model: {name!r} is no folder here, and no {CONFIG_FILE} could be had from the Hugging Face hub: {reason}"
-        ) from error
-
-
-def _number(name: str, value: Any) -> float:
-    """As a float; numbers of NumPy and torch pass, text and truth values do not."""
-    if isinstance(value, (bool, str, bytes)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, got {number}")
-    return number
-
-
-def _index(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        index = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
-    if index < 0:
-        raise ValueError(f"{name}: expected 0 or above, got {index}")
-    return index
-
-
-def _indices(name: str, values: Any) -> tuple[int, ...]:
-    """Ascending, without repeats, so that equal choices are equal configurations."""
-    indices = {_index(name, value) for value in _iterable(name, values)}
-    if not indices:
-        raise ValueError(f"{name}: expected at least one, got none; leave it None to mean all")
-    return tuple(sorted(indices))
-
-
-def _iterable(name: str, values: Any) -> Iterable[Any]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name}: expected a sequence, got {values!r}")
-    return values
+        gain = self.plan.gain(view)
+        if gain is None:
+            return None
+        if not self.plan.finds:
+            return Edit(gain=gain, rule=self.plan.rule)
+        outliers = self.outliers
+        if outliers is None:
+            raise RuntimeError(
+                f"layer {view.layer} ran before the source layer {self.plan.source_layer}, which finds the outliers: "
+                "attnrb needs the layers of a model to run in order, all through transformers' AttentionInterface"
+            )
+        if outliers.counts.device != view.device:
+            outliers = self.outliers = Outliers(*(each.to(view.device) for each in outliers))
+        return Edit(outliers=outliers, gain=gain, rule=self.plan.rule)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from attnrb.hosts.transformers.patch import patch
-from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies import Plain, Policy, Rebalance
 from attnrb.studies.first_key import first_key_shares
 from attnrb.studies.generation import Generation, encode, generate
 
@@ -26,7 +26,7 @@ class Comparison:
     prompt: str
     prompt_tokens: int
     """Tokens the model read, those of a chat template included."""
-    config: RebalanceConfig
+    config: Policy
     plain: Generation
     rebalanced: Generation
     first_difference: int | None
@@ -63,7 +63,7 @@ def compare(
     model: Any,
     tokenizer: Any,
     prompt: str = DEFAULT_PROMPT,
-    config: RebalanceConfig | None = None,
+    config: Policy | None = None,
     *,
     chat: bool | None = None,
     max_new_tokens: int = 64,
@@ -81,7 +81,7 @@ def compare(
         model: an unpatched ``transformers`` causal language model. It is left as it was.
         tokenizer: its tokenizer.
         prompt: the text to go on from.
-        config: of the re-balancing. Default: ``RebalanceConfig()``.
+        config: what is edited. Default: ``Rebalance()``.
         chat: use the tokenizer's chat template. Default: if it has one.
         max_new_tokens: at most so many new tokens each. Default: 64.
         temperature: 0 (default) is greedy; above 0 samples.
@@ -92,7 +92,7 @@ def compare(
         ValueError: as `attnrb.studies.generation.encode` and `attnrb.studies.generation.generate` do.
         Whatever `attnrb.patch` raises for a model it cannot serve.
     """
-    config = config or RebalanceConfig()
+    config = config or Rebalance()
     say = progress or (lambda _: None)
     input_ids = encode(tokenizer, prompt, chat=chat)
 
@@ -128,7 +128,7 @@ def compare(
         outliers_per_row=patched.stats.outliers_per_row,
         rows=patched.stats.rows,
         rebalanced_layers=patched.stats.layers,
-        first_key_plain=first_key_shares(model, text_ids, replace(config, alpha=0.0, gains=None)),
+        first_key_plain=first_key_shares(model, text_ids, Plain()),
         first_key_rebalanced=first_key_shares(model, text_ids, config),
     )
 

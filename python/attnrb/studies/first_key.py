@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from attnrb.hosts.transformers.attention import AttentionCall
+from attnrb.hosts.session import AttentionCall
 from attnrb.hosts.transformers.patch import patch
-from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies import Policy
 
 
-def first_key_shares(model: Any, input_ids: torch.Tensor, config: RebalanceConfig) -> tuple[float, ...]:
+def first_key_shares(model: Any, input_ids: torch.Tensor, policy: Policy) -> tuple[float, ...]:
     """Per layer, the mean share of attention on the first key (see Note: [First-key share]).
 
     Args:
         model: an unpatched ``transformers`` causal language model. It is left as it was.
         input_ids: int64 ``[1, n]`` with n ≥ 2: one text without padding.
-        config: of the re-balancing. With ``alpha=0`` the shares are those of the plain model.
+        policy: what is edited. With `attnrb.policies.Plain` the shares are those of the plain model.
 
     Raises:
         ValueError: when `input_ids` is not one text of at least two tokens.
@@ -40,7 +40,7 @@ def first_key_shares(model: Any, input_ids: torch.Tensor, config: RebalanceConfi
     def observe(call: AttentionCall) -> None:
         shares[call.layer] = _share(call)
 
-    with torch.inference_mode(), patch(model, config, observer=observe):
+    with torch.inference_mode(), patch(model, policy, observer=observe):
         model(input_ids.to(model.device), use_cache=False)
     return tuple(shares[layer] for layer in sorted(shares))
 

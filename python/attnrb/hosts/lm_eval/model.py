@@ -17,7 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from attnrb.hosts.lm_eval.budget import ComputedTokenBudget, Reading
 from attnrb.hosts.transformers.patch import patch
 from attnrb.models import load
-from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies import Policy, Rebalance, policy_names
+from attnrb.policies.parse import parse_option, parse_policy, policy_options
 
 __all__ = ["AttnrbLM", "Computed"]
 
@@ -47,9 +48,11 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: hub id, folder or ``.gguf`` file; or a loaded ``PreTrainedModel``, with its `tokenizer`. Default:
             the embedded SmolLM2-135M-Instruct. Weights come from safetensors or GGUF alone.
-        alpha, threshold, source_layer, depth, normalize, boost_all: as in `attnrb.RebalanceConfig`.
-        layers: layers to re-balance, like ``1-12+15``. Default: all above the source layer.
-        config: a whole `RebalanceConfig` in place of those options.
+        policy: an `attnrb.Policy`, or one as text (see `attnrb.policies.parse`; the harness splits its arguments at
+            commas, so layers and heads are joined by plus signs). Its options may stand beside its name:
+            ``policy=emphasis,strength=8``. Default: re-balancing.
+        config: the name that attnrb 0.1 had for ``policy``.
+        alpha, threshold, source_layer, depth, normalize, boost_all, layers, heads, gains: as in `attnrb.Rebalance`.
         plain: leave the model as it is.
         dtype: of the weights. Default: float32.
         device: default: CUDA where there is one, else the CPU, which stands in for a missing CUDA device too.
@@ -70,14 +73,8 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         self,
         pretrained: Any = None,
         *,
-        alpha: float = 0.2,
-        threshold: float = 0.01,
-        source_layer: int = 0,
-        depth: float | None = None,
-        normalize: bool = False,
-        boost_all: bool = False,
-        layers: str | None = None,
-        config: RebalanceConfig | None = None,
+        policy: Policy | str | None = None,
+        config: Policy | None = None,
         plain: bool = False,
         dtype: str = "float32",
         device: str | None = None,
@@ -86,16 +83,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if config is None:
-            config = RebalanceConfig(
-                alpha=alpha,
-                threshold=threshold,
-                source_layer=source_layer,
-                depth=depth,
-                normalize=normalize,
-                boost_all=boost_all,
-                layers=None if layers is None else _layers(str(layers)),
-            )
+        chosen = _policy(policy if config is None else config, kwargs)
         self._batch_size_option = _batch_size(batch_size)
         accelerator = _accelerator()
         device = _device(device) if accelerator is None else accelerator.device
@@ -108,11 +96,11 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         if accelerator is not None:
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        self._patch = None if plain else patch(self.model, config)
+        self._patch = None if plain else patch(self.model, chosen)
 
     @contextlib.contextmanager
-    def rebalanced(self, config: RebalanceConfig | None) -> Iterator[None]:
-        """Within it, a model made with ``plain=True`` is re-balanced as `config` says; None leaves it plain."""
+    def rebalanced(self, config: Policy | None) -> Iterator[None]:
+        """Within it, a model made with ``plain=True`` is edited as the policy ``config`` says; None leaves it plain."""
         with contextlib.nullcontext() if config is None else patch(self.model, config):
             yield
 
@@ -307,11 +295,19 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         return [int(each) for each in ends] if isinstance(ends, (list, tuple)) else [int(ends)]
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    """Layers of a list like ``1-12+15``: the harness splits its arguments at commas."""
-    from attnrb.policies.parse import parse_layers
-
-    return tuple(parse_layers(text.replace("+", ",")))
+def _policy(policy: Policy | str | None, arguments: dict[str, Any]) -> Policy:
+    """The policy that the model's arguments name; those that are options of it are taken out of ``arguments``."""
+    if isinstance(policy, Policy):
+        return policy
+    name = Rebalance.name if policy is None else policy
+    if name not in policy_names():
+        return parse_policy(name)
+    options: dict[str, Any] = {}
+    for option in policy_options(name):
+        if option in arguments:
+            value = arguments.pop(option)
+            options[option] = parse_option(option, str(value)) if isinstance(value, (str, int)) else value
+    return Policy.from_dict({"policy": name, **options})
 
 
 def _device(name: str | None) -> str:

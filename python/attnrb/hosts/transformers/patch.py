@@ -1,11 +1,11 @@
-"""Re-balance a Hugging Face model in place, and take it back.
+"""Edit the attention of a Hugging Face model in place, and take it back.
 
 Note: [How a model is patched]
 transformers looks up its attention and its mask function by a name in the configuration that a module holds. A patch
 registers attnrb's functions under a name of its own and gives the modules of one model a copy of their configuration
 that says this name; the configuration itself, which other models may share, is not written to. A hook before the
 decoder adds one keyword argument, the `Forward`, which models hand down to their attention. A hook after it checks that
-every layer that was to be re-balanced did come by: what cannot be served raises, and nothing runs plainly in silence.
+every layer that was to be edited did come by: what cannot be served raises, and nothing runs plainly in silence.
 `Patch.remove` puts the configurations back and takes both hooks out.
 
 A patch belongs to one model. Copies of a patched model, made with ``copy.deepcopy``, by pickling or by
@@ -14,47 +14,35 @@ A patch belongs to one model. Copies of a patched model, made with ``copy.deepco
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward
 from attnrb.hosts.stats import PatchStats
-from attnrb.hosts.transformers.attention import (
-    FORWARD,
-    AttentionCall,
-    Forward,
-    Observer,
-    Plan,
-    attention,
-    enter_forward,
-)
+from attnrb.hosts.transformers.attention import FORWARD, attention
+from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook
+from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, shard_of
+from attnrb.policies.base import Policy
 from attnrb.policies.learned import LearnedGains
-from attnrb.policies.rebalance import RebalanceConfig
+from attnrb.policies.rebalance import Rebalance
 
-__all__ = ["AttentionCall", "Patch", "patch"]
-
-# The name in transformers' AttentionInterface and AttentionMaskInterface.
-_NAME = "attnrb"
-_IMPLEMENTATION = "_attn_implementation_internal"
-
-# What configurations call a layer of softmax attention, where they name the kinds of their layers.
-_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "hybrid_sliding"}
-
-_SUPPORTED = "attnrb serves decoder-only models that use transformers' AttentionInterface"
+__all__ = ["AttentionCall", "Patch", "patch", "patched", "unpatch"]
 
 
 def patch(
-    model: Any, config: RebalanceConfig | LearnedGains | None = None, *, observer: Observer | None = None
+    model: Any,
+    policy: Policy | Mapping[str, Any] | None = None,
+    *,
+    observer: Observer | None = None,
+    config: Policy | None = None,
+    **options: Any,
 ) -> Patch:
-    """Re-balance a model from now on.
+    """Edit a model's attention from now on.
 
-        with attnrb.patch(model, attnrb.RebalanceConfig(alpha=0.2)):
+        with attnrb.patch(model, attnrb.Rebalance(alpha=0.2)):
             model.generate(**inputs)
 
     or, without ``with``, until ``remove()`` of the handle. Forward, ``generate`` with its caches, batches with padding,
@@ -63,64 +51,116 @@ def patch(
 
     Args:
         model: a ``transformers`` decoder, with or without a head, in float32, bfloat16 or float16.
-        config: the options, or learnt gains, which bring theirs. Default: ``RebalanceConfig()``.
+        policy: what to edit: an `attnrb.Policy`, such as `attnrb.Rebalance`, `attnrb.Emphasis` or
+            `attnrb.LearnedGains`; or a mapping that `attnrb.Policy.from_dict` reads. Default: ``Rebalance()``.
         observer: called with an `AttentionCall` after the attention of every layer, for analysis.
+        config: the name that attnrb 0.1 had for ``policy``.
+        options: of re-balancing, in place of ``policy``: ``attnrb.patch(model, alpha=0.3)``.
 
     Returns:
         The patch, already in force: a handle and a context manager.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: ``config`` names a layer or head that the model has not, or has gains of another model.
+        ValueError: ``policy`` names a layer or head that the model has not, or has gains of another model.
         RuntimeError: the model is patched already.
         NotImplementedError: the model cannot be served; the message says why. What only a forward shows raises there.
         ImportError: transformers is missing or too old.
     """
-    if config is None:
-        config = RebalanceConfig()
-    learned = config if isinstance(config, LearnedGains) else None
-    if learned is not None:
-        config = learned.config
-    if not isinstance(config, RebalanceConfig):
-        raise TypeError(
-            f"config: expected an attnrb.RebalanceConfig, attnrb.LearnedGains or None, got {type(config).__name__}"
-        )
     if observer is not None and not callable(observer):
         raise TypeError(f"observer: expected a function or None, got {type(observer).__name__}")
-    return Patch(model, config, observer, learned)
+    return Patch(model, _policy(policy, config, options), observer)
+
+
+def _policy(policy: Any, config: Any, options: dict[str, Any]) -> Policy:
+    given = [each for each in (policy, config) if each is not None]
+    if len(given) + bool(options) > 1:
+        raise TypeError("policy: expected it once: as the second argument, or as options of re-balancing")
+    if options:
+        return Rebalance.from_dict(options)
+    if not given:
+        return Rebalance()
+    if isinstance(given[0], Mapping):
+        return Policy.from_dict(given[0])
+    if not isinstance(given[0], Policy):
+        raise TypeError(
+            "policy: expected an attnrb.Policy (Rebalance, LearnedGains and so on), a mapping or None, got "
+            f"{type(given[0]).__name__}"
+        )
+    return given[0]
+
+
+def patched(model: Any) -> Patch | None:
+    """The patch that is in force on a model; None where there is none.
+
+    Raises:
+        TypeError: ``model`` is no model of transformers.
+    """
+    for hook in decoder_of(model)._forward_pre_hooks.values():
+        owner = hook.owner if isinstance(hook, Hook) else None
+        if isinstance(owner, Patch):
+            return owner
+    return None
+
+
+def unpatch(model: Any) -> bool:
+    """Take the patch off a model, wherever its handle is.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        TypeError: ``model`` is no model of transformers.
+    """
+    found = patched(model)
+    if found is not None:
+        found.remove()
+    return found is not None
 
 
 class Patch:
-    """A model being re-balanced; made by `patch`.
+    """A model whose attention is being edited; made by `patch`.
 
     Attributes:
-        config: the options, as given.
-        learned: the learnt gains that are used, or None.
+        policy: what is edited, as given.
         stats: what was done so far. It stays readable after `remove`. Forwards inside a graph of ``torch.compile`` are
             not counted.
         decoder: the part of the model that holds its layers. Called by itself, it computes no logits.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        config: RebalanceConfig,
-        observer: Observer | None = None,
-        learned: LearnedGains | None = None,
-    ) -> None:
+    def __init__(self, model: Any, policy: Policy, observer: Observer | None = None) -> None:
         """See `patch`."""
         _register()
-        decoder = _find_decoder(model)
-        self.config = config
+        decoder = find_decoder(model)
         self.stats = PatchStats()
         self.decoder = decoder
-        self.learned = learned
-        self._plan = _make_plan(decoder, config, observer, _shard(model), learned)
-        self._configurations = _Configurations(model, decoder)
+        self._observer = observer
+        self._shape = decoder_shape(decoder, shard_of(model))
+        self.update(policy)
+        self._configurations = Configurations(model, decoder)
         self._hooks = [
-            decoder.register_forward_pre_hook(_Hook(self._before_forward, self._configurations), with_kwargs=True),
-            decoder.register_forward_hook(_Hook(self._after_forward, self._configurations), with_kwargs=True),
+            decoder.register_forward_pre_hook(Hook(self._before_forward, self._configurations), with_kwargs=True),
+            decoder.register_forward_hook(Hook(self._after_forward, self._configurations), with_kwargs=True),
         ]
+
+    def update(self, policy: Policy) -> None:
+        """Edit by another policy from the next forward on; the counts in ``stats`` go on.
+
+        Raises:
+            TypeError, ValueError: as `patch` does; the policy before then stays.
+        """
+        self._plan = _policy(policy, None, {}).resolve(self._shape)
+        self.policy = policy
+
+    @property
+    def config(self) -> Any:
+        """The options of re-balancing: those of learnt gains are theirs. For any other policy, the policy itself."""
+        return self.policy.config if isinstance(self.policy, LearnedGains) else self.policy
+
+    @property
+    def learned(self) -> LearnedGains | None:
+        """The learnt gains that are used, or None."""
+        return self.policy if isinstance(self.policy, LearnedGains) else None
 
     @property
     def active(self) -> bool:
@@ -130,11 +170,14 @@ class Patch:
     @property
     def layers(self) -> int:
         """L, how many decoder layers the model has."""
-        return self._plan.layers
+        return self._shape.layers
 
     @property
-    def source_layer(self) -> int:
-        """The layer that decides what the outliers are: in a hybrid, the first one with attention unless chosen."""
+    def source_layer(self) -> int | None:
+        """The layer that decides what the outliers are: in a hybrid, the first one with attention unless chosen.
+
+        None for a policy that looks for no outliers.
+        """
         return self._plan.source_layer
 
     def remove(self) -> None:
@@ -146,7 +189,7 @@ class Patch:
 
     def __enter__(self) -> Patch:
         if not self.active:
-            raise RuntimeError("this patch was removed: call attnrb.patch(model, config) again")
+            raise RuntimeError("this patch was removed: call attnrb.patch(model, policy) again")
         return self
 
     def __exit__(
@@ -158,7 +201,7 @@ class Patch:
         raise TypeError("a patch belongs to one model and cannot be copied: copy the model and patch the copy")
 
     def __repr__(self) -> str:
-        return f"Patch({'active' if self.active else 'removed'}, {self.config}, {self.stats})"
+        return f"Patch({'active' if self.active else 'removed'}, {self.policy!r}, {self.stats})"
 
     def _before_forward(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -167,8 +210,10 @@ class Patch:
         unpadded = inputs.rule_out_packing()
         forward = Forward(
             self._plan,
+            self._plan.begin(),
             self.stats,
-            inputs.first_slot(),
+            observer=self._observer,
+            first_slot=inputs.first_slot(),
             weights=inputs.weights_wanted(),
             packed=inputs.maybe_packed(),
             unpadded=unpadded,
@@ -182,15 +227,16 @@ class Patch:
     ) -> None:
         forward: Forward = kwargs[FORWARD]
         enter_forward(None)
-        if not self._plan.required <= forward.called:
-            missing = sorted(self._plan.required - forward.called)
+        plan = forward.plan
+        if not plan.required <= forward.called:
+            missing = sorted(plan.required - forward.called)
             raise NotImplementedError(
                 f"{type(decoder).__name__}: the attention of layers {missing} did not go through transformers' "
                 "AttentionInterface, so attnrb could not reach it. If these layers have no attention, name those to "
                 "re-balance with RebalanceConfig(layers=...)"
             )
         if not torch.compiler.is_compiling():  # a graph counts nothing
-            self.stats.add_forward(forward.called & self._plan.touched)
+            self.stats.add_forward(forward.called & plan.edited)
 
 
 class _Inputs:
@@ -255,250 +301,5 @@ def _register() -> None:
     from attnrb.hosts.transformers.masks import attention_mask
 
     # Both: a model whose attention function has no mask function of the same name silently gets no mask.
-    AttentionInterface.register(_NAME, attention)
-    AttentionMaskInterface.register(_NAME, attention_mask)
-
-
-def _find_decoder(model: Any) -> Any:
-    """The module whose forward hands keyword arguments to each decoder layer.
-
-    Raises:
-        TypeError: ``model`` is no model of transformers.
-        NotImplementedError: it is one that cannot be served, as far as one can tell before a forward.
-        RuntimeError: it is patched already.
-    """
-    from transformers import PreTrainedModel
-
-    whole = None
-    if isinstance(model, torch.nn.Module):
-        # Adapters and other wrappers hold the model somewhere within.
-        whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if whole is None:
-        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
-    name = type(whole).__name__
-    if getattr(whole.config, "is_encoder_decoder", False) or getattr(whole.config, "add_cross_attention", False):
-        raise NotImplementedError(f"model: {name} attends to an encoder; {_SUPPORTED}")
-
-    decoder: Any = whole.get_decoder()  # type: ignore[no-untyped-call]
-    if decoder is whole or not isinstance(decoder, PreTrainedModel):  # some call their last projection a decoder
-        decoder = whole.base_model
-    if decoder.config.__dict__.get(_IMPLEMENTATION) == _NAME:
-        raise RuntimeError(f"model: this {name} is patched already; remove that patch first")
-
-    # Of nested modules named so (a layer that holds its attention) the inner ones have the number.
-    modules = [module for module in decoder.modules() if re.search("attention|attn|MLA$", type(module).__name__, re.I)]
-    if not modules:
-        raise NotImplementedError(f"model: {name} has no attention layers; {_SUPPORTED}")
-    numbered = [module for module in modules if isinstance(getattr(module, "layer_idx", None), int)]
-    if not numbered:
-        raise NotImplementedError(
-            f"model: the attention modules of {name} ({type(modules[0]).__name__}) have no layer_idx, so attnrb cannot "
-            f"tell which layer each is; {_SUPPORTED}, in which attention modules know their layer"
-        )
-    if not any(_uses_interface(type(module)) for module in numbered):
-        raise NotImplementedError(
-            f"model: {type(numbered[0]).__name__} computes attention by itself and does not use transformers' "
-            f"AttentionInterface, so attnrb cannot reach it; {_SUPPORTED}"
-        )
-    for kind in {type(module) for module in numbered}:
-        if own := [method for method in dir(kind) if "mask" in method]:
-            raise NotImplementedError(
-                f"model: {kind.__name__} makes masks of its own ({own[0]}), which attnrb cannot know; "
-                f"{_SUPPORTED} and its masks"
-            )
-    return decoder
-
-
-def _uses_interface(attention_class: type) -> bool:
-    """Whether a class, or one that it inherits from, stands in a file that knows transformers' AttentionInterface."""
-    from transformers import AttentionInterface
-
-    return any(
-        isinstance(value, AttentionInterface)
-        for each in attention_class.__mro__
-        if each is not torch.nn.Module and each.__module__ in sys.modules
-        for value in vars(sys.modules[each.__module__]).values()
-    )
-
-
-def _shard(model: torch.nn.Module) -> tuple[int, int]:
-    """Rank and number of ranks among which transformers' tensor parallelism split this model's heads."""
-    for module in model.modules():
-        ranks = getattr(module, "_tp_size", None)
-        if isinstance(ranks, int) and ranks > 1:
-            mesh = getattr(module, "_device_mesh", None)
-            if mesh is None:
-                return torch.distributed.get_rank() % ranks, ranks
-            names = mesh.mesh_dim_names or ()
-            return (mesh["tp"] if "tp" in names else mesh).get_local_rank(), ranks
-    return 0, 1
-
-
-def gain_layout(model: Any, config: RebalanceConfig) -> tuple[list[list[float]], list[list[bool]]]:
-    """For each of the model's L layers the gain of each of its H heads, and which of them ``config`` chooses.
-
-    A chosen gain may be 0, as the last layer's is in the schedule.
-    """
-    decoder = _find_decoder(model)
-    plan = _make_plan(decoder, config, None, (0, 1))
-    gains = _gain_rows(plan)
-    everywhere = dataclasses.replace(config, gains=(1.0,) * plan.layers)
-    chosen = _gain_rows(_make_plan(decoder, everywhere, None, (0, 1)))
-    return gains, [[gain != 0.0 for gain in row] for row in chosen]
-
-
-def _gain_rows(plan: Plan) -> list[list[float]]:
-    rows = (plan.gain(layer, plan.heads, torch.device("cpu")) for layer in range(plan.layers))
-    return [[0.0] * plan.heads if row is None else row.tolist() for row in rows]
-
-
-def _make_plan(
-    decoder: Any,
-    config: RebalanceConfig,
-    observer: Observer | None,
-    shard: tuple[int, int],
-    learned: LearnedGains | None = None,
-) -> Plan:
-    """Resolve the configuration for this model's layers and heads."""
-    sizes = decoder.config.get_text_config(decoder=True)
-    layers = _size(sizes, "decoder_layers", "num_hidden_layers")
-    heads = _size(sizes, "decoder_attention_heads", "num_attention_heads")
-    for what, value in (("layers (num_hidden_layers)", layers), ("heads (num_attention_heads)", heads)):
-        if not isinstance(value, int):
-            raise NotImplementedError(
-                f"model: the configuration of {type(decoder).__name__} gives no one number of {what}, but {value!r}; "
-                "attnrb supports models whose layers have equally many heads"
-            )
-    assert layers is not None and heads is not None
-    has_attention = _layers_with_attention(sizes, layers)
-    if True not in has_attention:
-        raise NotImplementedError(
-            f"model: none of the layers of {type(decoder).__name__} has softmax attention over all keys or a window of "
-            f"them; their kinds are {', '.join(sorted(set(_kinds(sizes, layers) or [])))}"
-        )
-    if config.source_layer < layers and not has_attention[config.source_layer]:
-        if config.source_layer > 0:
-            raise ValueError(
-                f"source_layer: expected a layer with attention, which this model's layer {config.source_layer} has not"
-            )
-        config = dataclasses.replace(config, source_layer=has_attention.index(True))
-    gains = config.layer_gains(layers, heads)
-    if True not in has_attention[config.source_layer + 1 :]:
-        raise ValueError(
-            f"source_layer: this model has no attention above layer {config.source_layer}, so nothing to re-balance"
-        )
-    if config.layers is None and not isinstance(config.heads, Mapping):
-        gains = tuple(gain if has else None for gain, has in zip(gains, has_attention, strict=True))
-    if learned is not None:
-        learned.check_model(layers, heads)
-        gains = tuple((0.0,) * heads if layer in learned.layers else None for layer in range(layers))
-    return Plan(config, heads, gains, observer, shard, learned)
-
-
-def _size(sizes: Any, *names: str) -> Any:
-    """The first of these that a configuration has."""
-    for name in names:
-        try:
-            value = getattr(sizes, name, None)
-        except Exception as error:  # some refuse to say what differs from layer to layer
-            return type(error).__name__
-        if value is not None:
-            return value
-    return None
-
-
-def _layers_with_attention(sizes: Any, layers: int) -> list[bool]:
-    """Which decoder layers have softmax attention of their own, where the configuration says; all where it does not."""
-    kinds = _kinds(sizes, layers)
-    has = [True] * layers if kinds is None else [kind in _ATTENTION_KINDS for kind in kinds]
-    crossing = getattr(sizes, "cross_attention_layers", None) or ()
-    return [each and layer not in crossing for layer, each in enumerate(has)]
-
-
-def _kinds(sizes: Any, layers: int) -> list[str] | None:
-    for name in ("layer_types", "layers_block_type"):
-        kinds = getattr(sizes, name, None)
-        if isinstance(kinds, (list, tuple)) and len(kinds) >= layers:
-            return [str(kind) for kind in kinds[:layers]]
-    return None
-
-
-class _Hook:
-    """A hook of a patch; a copy of it, made with the model that holds it, does nothing."""
-
-    def __init__(self, function: Callable[..., Any], configurations: _Configurations) -> None:
-        self._function = function
-        self._configurations = configurations
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._function(*arguments)
-
-    def __reduce__(self) -> Any:
-        return _leave_clean, (self._configurations.originals(),)
-
-
-def _leave_clean(configurations: list[tuple[Any, Any]]) -> Callable[..., None]:
-    """Give copied configurations the attention implementation that the originals of the copied model have."""
-    for configuration, implementation in configurations:
-        vars(configuration)[_IMPLEMENTATION] = implementation
-    return _do_nothing
-
-
-def _do_nothing(*_: Any) -> None:
-    """What a copy of a hook does."""
-
-
-class _Configurations:
-    """The configurations of one model, replaced by copies that name attnrb's attention."""
-
-    def __init__(self, model: torch.nn.Module, decoder: Any) -> None:
-        """Give every module of ``model`` that holds a configuration of ``decoder``'s modules a copy of it."""
-        from transformers.configuration_utils import PretrainedConfig
-
-        def held(holder: Any) -> dict[str, Any]:
-            return {name: value for name, value in vars(holder).items() if isinstance(value, PretrainedConfig)}
-
-        renamed = {id(each) for module in decoder.modules() for each in held(module).values()}
-        renamed.add(id(decoder.config.get_text_config(decoder=True)))
-        copies: dict[int, Any] = {}  # by the id of the original, which is its own copy where nothing changes
-
-        def replacement(original: Any) -> Any:
-            if id(original) not in copies:
-                parts = {name: replacement(part) for name, part in held(original).items()}
-                changed = {name: part for name, part in parts.items() if part is not vars(original)[name]}
-                twin = original
-                if changed or id(original) in renamed:
-                    twin = copy.copy(original)
-                    vars(twin).update(changed)
-                    if id(original) in renamed:
-                        vars(twin)[_IMPLEMENTATION] = _NAME
-                    self._twins.append((original, twin, dict(vars(twin))))
-                copies[id(original)] = twin
-            return copies[id(original)]
-
-        # (original, copy, attributes of the copy at first), and (holder, attribute, original, copy).
-        self._twins: list[tuple[Any, Any, dict[str, Any]]] = []
-        self._places: list[tuple[torch.nn.Module, str, Any, Any]] = []
-        for module in model.modules():
-            for name, original in held(module).items():
-                twin = replacement(original)
-                if twin is not original:
-                    self._places.append((module, name, original, twin))
-        # Only now, when nothing can fail any more.
-        for module, name, _, twin in self._places:
-            vars(module)[name] = twin
-
-    def restore(self) -> None:
-        """Put the originals back, with what was set on their copies meanwhile."""
-        for module, name, original, twin in self._places:
-            if vars(module).get(name) is twin:
-                vars(module)[name] = original
-        for original, twin, before in self._twins:
-            for name, value in vars(twin).items():
-                if name != _IMPLEMENTATION and not (name in before and before[name] is value):
-                    vars(original)[name] = value
-        self._places, self._twins = [], []
-
-    def originals(self) -> list[tuple[Any, Any]]:
-        """Each copy, with the attention implementation of its original."""
-        return [(twin, vars(original).get(_IMPLEMENTATION)) for original, twin, _ in self._twins]
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, attention_mask)

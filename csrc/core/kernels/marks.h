@@ -1,0 +1,225 @@
+// The entries of a row that its edit names, and those that it is asked to emit.
+//
+// Note: [Strengthened probabilities]
+// Rules none and row multiply an outlier's probability by 1 + gain after it joined the row sum l, so the other weights
+// stay as they were. Rule row collects the gained mass in `mass` and divides the row by l + mass instead of l. Whether
+// the slots ascend is seen on the way, and for those behind the last block when the row is finished: a look of its own
+// at every row cost 2% of a prefill.
+//
+// Note: [Sharing with the rest]
+// Rule rest takes the outliers out of the walk: their scores become minus infinity before probabilities are made, and
+// they get sums of their own, U with mass m beside R with sum l of the others (a sink is one of them). Of Note: [Edited
+// attention] then
+//   y = ((1 + g) U + (1 - g m / l) R) / (l + m) = ((1 + g) U + R - g m (R / l)) / (l + m)
+// where no difference of masses is taken, and R / l is a mean that no small l makes large.
+//
+// Note: [One-pass outliers]
+// The weight of key j exceeds the threshold tau when t_j > m + log2(tau * l) at the end. m + log2 l only grows, so the
+// same test against the running value keeps a superset; it is cut down when its buffer fills and once more at the end.
+// For the running test, log2 is bounded from below by the exponent plus the mantissa's fraction (2^e(1+f) <= 2^(e+f)),
+// a subtraction on the bits; the superset grows by at most 6%.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "../problem.h"
+#include "math.h"
+
+namespace attnrb {
+namespace ATTNRB_ISA {
+
+constexpr int64_t kNoKey = std::numeric_limits<int64_t>::max();  // behind all keys
+constexpr int64_t kMostBlockKeys = 256;                          // of any driver
+
+// Outliers of one row that are still to come.
+struct Marks {
+  const int32_t* slots = nullptr;
+  int32_t count = 0, next = 0;
+  int64_t key = kNoKey;   // position of the next of them
+  bool unsorted = false;  // they were found not to ascend
+  float gain = 0.0f;
+  float mass = 0.0f;  // rule row: what they gained; rule rest: their own
+};
+
+// Entries of one row that may turn out to be outliers.
+struct Candidates {
+  float* scores = nullptr;  // null where none are wanted
+  int32_t* positions = nullptr;
+  int32_t count = 0;
+};
+
+class MarkRules {
+ public:
+  explicit MarkRules(const AttentionProblem& problem)
+      : problem_(problem),
+        threshold_log2_(float(std::log2(problem.emit.threshold))),
+        threshold_(float(problem.emit.threshold)) {}
+
+  bool emits() const { return problem_.emit.indices != nullptr; }
+  bool edits() const { return problem_.edit.indices != nullptr; }
+  // Whether outliers have sums of their own.
+  bool parts() const { return edits() && problem_.edit.rule == Rule::rest; }
+
+  // Candidates per row: the running test keeps at most 1.07/threshold of them, and one block more may come at once.
+  int64_t candidate_capacity(int64_t block_keys) const {
+    return emits() ? problem_.emit.capacity + problem_.emit.capacity / 8 + 2 * Vec::width + block_keys : 0;
+  }
+
+  // Asks for what start() is going to read: the outliers of a row lie far from the next row's, in a table of which
+  // little is filled.
+  ATTNRB_INLINE void prefetch(int64_t batch, int64_t head, int64_t query) const {
+    if (!edits()) return;
+    const int32_t* row = problem_.edit.indices + list(batch, head, query) * problem_.edit.capacity;
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + 15);
+  }
+
+  Status start(Marks& marks, int64_t batch, int64_t head, int64_t query) const {
+    if (!edits()) return Status::ok;
+    const Edit& edit = problem_.edit;
+    const int64_t index = list(batch, head, query);
+    marks.gain = edit.gain[head];
+    marks.slots = edit.indices + index * edit.capacity;
+    const int32_t count = edit.counts[index];
+    if (count < 0 || count > edit.capacity) return Status::outlier_count;
+    marks.count = count;
+    if (marks.gain != 0.0f && count > 0) marks.key = marks.slots[0] - problem_.visibility.key_offset;
+    return Status::ok;
+  }
+
+  // What is wrong with the row's outliers, once it has seen all its keys.
+  static Status finish(const Marks& marks) {
+    bool unsorted = marks.unsorted;
+    for (int32_t c = marks.next + 1; c < marks.count; ++c) unsorted |= marks.slots[c] <= marks.slots[c - 1];
+    return unsorted ? Status::unsorted_outliers : Status::ok;
+  }
+
+  // See Note: [Strengthened probabilities]. Of the keys [key, end); slots before them, hence outside memory or not
+  // seen, are passed over.
+  template <class Engine>
+  ATTNRB_INLINE void strengthen(Marks& marks, typename Engine::Probability* probabilities, int64_t key,
+                                int64_t end) const {
+    const float factor = 1.0f + marks.gain;
+    walk(marks, key, end, [&](int64_t j) {
+      const float before = Engine::load_probability(probabilities, j);
+      Engine::scale_probability(probabilities, j, factor);
+      // What the output really gained: rounded probabilities must not be divided by exact ones.
+      if (problem_.edit.rule == Rule::row) marks.mass += Engine::load_probability(probabilities, j) - before;
+    });
+  }
+
+  // Outliers of one block, taken out of its scores.
+  struct Lifted {
+    int32_t places[kMostBlockKeys];
+    float scores[kMostBlockKeys];
+    int32_t count = 0;
+  };
+
+  // See Note: [Sharing with the rest]. Scores of the keys [key, end); those that the row does not see are minus
+  // infinity already.
+  void lift(Marks& marks, float* scores, int64_t key, int64_t end, Lifted& lifted) const {
+    walk(marks, key, end, [&](int64_t j) {
+      if (scores[j] == -kInfinity) return;
+      lifted.places[lifted.count] = int32_t(j);
+      lifted.scores[lifted.count++] = scores[j];
+      scores[j] = -kInfinity;
+    });
+  }
+
+  // Calls take(place, weight) for each of them, and adds up their mass.
+  template <class Engine, class Take>
+  void weigh(Marks& marks, Lifted& lifted, float to_log2, float reference, Take&& take) const {
+    Vec mass = Vec::zero();
+    for (int32_t c = 0; c < lifted.count; c += Vec::width) {
+      const int n = int(smaller(int64_t(lifted.count - c), int64_t(Vec::width)));
+      const Vec exponent = Vec::fms(Vec::load(lifted.scores + c, n), Vec::set(to_log2), Vec::set(reference));
+      float weights[Vec::width];
+      exp2<Engine::exp2_degree>(Vec::max(Vec::set(-200.0f), exponent)).store(weights);
+      mass = mass + Vec::load(weights, n);
+      for (int i = 0; i < n; ++i) take(int64_t(lifted.places[c + i]), weights[i]);
+    }
+    marks.mass += mass.sum();
+  }
+
+  static void put_back(const Lifted& lifted, float* scores) {
+    for (int32_t c = 0; c < lifted.count; ++c) scores[lifted.places[c]] = lifted.scores[c];
+  }
+
+  // See Note: [One-pass outliers]. `largest` of the block's scores, in base 2; `mass` of the row so far.
+  void collect(Candidates& found, const float* scores, int64_t key, int64_t count, float to_log2, float max, float mass,
+               float largest) const {
+    const float threshold = running_threshold(max, mass);
+    if (!(largest > threshold)) return;
+    const Vec by = Vec::set(to_log2), bound = Vec::set(threshold);
+    int32_t kept = found.count;
+    for (int64_t j = 0; j < count; j += Vec::width) {
+      const Vec score = Vec::load(scores + j) * by;
+      const typename Vec::Mask above = Vec::greater(score, bound);
+      if (Vec::bits(above) != 0)
+        kept += Vec::compress(above, score, int32_t(key + j), found.scores + kept, found.positions + kept);
+    }
+    // Rounding may let a few more pass than the bound says (see Note: [Outlier capacity]): the slack takes them, and
+    // the buffer is cut back so that the next block fits again.
+    const int32_t room = int32_t(candidate_capacity(0)) - Vec::width;
+    found.count = kept > room ? cut_back(found, kept, threshold, room) : kept;
+  }
+
+  // Writes the row's outliers: ascending slots, then -1. `own` is the position of its own key.
+  void emit(const float* scores, const int32_t* positions, int64_t count, float max, float mass, int64_t own,
+            int64_t index) const {
+    const Emit& emit = problem_.emit;
+    int32_t* out = emit.indices + index * emit.capacity;
+    const float threshold = max + std::log2(mass) + threshold_log2_;
+    int64_t kept = 0;
+    for (int64_t c = 0; c < count && kept < emit.capacity; ++c)
+      if (scores[c] > threshold && positions[c] != own)
+        out[kept++] = int32_t(positions[c] + problem_.visibility.key_offset);
+    emit.counts[index] = int32_t(kept);
+    for (; kept < emit.capacity; ++kept) out[kept] = -1;
+  }
+
+ private:
+  int64_t list(int64_t batch, int64_t head, int64_t query) const {
+    return problem_.edit.list(problem_.shape.heads, problem_.shape.queries, batch, head, query);
+  }
+
+  // Calls each(place) for the row's outliers among the keys [key, end).
+  template <class Each>
+  ATTNRB_INLINE void walk(Marks& marks, int64_t key, int64_t end, Each&& each) const {
+    const int64_t offset = problem_.visibility.key_offset;
+    int32_t next = marks.next;
+    int64_t at = marks.key;
+    bool unsorted = false;
+    do {
+      if (at >= key) each(at - key);
+      const int64_t last = at;
+      at = ++next < marks.count ? marks.slots[next] - offset : kNoKey;
+      unsorted |= at <= last;
+    } while (at < end);
+    marks.next = next;
+    marks.key = at;
+    marks.unsorted |= unsorted;
+  }
+
+  float running_threshold(float max, float mass) const {
+    constexpr float kMantissa = 1.0f / (1 << 23);
+    return max + (float(bit_cast<int32_t>(threshold_ * mass)) * kMantissa - 127.0f) - 1e-4f;
+  }
+
+  static int32_t cut_back(Candidates& found, int32_t count, float threshold, int32_t room) {
+    int32_t kept = 0;
+    for (int32_t c = 0; c < count; ++c)
+      if (found.scores[c] > threshold && kept < room) {
+        found.scores[kept] = found.scores[c];
+        found.positions[kept++] = found.positions[c];
+      }
+    return kept;
+  }
+
+  const AttentionProblem& problem_;
+  const float threshold_log2_, threshold_;
+};
+
+}  // namespace ATTNRB_ISA
+}  // namespace attnrb

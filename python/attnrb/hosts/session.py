@@ -1,0 +1,157 @@
+"""One forward of a model whose attention is edited: what its layers tell each other, whichever host runs it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from attnrb.hosts.stats import PatchStats
+from attnrb.ops.edit import Edit
+from attnrb.ops.outliers import Outliers
+from attnrb.policies.base import LayerPlan, Session
+
+if TYPE_CHECKING:
+    from attnrb.hosts.transformers.attention import Common
+
+__all__ = ["AttentionCall", "Forward", "Observer", "current_forward", "enter_forward"]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention in one forward, as an observer sees it."""
+
+    layer: int
+    query: torch.Tensor
+    """``[B, H, M, D]``"""
+    key: torch.Tensor
+    """``[B, Hk, N, D]``"""
+    value: torch.Tensor
+    """``[B, Hk, N, Dv]``"""
+    attention: Callable[[torch.Tensor], torch.Tensor]
+    """The attention that this layer applies, edited where it is, for any values ``[B, Hk, N, any]``: output
+    ``[B, H, M, any]``. It runs the op again."""
+    scores: Mapping[str, Any]
+    """``scale``, ``visibility``, ``softcap`` and ``sinks`` of this layer, as `attnrb.functional` takes them."""
+    edit: Edit | None
+    """How the weights of this layer are edited; None in a layer that stays as it is."""
+    found: Outliers | None
+    """The outliers that a layer of this forward reported last; None where none did."""
+
+    @property
+    def gain(self) -> torch.Tensor | None:
+        """float32 ``[H]``: the gain of each head; None in a layer without one."""
+        return None if self.edit is None else cast("torch.Tensor | None", self.edit.gain)
+
+    @property
+    def outliers(self) -> Outliers | None:
+        """The entries that the gain strengthens, or those found so far; None: every entry is strengthened, or none."""
+        if self.edit is not None and self.edit.gain is not None:
+            return cast("Outliers | None", self.edit.outliers)
+        return self.found
+
+    @property
+    def normalize(self) -> bool:
+        """Whether the rows of this layer are divided by their new sums."""
+        return self.edit is not None and self.edit.rule == "row"
+
+
+Observer = Callable[[AttentionCall], None]
+
+
+class Forward:
+    """One forward of a model whose attention is edited.
+
+    Attributes:
+        plan: what is done in which layer.
+        session: the policy at work in this forward.
+        stats: where it is counted.
+        observer: called after the attention of every layer.
+        first_slot: slot of the first query, where a mask of the user's own makes it needed. The mask function notes it
+            where transformers asks for a mask.
+        weights: whether the layers are to return their weights.
+        packed: whether positions may tell that several texts share a row.
+        unpadded: whether there is no padding, whatever mask transformers is given.
+        called: the layers that came by.
+        found: the outliers that a layer reported last.
+        common: what layers that share a mask have in common, by the id of the mask.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "called",
+        "common",
+        "first_slot",
+        "found",
+        "observer",
+        "packed",
+        "plan",
+        "session",
+        "stats",
+        "unpadded",
+        "weights",
+    )
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        session: Session,
+        stats: PatchStats,
+        *,
+        observer: Observer | None = None,
+        first_slot: int | None = None,
+        weights: bool = False,
+        packed: bool = False,
+        unpadded: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.session = session
+        self.stats = stats
+        self.observer = observer
+        self.first_slot = first_slot
+        self.weights = weights
+        self.packed = packed
+        self.unpadded = unpadded
+        self.called: set[int] = set()
+        self.found: Outliers | None = None
+        self.common: dict[int, Common] = {}
+
+    def emitted(self, layer: int, outliers: Outliers, tokens: torch.Tensor | None) -> None:
+        """Pass on a layer's outliers; ``tokens`` bool ``[B, M]`` says which queries count, None: all."""
+        self.found = outliers
+        self.session.emitted(layer, outliers)
+        # A graph counts nothing, and gradient checkpointing runs a layer again.
+        if layer not in self.called and not torch.compiler.is_compiling():
+            self.stats.add_counts(outliers.counts, tokens)
+
+
+class _Traced:
+    """The forward that torch.compile is tracing, which cannot see context variables."""
+
+    def __init__(self) -> None:
+        self.forward: Forward | None = None
+
+
+_traced = _Traced()
+# Weak: a forward that failed must not be found later by parts of the model that are called by themselves.
+_running: ContextVar[weakref.ref[Forward] | None] = ContextVar("attnrb_forward", default=None)
+
+
+def enter_forward(forward: Forward | None) -> None:
+    """Make this the forward that runs in this thread; None when it is over."""
+    if torch.compiler.is_compiling():
+        _traced.forward = forward
+    else:
+        _running.set(None if forward is None else weakref.ref(forward))
+
+
+def current_forward() -> Forward | None:
+    """The forward of a patched model that runs in this thread, if any."""
+    if torch.compiler.is_compiling():
+        return _traced.forward
+    running = _running.get()
+    return None if running is None else running()

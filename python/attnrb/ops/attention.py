@@ -1,0 +1,271 @@
+"""Attention with an edit: `torch.ops.attnrb.attention`, its gradient, and the functions that call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnrb import _C
+from attnrb.ops import dense, training
+from attnrb.ops.edit import NO_EDIT, RULES, Attended, Edit, EditArguments, edit_arguments
+from attnrb.ops.operands import (
+    check_gain_values,
+    check_one_device,
+    check_shapes,
+    check_threshold,
+    native,
+    operands,
+    records_gradient,
+)
+from attnrb.ops.outliers import Outliers
+from attnrb.ops.scores import DEFAULT_SCORES, Scores, score_arguments
+from attnrb.ops.visibility import DEFAULT_VISIBILITY, Visibility, VisibilityArguments, visibility_arguments
+
+__all__ = ["OPTIONS", "attend", "attention", "attention_fake", "attention_weights", "dispatch"]
+
+# Looked up once: torch.ops resolves overloads at every call.
+_attention = torch.ops.attnrb.attention.default
+_attention_training = torch.ops.attnrb.attention_training.default
+_attention_backward = torch.ops.attnrb.attention_backward.default
+
+# The options of the op in the order of its schema.
+OPTIONS = (*EditArguments._fields, "emit", *VisibilityArguments._fields, *Scores._fields)
+_DEFAULTS = (*NO_EDIT, None, *DEFAULT_VISIBILITY, *DEFAULT_SCORES)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    edit: Edit | None = None,
+    emit: float | None = None,
+    visibility: Visibility | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Attended:
+    """Attention whose weights are edited, and which may find its own outliers.
+
+    With ``s`` the scores ``scale · query · keyᵀ`` after the softcap, ``β`` the edit's key bias and ``P = softmax(s +
+    β)`` over the visible keys, :class:`attnrb.Edit` says what becomes of ``P`` before it weighs the values. No
+    ``[M, N]`` matrix is built.
+
+    Differentiable in query, key, value, sinks, and the edit's gain and key bias, through output and log-sum-exp.
+    ``torch.ops.attnrb.attention``, which this calls, is not: a gradient registered for it would slow every decoded
+    token, so ``torch.ops.attnrb.attention_training`` has it, with the same options by position.
+
+    Args:
+        query: ``[B, H, M, D]``, float32, bfloat16, float16 or float64, any strides.
+        key: ``[B, Hk, N, D]``, dtype and device of ``query``.
+        value: ``[B, Hk, N, Dv]``, likewise.
+        edit: what is done to the weights. The default is nothing.
+        emit: return the outliers too: the keys of each row, other than the query's own, with ``P`` above this number,
+            between 0 and 1, both excluded. ``P`` includes the bias, not the gain. The default is not to.
+        visibility: which keys a query may see: a :class:`attnrb.Visibility`, or a bool mask broadcastable to
+            ``[B, H, M, N]``. The default is causal, with the last query on the last key.
+        scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
+        softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
+        sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
+
+    Returns:
+        :class:`attnrb.Attended`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or numbers do not fit, or a row of the edit's outliers does not ascend.
+    """
+    query, key, value = operands(query, key, value)
+    if emit is not None:
+        check_threshold(emit, "emit")
+    editing = edit_arguments(edit, query)
+    return dispatch(
+        query, key, value, editing, emit, visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    edit: Edit | None,
+    emit: float | None,
+    visibility: Visibility,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Outliers | None]:
+    """Output and outliers of :func:`attention`, which are what a model's layers need."""
+    options: dict[str, Any] = {"visibility": visibility, "scale": scale, "softcap": softcap, "sinks": sinks}
+    output, _, outliers = attention(query, key, value, edit=edit, emit=emit, **options)
+    return output, outliers
+
+
+def dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    edit: EditArguments,
+    emit: float | None,
+    visibility: VisibilityArguments,
+    scores: Scores,
+) -> Attended:
+    """:func:`attention` of checked operands, with its options as the op takes them."""
+    if not native(query):
+        check_shapes(query, key, value, edit, visibility, scores)
+        return Attended(*dense.attention(query, key, value, edit, emit, visibility, scores))
+    if (
+        edit.gain is not None and edit.indices is None
+    ):  # every key is one: a scale of the output, and no kernel's matter
+        attended = dispatch(query, key, value, edit._replace(gain=None), emit, visibility, scores)
+        return _strengthen_everything(attended, edit, scores.sinks)
+    if records_gradient(query, key, value, edit.gain, edit.key_bias, scores.sinks):
+        output, lse, indices, counts = _attention_training(query, key, value, *edit, emit, *visibility, *scores)
+    else:
+        output, lse, indices, counts = _attention(query, key, value, **_given(edit, emit, visibility, scores))
+    return Attended(output, lse, None if emit is None else Outliers(indices, counts))
+
+
+def _given(edit: EditArguments, emit: float | None, visibility: VisibilityArguments, scores: Scores) -> dict[str, Any]:
+    """The options that are not at their defaults: each that is passed costs a call a quarter of a microsecond."""
+    given: dict[str, Any] = {} if emit is None else {"emit": emit}
+    for options, nothing in ((edit, NO_EDIT), (visibility, DEFAULT_VISIBILITY), (scores, DEFAULT_SCORES)):
+        if options is not nothing:
+            for name, option, default in zip(options._fields, options, nothing, strict=True):
+                if option is not default:
+                    given[name] = option
+    return given
+
+
+def _strengthen_everything(attended: Attended, edit: EditArguments, sinks: Tensor | None) -> Attended:
+    """What the rules of Note: [Edited attention] come to where every visible key is an outlier.
+
+    The rest of a row is its sink, so that m is 1 less the sink's share.
+    """
+    assert edit.gain is not None
+    check_gain_values(edit)
+    output, lse, _ = attended
+    more = 1 + edit.gain[:, None]
+    share = torch.zeros_like(lse)
+    if sinks is not None:
+        share = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.to(lse.dtype)[:, None] - lse))
+    factor = more.expand_as(lse)
+    rule = RULES[edit.rule]
+    if rule == "row":
+        total = share + more * (1 - share)
+        factor = torch.where(total == 0, 0.0, more / total)
+        lse = lse + torch.log(total)
+    elif rule == "rest":
+        factor = torch.where(share == 0, 1.0, more)
+    # Not in place: a backward may need the output.
+    return attended._replace(output=(output * factor[..., None]).to(output.dtype), lse=lse)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    edit: Edit | None = None,
+    visibility: Visibility | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The weights of :func:`attention` as a matrix, for those who ask to see them.
+
+    Models return their weights with ``output_attentions=True``. No op has them: they are computed again here, in
+    float32 (float64 for float64), ``4 B H M N`` bytes, and as many of ``query``'s dtype for every layer that a model
+    keeps. Output and weights of a layer agree up to rounding.
+
+    Args:
+        query: ``[B, H, M, D]``.
+        key: ``[B, Hk, N, D]``.
+        edit: what is done to the weights.
+        visibility: as for :func:`attention`, like the rest.
+        scale: likewise.
+        softcap: likewise.
+        sinks: likewise.
+
+    Returns:
+        ``[B, H, M, N]`` in the dtype of ``query``; a query that sees no key has zeros.
+    """
+    editing, seeing = edit_arguments(edit, query), visibility_arguments(visibility)
+    scoring = score_arguments(scale, softcap, sinks)
+    check_shapes(query, key, key, editing, seeing, scoring)
+    return dense.attention_weights(query, key, editing, seeing, scoring)
+
+
+# ------------------------------------------------------------------------------------------------ as torch knows it
+
+
+def _named(positional: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """The options of a call, all of them: torch leaves out what is at its default."""
+    return dict(zip(OPTIONS, _DEFAULTS, strict=True)) | dict(zip(OPTIONS, positional, strict=False)) | keywords
+
+
+def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> tuple[Tensor, ...]:
+    """What the op returns, of the right shapes, dtypes and strides."""
+    options = _named(positional, keywords)
+    check_one_device(query=query, key=key, value=value, **options)
+    rows, emit = query.shape[:3], options["emit"]
+    capacity = 0
+    if emit is not None:
+        capacity = torch.sym_min(_C.outlier_capacity(emit), key.shape[2])  # type: ignore[no-untyped-call]
+    return (
+        training.like_rows(query.new_empty((1,)).expand(*rows, value.shape[3])),
+        query.new_empty(rows, dtype=torch.float32),
+        query.new_empty((*rows, capacity), dtype=torch.int32),
+        query.new_empty(rows, dtype=torch.int32),
+    )
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *positional: Any,
+    **keywords: Any,
+) -> tuple[Tensor, ...]:
+    rows = (training.like_rows(each) for each in (query, key, value))
+    bias = training.like_bias(query, _named(positional, keywords)["key_bias"])
+    return (*rows, training.like_heads(query), bias, training.like_heads(query))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, *options = inputs
+    attended, lse, indices, counts = output
+    training.keep(ctx, dict(zip(OPTIONS, options, strict=True)), query, key, value, attended, lse)
+    ctx.mark_non_differentiable(indices, counts)
+
+
+def _gradient(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_output is None and grad_lse is None:
+        return (None,) * (3 + len(OPTIONS))
+    (query, key, value, output, lse), options = training.kept(ctx)
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    options["emit"] = None
+    *rows, gain, key_bias, sinks = _attention_backward(
+        grad_output, grad_lse, query, key, value, output, lse, *(options[name] for name in OPTIONS)
+    )
+    found: dict[str, Tensor] = {}
+    if options["gain"] is not None:
+        found["gain"] = gain.sum(0, keepdim=True) if options["gain"].shape[0] == 1 else gain
+    if options["key_bias"] is not None:
+        found["key_bias"] = key_bias
+    if options["sinks"] is not None:
+        found["sinks"] = sinks.to(options["sinks"].dtype)
+    return (*rows, *(found.get(name) for name in OPTIONS))
+
+
+torch.library.register_fake("attnrb::attention", attention_fake)
+torch.library.register_fake("attnrb::attention_training", attention_fake)
+torch.library.register_autograd("attnrb::attention_training", _gradient, setup_context=_setup)
+training.register_backward("attnrb::attention_backward", _backward_fake)

@@ -1,0 +1,87 @@
+"""Checks of options: each names the option, says what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["HeadChoice", "beyond_the_model", "choose_heads", "head_choice", "index", "indices", "iterable", "number"]
+
+HeadChoice = Sequence[int] | Mapping[int, Sequence[int]]
+"""Heads: one list for all layers, or ``{layer: [heads]}``, where a layer that is not named has none."""
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number as a float; numbers of NumPy and torch pass, text and truth values do not."""
+    if isinstance(value, (bool, str, bytes)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if not math.isfinite(result):
+        raise ValueError(f"{name}: expected a finite number, got {result}")
+    return result
+
+
+def index(name: str, value: Any) -> int:
+    """An integer of at least 0."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        result = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+    if result < 0:
+        raise ValueError(f"{name}: expected 0 or above, got {result}")
+    return result
+
+
+def indices(name: str, values: Any) -> tuple[int, ...]:
+    """Ascending, without repeats, so that equal choices are equal configurations."""
+    found = {index(name, value) for value in iterable(name, values)}
+    if not found:
+        raise ValueError(f"{name}: expected at least one, got none; leave it None to mean all")
+    return tuple(sorted(found))
+
+
+def iterable(name: str, values: Any) -> Iterable[Any]:
+    """A sequence of anything but characters."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a sequence, got {values!r}")
+    return values
+
+
+def head_choice(name: str, heads: HeadChoice) -> tuple[int, ...] | dict[int, tuple[int, ...]]:
+    """Heads as a tuple, or as ``{layer: tuple}``; JSON's keys, which are strings, pass for layers."""
+    if not isinstance(heads, Mapping):
+        return indices(name, heads)
+    by_layer = {}
+    for layer, chosen in heads.items():
+        place = int(layer) if str(layer).isdecimal() else layer
+        by_layer[index(name, place)] = indices(f"{name}[{place}]", chosen)
+    return by_layer
+
+
+def choose_heads(heads: HeadChoice | None, layer: int, total: int) -> Sequence[int]:
+    """The heads of one layer that a choice names, of ``total``; None names all."""
+    if heads is None:
+        return range(total)
+    return heads.get(layer, ()) if isinstance(heads, Mapping) else heads
+
+
+def beyond_the_model(layers: Iterable[int] | None, heads: HeadChoice | None, total_layers: int, total: int) -> None:
+    """Refuse layers and heads that a model of ``total_layers`` layers with ``total`` heads has not.
+
+    Raises:
+        ValueError: there are some.
+    """
+    by_layer = heads if isinstance(heads, Mapping) else {}
+    for name, named in (("layers", layers or ()), ("heads", by_layer)):
+        if beyond := [layer for layer in named if layer >= total_layers]:
+            raise ValueError(f"{name}: the model's layers are 0 to {total_layers - 1}, got {beyond}")
+    for chosen in by_layer.values() if by_layer else (heads or (),):
+        if beyond := [head for head in chosen if head >= total]:
+            raise ValueError(f"heads: the model's heads are 0 to {total - 1}, got {beyond}")
