@@ -474,7 +474,7 @@ def model_shape(model: Any) -> ModelShape:
     """The shape of a model, as its host reads it; a `ModelShape` is returned as it is.
 
     Raises:
-        Whatever `attnrb.patch` raises for a model it cannot serve.
+        Exception: whatever `attnrb.patch` raises for a model it cannot serve.
     """
     if isinstance(model, ModelShape):
         return model
