@@ -99,9 +99,11 @@ def test_import_without_torch_says_so() -> None:
 
 def test_import_of_a_source_tree_says_so(tmp_path: Path) -> None:
     # Only the Python files, found before any installed package.
-    (tmp_path / "attnrb").mkdir()
-    for file in (SOURCE / "python" / "attnrb").glob("*.py"):
-        (tmp_path / "attnrb" / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    package = SOURCE / "python" / "attnrb"
+    for file in package.rglob("*.py"):
+        copy = tmp_path / "attnrb" / file.relative_to(package)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     said = import_attnrb(
         # Python's own finders only: an editable install adds one that finds the compiled files.
         "import sys\nsys.meta_path = [f for f in sys.meta_path if f.__module__.startswith('_frozen_importlib')]\n"

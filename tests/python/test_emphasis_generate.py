@@ -17,12 +17,21 @@ from attnrb import Emphasis, Marked, Span, Spans
 from edit_oracle import attached, biased
 from saved_tiny_model import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from test_emphasis import ENDS, FIRST, LENGTH, LOG_STRENGTHS, SPANS, STRENGTH, UNION, padding
+from test_patch_compile import before_5_4
 from test_patch_models import assert_close
 from tiny_models import tiny, tokens
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 NEW = 10
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 def marked_batch() -> Marked:
@@ -58,6 +67,44 @@ def test_generate(name: str, options: dict[str, Any]) -> None:
     plain = model.generate(**batch.inputs, **options)
     assert got.tolist() == truth.tolist()
     assert options["do_sample"] or got.tolist() != plain.tolist()
+
+
+def test_assisted_decoding() -> None:
+    """Guesses are read with the prompt, taken back from the cache, and read again: spans stay where they are."""
+    model, helper, ids = tiny("llama"), tiny("llama", num_hidden_layers=2), tokens(1, LENGTH)
+    marked = Marked({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Spans((SPANS[0],)))
+    for rows in ("after", "last"):
+        with attnrb.patch(model, Emphasis(strength=STRENGTH, rows=rows)) as patched:
+            alone = patched.generate(marked, max_new_tokens=NEW, do_sample=False)
+            assisted = patched.generate(marked, max_new_tokens=NEW, do_sample=False, assistant_model=helper)
+        assert assisted.tolist() == alone.tolist()
+
+
+@pytest.mark.usefixtures("dynamo")
+@torch.no_grad()
+def test_decoding_in_a_graph_serves_other_spans() -> None:
+    from transformers import StaticCache
+
+    model, ids = tiny("llama"), tokens(2, LENGTH + 4)
+    chosen = [SPANS, Spans(((Span(3, 6),), (Span(5, 6), Span(10, 11))))]
+    with attnrb.patch(model, Emphasis(strength=STRENGTH, rows="last")) as patched:
+
+        def logits(run: Any, spans: Spans) -> Tensor:
+            with patched.spans(spans, prompt=LENGTH):
+                cache = StaticCache(config=model.config, max_cache_len=LENGTH + 4)
+                found = [model(ids[:, :LENGTH], past_key_values=cache).logits]
+                for slot in range(LENGTH, LENGTH + 4):
+                    position = {"cache_position": torch.tensor([slot])} if before_5_4() else {}
+                    found.append(run(ids[:, slot : slot + 1], past_key_values=cache, **position).logits)
+            return torch.cat(found, 1)
+
+        eager = [logits(model, spans) for spans in chosen]
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        graphs = []
+        for spans, expected in zip(chosen, eager, strict=True):
+            assert_close(logits(compiled, spans), expected)
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
 
 
 @pytest.mark.parametrize("rows", ["after", "all", "last"])
@@ -179,14 +226,6 @@ def test_two_threads_with_spans_of_their_own() -> None:
     for place in range(2):
         for found in results[place]:
             assert_close(found, alone[place])
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("dynamo")

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from attnrb.hosts.transformers import attention
+from attnrb.ops import functional
 from dense_oracle import DenseOracle, linear_gains
 from test_patch_models import CONFIG
 from tiny_models import LAYERS, source_layer, tiny, tokens
@@ -91,9 +91,9 @@ def test_weights_asked_for_in_the_configuration() -> None:
 def test_weights_are_computed_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("llama"), tokens(1, 6)
     calls: list[int] = []
-    real = attention.attention_weights
+    real = functional.attention_weights
     monkeypatch.setattr(
-        attention, "attention_weights", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
+        functional, "attention_weights", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
     )
     with torch.no_grad(), attnrb.patch(model, CONFIG):
         model(ids)

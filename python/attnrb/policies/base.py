@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -63,15 +62,13 @@ class ModelShape:
     has_attention: tuple[bool, ...] = ()
     shard: tuple[int, int] = (0, 1)
     devices: tuple[torch.device, ...] | None = None
+    heads_of_layers: frozenset[int] = field(init=False, repr=False, compare=False)
+    """How many heads a layer that takes part may have on this rank: all, or its part of a split layer."""
 
     def __post_init__(self) -> None:
         if not self.has_attention:
             object.__setattr__(self, "has_attention", (True,) * self.layers)
-
-    @cached_property
-    def heads_of_layers(self) -> frozenset[int]:
-        """How many heads a layer that takes part may have on this rank: all, or its part of a split layer."""
-        return frozenset((self.heads, self.local_heads))
+        object.__setattr__(self, "heads_of_layers", frozenset((self.heads, self.local_heads)))
 
     @property
     def local_heads(self) -> int:
@@ -477,7 +474,7 @@ def model_shape(model: Any) -> ModelShape:
     """The shape of a model, as its host reads it; a `ModelShape` is returned as it is.
 
     Raises:
-        Whatever `attnrb.patch` raises for a model it cannot serve.
+        Exception: whatever `attnrb.patch` raises for a model it cannot serve.
     """
     if isinstance(model, ModelShape):
         return model

@@ -101,7 +101,7 @@ def compare(
 
     Raises:
         ValueError: as `attnrb.studies.prompts.read_prompt` and `attnrb.studies.generation.generate` do.
-        Whatever `attnrb.patch` raises for a model it cannot serve.
+        Exception: whatever `attnrb.patch` raises for a model it cannot serve.
     """
     say = progress or (lambda _: None)
     read = read_prompt(model, tokenizer, prompt, config, chat=chat, markup=markup)

@@ -222,7 +222,7 @@ def score_items(
 
     Raises:
         ValueError: ``items`` is empty, or ``markup`` unknown.
-        Whatever `attnrb.patch` raises for a model it cannot serve.
+        Exception: whatever `attnrb.patch` raises for a model it cannot serve.
     """
     if not items:
         raise ValueError("items: expected at least one, got none")

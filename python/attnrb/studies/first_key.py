@@ -37,7 +37,7 @@ def first_key_shares(
 
     Raises:
         ValueError: when `input_ids` is not one text of at least two tokens.
-        Whatever `attnrb.patch` raises for a model it cannot serve.
+        Exception: whatever `attnrb.patch` raises for a model it cannot serve.
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [1, n] with n of at least 2, got {list(input_ids.shape)}")
@@ -59,7 +59,7 @@ def span_shares(
 
     Raises:
         ValueError: there is no span, or no token behind the last one.
-        Whatever `attnrb.patch` raises for a model it cannot serve.
+        Exception: whatever `attnrb.patch` raises for a model it cannot serve.
     """
     if not spans or spans.slots >= input_ids.shape[1]:
         raise ValueError("spans: expected at least one, and a token behind the last")

@@ -64,7 +64,7 @@ def profile_heads(
         ValueError: there are no examples, one has no span that takes the policy's strength, or another number of rows;
             the model is in training mode; the policy has options that a ranking of all heads cannot heed; the gradient
             is not finite.
-        Whatever `attnrb.patch` raises for a model it cannot serve.
+        Exception: whatever `attnrb.patch` raises for a model it cannot serve.
     """
     policy = _checked_policy(policy)
     rows = _rows(model, tokenizer, examples)
