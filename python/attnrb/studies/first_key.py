@@ -82,8 +82,9 @@ def _shares(
         batch, key_heads, count, _ = call.key.shape
         value = call.key.new_ones(batch, key_heads, count, 2)
         value[..., 0] = keys.to(value.device, value.dtype)
-        chosen, total = call.attention(value).float().unbind(-1)
-        shares[call.layer] = float((chosen / total)[..., first_query:].mean())
+        chosen, total = call.attention(value)[:, :, first_query:].float().unbind(-1)
+        attends = total != 0  # a head that a policy takes out attends to nothing, and has no share
+        shares[call.layer] = float((chosen[attends] / total[attends]).mean()) if bool(attends.any()) else 0.0
 
     with torch.inference_mode(), patch(model, policy, observer=observe) as patched, ExitStack() as stack:
         if spans is not None:
