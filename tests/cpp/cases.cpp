@@ -59,8 +59,8 @@ void random_visibility(AttentionCase& attention, Random& random, bool windowed) 
   if (random.chance(0.2)) visibility.query_offset += random.integer(-40, 40);
   visibility.causal = random.chance(0.7);
   if (random.chance(0.25) || windowed) visibility.window = random.integer(1, shape.keys + 5);
-  const auto slots = [&](std::vector<int64_t>& slots, int64_t low, int64_t high) {
-    for (int64_t b = 0; b < shape.batch; ++b) slots.push_back(visibility.key_offset + random.integer(low, high));
+  const auto slots = [&](std::vector<int64_t>& out, int64_t low, int64_t high) {
+    for (int64_t b = 0; b < shape.batch; ++b) out.push_back(visibility.key_offset + random.integer(low, high));
   };
   if (random.chance(0.25)) slots(attention.key_start, -5, shape.keys + 2);
   if (random.chance(0.25)) slots(attention.key_end, -2, shape.keys + 5);
@@ -111,11 +111,12 @@ const char* dtype_name(DType dtype) {
 }
 
 void add_outliers(AttentionCase& attention, Random& random, int64_t capacity) {
-  attention.role = Role::rebalanced;
+  if (!attention.edits()) attention.role = Role::rebalanced;
   attention.capacity = capacity;
   const Visibility& visibility = attention.visibility;
   const int64_t low = visibility.key_offset - 8, high = visibility.key_offset + attention.shape.keys + 8;
-  for (int64_t row = 0; row < attention.rows(); ++row) {
+  const int64_t lists = attention.shared_rows ? attention.shape.batch * attention.shape.heads : attention.rows();
+  for (int64_t row = 0; row < lists; ++row) {
     std::set<int32_t> slots;
     const int64_t wanted = random.integer(0, capacity);
     for (int64_t i = 0; i < wanted; ++i) slots.insert(int32_t(random.integer(low, high)));
@@ -141,8 +142,51 @@ AttentionCase generate_case(uint64_t seed, const Rarities& rarities) {
   fill(attention, random, true);
   attention.role = random.pick({Role::plain, Role::source, Role::source, Role::rebalanced});
   attention.threshold = random.pick({0.01, 0.01, 0.05, 0.3, 0.003});
-  attention.normalize = random.chance(0.5);
+  attention.rule = random.chance(0.5) ? Rule::row : Rule::none;
   if (attention.role == Role::rebalanced) add_outliers(attention, random, random.pick<int64_t>({0, 1, 5, 40}));
+  return attention;
+}
+
+void add_bias(AttentionCase& attention, Random& random) {
+  const Shape& shape = attention.shape;
+  const int64_t keys = attention.visibility.key_offset + shape.keys;
+  const int64_t sizes[3] = {random.chance(0.5) ? 1 : shape.batch, random.chance(0.5) ? 1 : shape.heads,
+                            std::max<int64_t>(1, random.pick<int64_t>({keys, keys, keys + 7, keys / 2, 3}))};
+  int64_t stride = random.chance(0.2) ? 2 : 1;
+  for (int axis = 2; axis >= 0; --axis) {
+    attention.bias_sizes[axis] = sizes[axis];
+    attention.bias_strides[axis] = sizes[axis] == 1 && axis < 2 ? 0 : stride;
+    stride *= sizes[axis];
+  }
+  const double removed = random.pick({0.0, 0.0, 0.05, 0.6, 1.0});
+  for (int64_t i = 0; i < stride; ++i)
+    attention.bias.push_back(random.chance(removed) ? -std::numeric_limits<float>::infinity()
+                                                    : float(random.uniform(-3.0, 3.0)));
+  if (random.chance(0.4))
+    for (int64_t b = 0; b < shape.batch; ++b)
+      attention.first_query.push_back(attention.visibility.query_offset + random.integer(-2, shape.queries + 2));
+}
+
+AttentionCase generate_edited_case(uint64_t seed, const Rarities& rarities) {
+  AttentionCase attention = generate_case(seed, rarities);
+  Random random(seed + 77000000);
+  const Shape& shape = attention.shape;
+  attention.indices.clear();
+  attention.counts.clear();
+  attention.gain.clear();
+  attention.role = random.pick({Role::source, Role::rebalanced, Role::rebalanced, Role::both});
+  attention.rule = random.pick({Rule::none, Rule::row, Rule::rest, Rule::rest});
+  attention.shared_rows = random.chance(0.4);
+  if (attention.edits()) add_outliers(attention, random, random.pick<int64_t>({1, 5, 40}));
+  // Gains of -1, where outliers lose all.
+  if (attention.rule != Rule::row)
+    for (float& gain : attention.gain)
+      if (random.chance(0.15)) gain = -1.0f;
+  if (random.chance(0.4))
+    for (int64_t b = 0; b < shape.batch; ++b)
+      attention.query_offsets.push_back(attention.visibility.query_offset + random.integer(-shape.keys / 2, 10));
+  if (random.chance(0.3)) attention.visibility.chunk = random.integer(1, shape.keys + 5);
+  if (random.chance(0.7)) add_bias(attention, random);
   return attention;
 }
 
@@ -167,6 +211,7 @@ AttentionProblem AttentionCase::problem() {
   problem.visibility = visibility;
   problem.visibility.key_start = key_start.empty() ? nullptr : key_start.data();
   problem.visibility.key_end = key_end.empty() ? nullptr : key_end.data();
+  problem.visibility.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
   problem.visibility.mask = mask.get();
   problem.scoring = scoring;
   problem.scoring.sinks = sinks.empty() ? nullptr : sinks.data();
@@ -176,28 +221,36 @@ AttentionProblem AttentionCase::problem() {
   std::copy_n(output.strides().begin(), 3, problem.output_strides);
   lse.assign(size_t(rows()), -77.0f);
   problem.lse = lse.data();
-  if (role == Role::source) {
+  if (emits()) {
     problem.emit.capacity = outlier_capacity(threshold, shape.keys);
     problem.emit.threshold = threshold;
     found.assign(size_t(rows() * problem.emit.capacity + 1), kUnwritten);
     found_counts.assign(size_t(rows()), kUnwritten);
     problem.emit.indices = found.data();
     problem.emit.counts = found_counts.data();
-  } else if (role == Role::rebalanced) {
-    // Even without room for outliers the pointers are not null.
-    if (indices.empty()) indices.reserve(1);
-    problem.edit = edit();
   }
+  // Even without room for outliers the pointers are not null.
+  if (indices.empty()) indices.reserve(1);
+  problem.edit = edit();
   return problem;
 }
 
 Edit AttentionCase::edit() const {
   Edit edit;
-  edit.indices = indices.data();
-  edit.counts = counts.data();
-  edit.capacity = capacity;
-  edit.gain = gain.data();
-  edit.rule = normalize ? Rule::row : Rule::none;
+  if (edits()) {
+    edit.indices = indices.data();
+    edit.counts = counts.data();
+    edit.capacity = capacity;
+    edit.shared_rows = shared_rows;
+    edit.gain = gain.data();
+    edit.rule = rule;
+  }
+  if (!bias.empty()) {
+    edit.key_bias = bias.data();
+    std::copy_n(bias_strides, 3, edit.bias_strides);
+    edit.bias_slots = bias_sizes[2];
+    edit.first_query = first_query.empty() ? nullptr : first_query.data();
+  }
   return edit;
 }
 
@@ -210,9 +263,12 @@ ReceivedProblem AttentionCase::received_problem(std::vector<float>& received) co
   problem.visibility = visibility;
   problem.visibility.key_start = key_start.empty() ? nullptr : key_start.data();
   problem.visibility.key_end = key_end.empty() ? nullptr : key_end.data();
+  problem.visibility.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
   problem.visibility.mask = mask.get();
   problem.scoring = scoring;
   problem.scoring.sinks = sinks.empty() ? nullptr : sinks.data();
+  problem.edit = edit();
+  problem.edit.indices = nullptr;
   received.assign(size_t(shape.batch * shape.heads * shape.keys), -77.0f);
   problem.received = received.data();
   return problem;
@@ -220,7 +276,7 @@ ReceivedProblem AttentionCase::received_problem(std::vector<float>& received) co
 
 std::string AttentionCase::describe() const {
   std::ostringstream text;
-  const char* roles[] = {"plain", "source", "rebalanced"};
+  const char* roles[] = {"plain", "source", "rebalanced", "both"};
   text << roles[int(role)] << ' ' << dtype_name(dtype) << " B" << shape.batch << " H" << shape.heads << '/'
        << shape.key_heads << " M" << shape.queries << " N" << shape.keys << " D" << shape.width << " Dv"
        << shape.value_width << (visibility.causal ? " causal" : "") << " query_offset " << visibility.query_offset
@@ -229,8 +285,13 @@ std::string AttentionCase::describe() const {
   if (!key_end.empty()) text << " key_end";
   if (mask) text << " mask";
   text << " scale " << scoring.scale << " softcap " << scoring.softcap << (sinks.empty() ? "" : " sinks");
-  if (role == Role::source) text << " threshold " << threshold;
-  if (role == Role::rebalanced) text << " capacity " << capacity << (normalize ? " normalize" : "");
+  if (emits()) text << " threshold " << threshold;
+  if (edits()) text << " capacity " << capacity << " rule " << int(rule) << (shared_rows ? " shared" : "");
+  if (!query_offsets.empty()) text << " query_offsets";
+  if (visibility.chunk > 0) text << " chunk " << visibility.chunk;
+  if (!bias.empty())
+    text << " bias [" << bias_sizes[0] << ", " << bias_sizes[1] << ", " << bias_sizes[2] << "]"
+         << (first_query.empty() ? "" : " first_query");
   for (const Array* array : {&query, &key, &value, &output}) {
     text << " strides";
     for (const int64_t stride : array->strides()) text << ' ' << stride;

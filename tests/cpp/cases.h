@@ -15,7 +15,8 @@ namespace attnrb::testing {
 // What outlier rows hold before a kernel writes them; one more element behind them keeps it.
 constexpr int32_t kUnwritten = -77;
 
-enum class Role { plain, source, rebalanced };
+// What a case asks for: nothing, outliers, that some be strengthened, or both.
+enum class Role { plain, source, rebalanced, both };
 
 // A problem and everything its pointers lead into. The output lies in a sentinel buffer too.
 struct AttentionCase {
@@ -25,22 +26,26 @@ struct AttentionCase {
   Visibility visibility;
   Scoring scoring;
   double threshold = 0.01;
-  bool normalize = false;
+  Rule rule = Rule::none;
+  bool shared_rows = false;
 
   Array query, key, value, output;
-  std::vector<int64_t> key_start, key_end;
+  std::vector<int64_t> key_start, key_end, query_offsets, first_query;
   std::unique_ptr<bool[]> mask;
-  std::vector<float> sinks, gain;
-  std::vector<int32_t> indices, counts;  // of a rebalanced case
+  std::vector<float> sinks, gain, bias;
+  int64_t bias_sizes[3] = {0, 0, 0}, bias_strides[3] = {0, 0, 0};  // 1 and 0 where broadcast
+  std::vector<int32_t> indices, counts;                            // of a case that strengthens
   int64_t capacity = 0;
 
   // What a kernel writes besides the output.
   std::vector<float> lse;
-  std::vector<int32_t> found, found_counts;  // of a source case
+  std::vector<int32_t> found, found_counts;  // of a case that asks for outliers
 
   // The problem, with results that hold sentinels again.
   AttentionProblem problem();
   Edit edit() const;
+  bool emits() const { return role == Role::source || role == Role::both; }
+  bool edits() const { return role == Role::rebalanced || role == Role::both; }
   ReceivedProblem received_problem(std::vector<float>& received) const;
   std::string describe() const;
 
@@ -54,6 +59,10 @@ struct Rarities {
 
 // Sizes up to a few hundred keys; every feature is on in some cases and off in most.
 AttentionCase generate_case(uint64_t seed, const Rarities& rarities = {});
+
+// The same with the options that re-balancing does without: a key bias, first queries, rule rest, lists that all
+// queries of a head share, outliers asked for beside, slots for each sequence, chunks.
+AttentionCase generate_edited_case(uint64_t seed, const Rarities& rarities = {});
 
 // A plain causal case of given sizes, float32 unless said otherwise, contiguous.
 AttentionCase simple_case(const Shape& shape, DType dtype = DType::float32, uint64_t seed = 1);

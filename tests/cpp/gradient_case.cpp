@@ -29,14 +29,15 @@ GradientCase::GradientCase(AttentionCase& of, Random& random, bool of_received) 
   // A row whose output nothing depends on.
   if (random.chance(0.3))
     for (int64_t d = 0; d < shape.value_width; ++d) grad_output.set(0, 0, shape.queries / 2, d, 0.0);
-  if (attention.role == Role::source && random.chance(0.7))
+  const bool edited = !attention.bias.empty() || attention.rule == Rule::rest;
+  if ((attention.role == Role::source || edited) && random.chance(0.7))
     for (int64_t row = 0; row < attention.rows(); ++row) grad_lse.push_back(float(random.uniform(-1.0, 1.0)));
   if (received)
     for (int64_t i = 0; i < shape.batch * shape.heads * shape.keys; ++i)
       grad_received.push_back(float(random.uniform(-1.0, 1.0)));
 
   AttentionProblem forward = attention.problem();
-  if (received) forward.edit = {};
+  if (received) forward.edit.indices = nullptr;
   const AttentionTruth truth = attention_truth(forward);
   for (const Bounded& each : truth.lse) lse.push_back(float(each.value));
   for (int64_t row = 0, at = 0; row < attention.rows(); ++row)
@@ -55,6 +56,15 @@ GradientProblem GradientCase::problem() {
   problem.key = shared.key;
   problem.visibility = shared.visibility;
   problem.scoring = shared.scoring;
+  problem.edit = shared.edit;
+  const int64_t* sizes = attention.bias_sizes;
+  grad_bias.assign(size_t(sizes[0] * sizes[1] * sizes[2]), kUntouched);
+  if (!grad_bias.empty()) {
+    problem.grad_bias = grad_bias.data();
+    problem.grad_bias_strides[0] = sizes[0] == 1 ? 0 : sizes[1] * sizes[2];
+    problem.grad_bias_strides[1] = sizes[1] == 1 ? 0 : sizes[2];
+    problem.grad_bias_strides[2] = 1;
+  }
   problem.lse = lse.data();
   const auto target = [](Array& array) {
     array.fill_sentinel();
@@ -75,7 +85,7 @@ GradientProblem GradientCase::problem() {
   problem.grad_output = grad_output.view();
   problem.grad_value = target(grad_value);
   if (!grad_lse.empty()) problem.grad_lse = grad_lse.data();
-  if (attention.role == Role::rebalanced) {
+  if (attention.edits()) {
     problem.edit = attention.edit();
     problem.grad_gain = grad_gain.data();
   }
@@ -86,7 +96,7 @@ std::vector<unsigned char> GradientCase::written() const {
   std::vector<unsigned char> all;
   for (const Array* array : {&grad_query, &grad_key, &grad_value})
     all.insert(all.end(), array->bytes().begin(), array->bytes().end());
-  for (const std::vector<float>* numbers : {&grad_gain, &grad_sinks}) {
+  for (const std::vector<float>* numbers : {&grad_gain, &grad_sinks, &grad_bias}) {
     const unsigned char* bytes = reinterpret_cast<const unsigned char*>(numbers->data());
     all.insert(all.end(), bytes, bytes + numbers->size() * sizeof(float));
   }
@@ -95,12 +105,17 @@ std::vector<unsigned char> GradientCase::written() const {
 
 bool for_received_attention(uint64_t seed) { return seed % 5 == 2; }
 
-AttentionCase generate_gradient_case(uint64_t seed) {
+Rarities gradient_rarities(uint64_t seed) {
   Rarities rarities;
   rarities.wide = seed % 7 == 1;
   rarities.capped = seed % 3 == 0;
   rarities.windowed = seed % 4 >= 2;
-  return generate_case(seed, rarities);
+  return rarities;
+}
+
+AttentionCase generate_gradient_case(uint64_t seed) { return generate_case(seed, gradient_rarities(seed)); }
+AttentionCase generate_edited_gradient_case(uint64_t seed) {
+  return generate_edited_case(seed, gradient_rarities(seed));
 }
 
 }  // namespace attnrb::testing

@@ -13,7 +13,7 @@ struct GradientCase {
   AttentionCase& attention;
   bool received = false;
   Array grad_output, grad_query, grad_key, grad_value;
-  std::vector<float> lse, grad_lse, grad_received, grad_gain, grad_sinks;
+  std::vector<float> lse, grad_lse, grad_received, grad_gain, grad_sinks, grad_bias;
 
   GradientCase(AttentionCase& of, Random& random, bool of_received);
 
@@ -28,5 +28,7 @@ struct GradientCase {
 // have a window, of every five one is for received attention.
 bool for_received_attention(uint64_t seed);
 AttentionCase generate_gradient_case(uint64_t seed);
+// The same with every option of an edit.
+AttentionCase generate_edited_gradient_case(uint64_t seed);
 
 }  // namespace attnrb::testing

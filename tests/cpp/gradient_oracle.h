@@ -9,8 +9,10 @@
 //   score          dS = P (w dW - delta) slope: P (w |dW| + |delta|) times that of the weight, P times those of the
 //   two,
 //                  and with a softcap |P (w dW - delta)| times the slope's 2 |tanh| (W_i / cap + 4u) + 4u
-// Sums over keys or rows add the error of their length. Kernels that multiply in bfloat16 round P and dS to 2^-8, and
-// CUDA's in float16 to 2^-11 and there to 2^-25 at least.
+// Under rule rest (Note: [Gradients of shared rows]) the mean q of dW over the others errs as a sum of them does, a
+// ratio of masses as two weights, and terms that a difference takes apart count with the size of both. Sums over keys
+// or rows add the error of their length. Kernels that multiply in bfloat16 round P and dS to 2^-8, and CUDA's in
+// float16 to 2^-11 and there to 2^-25 at least.
 #pragma once
 
 #include <vector>
@@ -24,6 +26,7 @@ struct GradientTruth {
   std::vector<Bounded> key;          // [B, Hk, N, D]
   std::vector<Bounded> value;        // [B, Hk, N, Dv]
   std::vector<Bounded> gain, sinks;  // [H]
+  std::vector<Bounded> bias;         // as grad_bias lies
 };
 
 // `output` and `lse` of the problem are not read.

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <set>
 #include <utility>
 
 #include "array.h"
@@ -26,6 +25,21 @@ double storage_rounding(DType dtype, double value) {
     default:
       return kRounding * std::fabs(value) + 0x1p-126;
   }
+}
+
+int64_t slot_of(const Visibility& visibility, int64_t b, int64_t query) {
+  return (visibility.query_offsets != nullptr ? visibility.query_offsets[b] : visibility.query_offset) + query;
+}
+
+bool reaches(const Edit& edit, const Visibility& visibility, int64_t b, int64_t query) {
+  return edit.key_bias != nullptr &&
+         (edit.first_query == nullptr || slot_of(visibility, b, query) >= edit.first_query[b]);
+}
+
+double bias_of(const Edit& edit, const Visibility& visibility, int64_t b, int64_t h, int64_t query, int64_t key) {
+  const int64_t slot = visibility.key_offset + key, *s = edit.bias_strides;
+  if (!reaches(edit, visibility, b, query) || slot >= edit.bias_slots) return 0.0;
+  return double(edit.key_bias[b * s[0] + h * s[1] + slot * s[2]]);
 }
 
 }  // namespace
@@ -53,6 +67,37 @@ double element(const View& view, DType dtype, int64_t a, int64_t b, int64_t c, i
   return load_element(view.data, dtype, a * s[0] + b * s[1] + c * s[2] + d * s[3]);
 }
 
+RowEdit row_edit(const Edit& edit, const Shape& shape, const Visibility& visibility, const Scoring& scoring,
+                 const RowTruth& row, int64_t b, int64_t h, int64_t i) {
+  RowEdit edited;
+  edited.marked.assign(size_t(shape.keys), false);
+  if (edit.indices == nullptr) return edited;
+  const int64_t list = edit.shared_rows ? b * shape.heads + h : (b * shape.heads + h) * shape.queries + i;
+  for (int64_t c = 0; c < edit.counts[list]; ++c) {
+    const int64_t key = int64_t(edit.indices[list * edit.capacity + c]) - visibility.key_offset;
+    if (key >= 0 && key < shape.keys && row.visible[size_t(key)]) edited.marked[size_t(key)] = true;
+  }
+  for (int64_t j = 0; j < shape.keys; ++j)
+    (edited.marked[size_t(j)] ? edited.mass : edited.rest) += row.weights[size_t(j)];
+  if (scoring.sinks != nullptr && !std::isinf(row.lse)) edited.rest += std::exp(double(scoring.sinks[h]) - row.lse);
+  const double gain = double(edit.gain[h]);
+  edited.of_marked = 1.0 + gain;
+  if (edit.rule == Rule::row) {
+    edited.divisor = 1.0 + gain * edited.mass;
+    edited.of_marked /= edited.divisor;
+    edited.of_others /= edited.divisor;
+  } else if (edit.rule == Rule::rest) {
+    edited.hopeless = edited.mass > 0.0 && edited.rest < 1e-25;
+    if (edited.rest == 0.0) {
+      edited.of_marked = 1.0;
+    } else {
+      edited.ratio = gain * edited.mass / edited.rest;
+      edited.of_others = 1.0 - edited.ratio;
+    }
+  }
+  return edited;
+}
+
 RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i) {
   const int64_t keys = source.shape.keys, width = source.shape.width;
   const int64_t key_head = h / (source.shape.heads / source.shape.key_heads);
@@ -60,11 +105,15 @@ RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i) {
 
   RowTruth row;
   row.visible.resize(size_t(keys));
+  row.biased.resize(size_t(keys));
   std::vector<double> scores(size_t(keys), -kInfinity);
+  row.scores = scores;
   double largest_error = 0.0, largest_score = 0.0, largest_size = 0.0;
   for (int64_t j = 0; j < keys; ++j) {
-    row.visible[size_t(j)] = visible(source.visibility, b, h, i, j);
+    const double bias = source.edit != nullptr ? bias_of(*source.edit, source.visibility, b, h, i, j) : 0.0;
+    row.visible[size_t(j)] = visible(source.visibility, b, h, i, j) && bias != -kInfinity;
     if (!row.visible[size_t(j)]) continue;
+    row.biased[size_t(j)] = source.edit != nullptr && reaches(*source.edit, source.visibility, b, i);
     double product = 0.0, size = 0.0;
     for (int64_t d = 0; d < width; ++d) {
       const double term =
@@ -74,10 +123,11 @@ RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i) {
     }
     const double score = cap > 0.0 ? cap * std::tanh(scale * product / cap) : scale * product;
     size *= std::fabs(scale);
-    const double error = sum_error(width) * size + 4.0 * kRounding * (std::fabs(score) + cap);
-    scores[size_t(j)] = score;
+    const double error = sum_error(width) * size + 4.0 * kRounding * (std::fabs(score) + std::fabs(bias) + cap);
+    row.scores[size_t(j)] = score;
+    scores[size_t(j)] = score + bias;
     largest_error = std::max(largest_error, error);
-    largest_score = std::max(largest_score, std::fabs(score));
+    largest_score = std::max({largest_score, std::fabs(score), std::fabs(score + bias)});
     largest_size = std::max(largest_size, size);
   }
   row.weights.assign(size_t(keys), 0.0);
@@ -96,14 +146,18 @@ RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i) {
   row.cuda_error = row.error + 2.0 * cut_off_error(width) * largest_size;
   if (source.dtype == DType::bfloat16) row.tile_error += 3e-6;
   if (source.dtype == DType::float16) row.tile_error += 0x1p-15 * largest_size;
-  row.scores = std::move(scores);
   return row;
 }
 
 bool visible(const Visibility& visibility, int64_t batch, int64_t head, int64_t query, int64_t key) {
-  const int64_t query_slot = visibility.query_offset + query, key_slot = visibility.key_offset + key;
+  const int64_t query_slot = slot_of(visibility, batch, query), key_slot = visibility.key_offset + key;
   if (visibility.causal && key_slot > query_slot) return false;
   if (visibility.window > 0 && key_slot <= query_slot - visibility.window) return false;
+  if (visibility.chunk > 0) {
+    const int64_t origin = visibility.key_start != nullptr ? visibility.key_start[batch] : 0;
+    const auto chunk = [&](int64_t slot) { return std::floor(double(slot - origin) / double(visibility.chunk)); };
+    if (chunk(query_slot) != chunk(key_slot)) return false;
+  }
   if (visibility.key_start != nullptr && key_slot < visibility.key_start[batch]) return false;
   if (visibility.key_end != nullptr && key_slot >= visibility.key_end[batch]) return false;
   if (visibility.mask == nullptr) return true;
@@ -113,26 +167,16 @@ bool visible(const Visibility& visibility, int64_t batch, int64_t head, int64_t 
 
 AttentionTruth attention_truth(const AttentionProblem& problem) {
   const Shape& shape = problem.shape;
-  const RowSource source{shape, problem.dtype, problem.query, problem.key, problem.visibility, problem.scoring};
+  const RowSource source{shape,           problem.dtype, problem.query, problem.key, problem.visibility,
+                         problem.scoring, &problem.edit};
   AttentionTruth truth;
   for (int64_t b = 0; b < shape.batch; ++b)
     for (int64_t h = 0; h < shape.heads; ++h)
       for (int64_t i = 0; i < shape.queries; ++i) {
         const RowTruth row = row_truth(source, b, h, i);
-        const int64_t index = (b * shape.heads + h) * shape.queries + i;
 
-        std::set<int64_t> outliers;
-        if (problem.edit.indices != nullptr) {
-          const int32_t* slots = problem.edit.indices + index * problem.edit.capacity;
-          outliers.insert(slots, slots + problem.edit.counts[index]);
-        }
-        const double gain = outliers.empty() ? 0.0 : double(problem.edit.gain[h]);
-        const auto factor = [&](int64_t j) {
-          return outliers.count(problem.visibility.key_offset + j) != 0 ? 1.0 + gain : 1.0;
-        };
-        double divisor = 1.0;
-        if (problem.edit.rule == Rule::row)
-          for (int64_t j = 0; j < shape.keys; ++j) divisor += (factor(j) - 1.0) * row.weights[size_t(j)];
+        const RowEdit edited = row_edit(problem.edit, shape, problem.visibility, problem.scoring, row, b, h, i);
+        const double divisor = edited.divisor;
 
         const double lse = row.lse + std::log(divisor), lse_rounding = 2.0 * kRounding * std::fabs(lse);
         // Tiles round probabilities; a normalized row divides by rounded ones.
@@ -148,16 +192,21 @@ AttentionTruth attention_truth(const AttentionProblem& problem) {
           truth.visible.push_back(row.visible[size_t(j)]);
         }
         for (int64_t d = 0; d < shape.value_width; ++d) {
-          double value = 0.0, size = 0.0, strengthened = 0.0, unweighted = 0.0;
+          double value = 0.0, size = 0.0, strengthened = 0.0, unweighted = 0.0, rest = 0.0;
           for (int64_t j = 0; j < shape.keys; ++j) {
             if (!row.visible[size_t(j)]) continue;
             const double v = element(problem.value, problem.dtype, b, h / (shape.heads / shape.key_heads), j, d);
-            const double term = factor(j) * row.weights[size_t(j)] / divisor * v;
+            const bool marked = edited.marked[size_t(j)];
+            const double term = (marked ? edited.of_marked : edited.of_others) * row.weights[size_t(j)] * v;
             value += term;
-            size += std::fabs(term);
-            if (factor(j) != 1.0) strengthened += std::fabs(term);
+            // What the others get is a difference, and the ratio in it errs twice as a weight does.
+            if (!marked) rest += std::fabs(edited.ratio * row.weights[size_t(j)] * v);
+            size += std::fabs(marked ? term : row.weights[size_t(j)] / divisor * v);
+            if (marked && problem.edit.gain[h] != 0.0f) strengthened += std::fabs(term);
             unweighted += std::fabs(v);
           }
+          size += 3.0 * rest;
+          if (edited.hopeless) size = 1e30;  // any finite number does
           // Strengthening multiplies a probability that is rounded already, and rounds it again.
           const double tile_error = (row.tile_error + rounding + divisor_rounding) * size + rounding * strengthened;
           double cuda_error =
@@ -172,7 +221,8 @@ AttentionTruth attention_truth(const AttentionProblem& problem) {
 
 std::vector<Bounded> received_truth(const ReceivedProblem& problem) {
   const Shape& shape = problem.shape;
-  const RowSource source{shape, problem.dtype, problem.query, problem.key, problem.visibility, problem.scoring};
+  const RowSource source{shape,           problem.dtype, problem.query, problem.key, problem.visibility,
+                         problem.scoring, &problem.edit};
   std::vector<Bounded> received;
   for (int64_t b = 0; b < shape.batch; ++b)
     for (int64_t h = 0; h < shape.heads; ++h) {

@@ -29,14 +29,28 @@ struct RowSource {
   const View &query, &key;
   const Visibility& visibility;
   const Scoring& scoring;
+  const Edit* edit = nullptr;  // for its bias
 };
 
 struct RowTruth {
-  std::vector<double> weights, scores;  // [N]
-  std::vector<bool> visible;            // [N]
+  std::vector<double> weights, scores;  // [N]; scores before the bias
+  std::vector<bool> visible, biased;    // [N]
   double lse = -std::numeric_limits<double>::infinity();
   double error = 0.0, tile_error = 0.0, cuda_error = 0.0;  // W_i
 };
+
+// Outliers of a row, by key position; how each part of Note: [Edited attention] is weighed.
+struct RowEdit {
+  std::vector<bool> marked;                 // [N]
+  double mass = 0.0, rest = 0.0;            // m, and 1 - m summed from the others
+  double of_marked = 1.0, of_others = 1.0;  // a + b, and a
+  double ratio = 0.0;                       // g m / (1 - m), under rule rest
+  double divisor = 1.0;                     // 1 + g m, under rule row
+  bool hopeless = false;                    // the others have next to no mass: float32 may not see any
+};
+
+RowEdit row_edit(const Edit& edit, const Shape& shape, const Visibility& visibility, const Scoring& scoring,
+                 const RowTruth& row, int64_t b, int64_t h, int64_t i);
 
 RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i);
 

@@ -42,6 +42,13 @@ std::string kernel_name(const ::testing::TestParamInfo<const Kernels*>& info) {
 }
 #endif
 
+std::vector<const Kernels*> edited_kernels() {
+  std::vector<const Kernels*> tables;
+  for (const Kernels* table : tested_kernels())
+    if (!on_device(*table)) tables.push_back(table);
+  return tables;
+}
+
 bool Written::operator==(const Written& other) const {
   return status == other.status && output == other.output && lse.size() == other.lse.size() &&
          std::memcmp(lse.data(), other.lse.data(), lse.size() * sizeof(float)) == 0 && found == other.found &&
@@ -87,7 +94,10 @@ namespace {
   for (int64_t c = count; c < capacity; ++c)
     if (slots[c] != -1) return ::testing::AssertionFailure() << "row " << row << ": padding is " << slots[c];
   int64_t next = 0;
-  const int64_t own = visibility.query_offset + row % attention.shape.queries;
+  const int64_t batch = row / attention.shape.queries / attention.shape.heads;
+  const int64_t own =
+      (attention.query_offsets.empty() ? visibility.query_offset : attention.query_offsets[size_t(batch)]) +
+      row % attention.shape.queries;
   for (int64_t j = 0; j < keys; ++j) {
     const Bounded& weight = truth.weights[size_t(row * keys + j)];
     const int64_t slot = visibility.key_offset + j;
@@ -114,7 +124,7 @@ namespace {
   const Shape& shape = attention.shape;
   if (!attention.output.surroundings_untouched())
     return ::testing::AssertionFailure() << "memory around the output was written";
-  if (attention.role == Role::source && attention.found.back() != kUnwritten)
+  if (attention.emits() && attention.found.back() != kUnwritten)
     return ::testing::AssertionFailure() << "memory behind the outliers was written";
   for (int64_t row = 0; row < attention.rows(); ++row) {
     const int64_t b = row / shape.queries / shape.heads, h = row / shape.queries % shape.heads, i = row % shape.queries;
@@ -131,11 +141,51 @@ namespace {
                << "output [" << b << ", " << h << ", " << i << ", " << d << "]: expected " << expected.value
                << " within " << tolerance(kernels, expected) << ", got " << got;
     }
-    if (attention.role != Role::source) continue;
+    if (!attention.emits()) continue;
     const ::testing::AssertionResult row_result = outlier_row_matches(kernels, attention, truth, row, ties);
     if (!row_result) return row_result;
   }
   return ::testing::AssertionSuccess();
+}
+
+namespace {
+
+::testing::AssertionResult array_matches(const Kernels& kernels, const char* name, const Array& got,
+                                         const std::vector<Bounded>& expected) {
+  if (!got.surroundings_untouched()) return ::testing::AssertionFailure() << "memory around " << name << " was written";
+  const Sizes& n = got.sizes();
+  size_t at = 0;
+  for (int64_t a = 0; a < n[0]; ++a)
+    for (int64_t b = 0; b < n[1]; ++b)
+      for (int64_t c = 0; c < n[2]; ++c)
+        for (int64_t d = 0; d < n[3]; ++d, ++at)
+          if (!close(kernels, got.at(a, b, c, d), expected[at]))
+            return ::testing::AssertionFailure()
+                   << name << " [" << a << ", " << b << ", " << c << ", " << d << "]: expected " << expected[at].value
+                   << " within " << tolerance(kernels, expected[at]) << ", got " << got.at(a, b, c, d);
+  return ::testing::AssertionSuccess();
+}
+
+::testing::AssertionResult numbers_match(const Kernels& kernels, const char* name, const std::vector<float>& got,
+                                         const std::vector<Bounded>& expected) {
+  for (size_t h = 0; h < got.size(); ++h)
+    if (!close(kernels, got[h], expected[h]))
+      return ::testing::AssertionFailure() << name << " [" << h << "]: expected " << expected[h].value << " within "
+                                           << tolerance(kernels, expected[h]) << ", got " << got[h];
+  return ::testing::AssertionSuccess();
+}
+
+}  // namespace
+
+void check_gradient(const Kernels& kernels, const GradientCase& gradient, const GradientTruth& truth) {
+  ASSERT_TRUE(array_matches(kernels, "grad_query", gradient.grad_query, truth.query));
+  ASSERT_TRUE(array_matches(kernels, "grad_key", gradient.grad_key, truth.key));
+  ASSERT_TRUE(numbers_match(kernels, "grad_sinks", gradient.grad_sinks, truth.sinks));
+  ASSERT_TRUE(numbers_match(kernels, "grad_bias", gradient.grad_bias, truth.bias));
+  if (gradient.received) return;
+  ASSERT_TRUE(array_matches(kernels, "grad_value", gradient.grad_value, truth.value));
+  if (!gradient.attention.edits()) return;
+  ASSERT_TRUE(numbers_match(kernels, "grad_gain", gradient.grad_gain, truth.gain));
 }
 
 }  // namespace testing

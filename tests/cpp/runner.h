@@ -9,12 +9,16 @@
 
 #include "cases.h"
 #include "core/kernels.h"
+#include "gradient_case.h"
+#include "gradient_oracle.h"
 #include "oracle.h"
 
 namespace attnrb::testing {
 
 // Every kernel table to test: those that this processor runs, and the tile kernels on emulated tiles where it can.
 std::vector<const Kernels*> tested_kernels();
+// Those that serve every option of an edit. The emulated device has tests of its own for them.
+std::vector<const Kernels*> edited_kernels();
 // The numbers of threads, beside one, on which results must have the same bits. The emulated device knows no such
 // thing; there each run takes the work in another order.
 inline std::vector<int64_t> other_threads() {
@@ -50,6 +54,9 @@ double tolerance(const Kernels& kernels, const Bounded& expected);
 
 // Within tolerance, or the same infinity.
 bool close(const Kernels& kernels, double got, const Bounded& expected);
+
+// All that `kernels` wrote last of a backward, against the truth.
+void check_gradient(const Kernels& kernels, const GradientCase& gradient, const GradientTruth& truth);
 
 // A parameterised suite over tested_kernels().
 class KernelTest : public ::testing::TestWithParam<const Kernels*> {};

@@ -276,7 +276,7 @@ TEST_P(Edges, AStrengthenedRowOfOneKeyIsExact) {
     AttentionCase attention = simple_case(make_shape(1, 2, 1, 40, 40, 16), dtype);
     attention.role = Role::rebalanced;
     attention.visibility.window = 1;
-    attention.normalize = true;
+    attention.rule = Rule::row;
     attention.capacity = 1;
     for (int64_t row = 0; row < attention.rows(); ++row) attention.indices.push_back(int32_t(row % 40));
     attention.counts.assign(size_t(attention.rows()), 1);

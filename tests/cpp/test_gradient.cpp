@@ -35,59 +35,33 @@ std::vector<unsigned char> run_gradient(const Kernels& kernels, GradientCase& gr
   return gradient.written();
 }
 
-::testing::AssertionResult array_matches(const Kernels& kernels, const char* name, const Array& got,
-                                         const std::vector<Bounded>& expected) {
-  if (!got.surroundings_untouched()) return ::testing::AssertionFailure() << "memory around " << name << " was written";
-  const Sizes& n = got.sizes();
-  size_t at = 0;
-  for (int64_t a = 0; a < n[0]; ++a)
-    for (int64_t b = 0; b < n[1]; ++b)
-      for (int64_t c = 0; c < n[2]; ++c)
-        for (int64_t d = 0; d < n[3]; ++d, ++at)
-          if (!close(kernels, got.at(a, b, c, d), expected[at]))
-            return ::testing::AssertionFailure()
-                   << name << " [" << a << ", " << b << ", " << c << ", " << d << "]: expected " << expected[at].value
-                   << " within " << tolerance(kernels, expected[at]) << ", got " << got.at(a, b, c, d);
-  return ::testing::AssertionSuccess();
-}
-
-::testing::AssertionResult numbers_match(const Kernels& kernels, const char* name, const std::vector<float>& got,
-                                         const std::vector<Bounded>& expected) {
-  for (size_t h = 0; h < got.size(); ++h)
-    if (!close(kernels, got[h], expected[h]))
-      return ::testing::AssertionFailure() << name << " [" << h << "]: expected " << expected[h].value << " within "
-                                           << tolerance(kernels, expected[h]) << ", got " << got[h];
-  return ::testing::AssertionSuccess();
-}
-
-void check(const Kernels& kernels, const GradientCase& gradient, const GradientTruth& truth) {
-  ASSERT_TRUE(array_matches(kernels, "grad_query", gradient.grad_query, truth.query));
-  ASSERT_TRUE(array_matches(kernels, "grad_key", gradient.grad_key, truth.key));
-  ASSERT_TRUE(numbers_match(kernels, "grad_sinks", gradient.grad_sinks, truth.sinks));
-  if (gradient.received) return;
-  ASSERT_TRUE(array_matches(kernels, "grad_value", gradient.grad_value, truth.value));
-  if (gradient.attention.role != Role::rebalanced) return;
-  ASSERT_TRUE(numbers_match(kernels, "grad_gain", gradient.grad_gain, truth.gain));
+void check_cases(int part, int64_t count, AttentionCase (*generate)(uint64_t),
+                 const std::vector<const Kernels*>& tables) {
+  for (int64_t seed = part; seed < count; seed += kParts) {
+    AttentionCase attention = generate(uint64_t(seed));
+    Random random(uint64_t(seed) + 1000000);
+    GradientCase gradient(attention, random, for_received_attention(uint64_t(seed)));
+    const GradientTruth truth = gradient_truth(gradient.problem());
+    for (const Kernels* kernels : tables) {
+      SCOPED_TRACE(std::string(kernels->name) + ", seed " + std::to_string(seed) + ": " + attention.describe() +
+                   (gradient.received ? " received" : ""));
+      const std::vector<unsigned char> alone = run_gradient(*kernels, gradient, 1);
+      check_gradient(*kernels, gradient, truth);
+      if (::testing::Test::HasFatalFailure()) return;
+      for (const int64_t threads : other_threads())
+        ASSERT_TRUE(run_gradient(*kernels, gradient, threads) == alone) << "on " << threads << " threads";
+    }
+  }
 }
 
 class GeneratedGradient : public ::testing::TestWithParam<int> {};
 
 TEST_P(GeneratedGradient, MatchesTheOracleOnAnyNumberOfThreads) {
-  for (int64_t seed = GetParam(); seed < case_count(); seed += kParts) {
-    AttentionCase attention = generate_gradient_case(uint64_t(seed));
-    Random random(uint64_t(seed) + 1000000);
-    GradientCase gradient(attention, random, for_received_attention(uint64_t(seed)));
-    const GradientTruth truth = gradient_truth(gradient.problem());
-    for (const Kernels* kernels : gradient_kernels()) {
-      SCOPED_TRACE(std::string(kernels->name) + ", seed " + std::to_string(seed) + ": " + attention.describe() +
-                   (gradient.received ? " received" : ""));
-      const std::vector<unsigned char> alone = run_gradient(*kernels, gradient, 1);
-      check(*kernels, gradient, truth);
-      if (HasFatalFailure()) return;
-      for (const int64_t threads : other_threads())
-        ASSERT_TRUE(run_gradient(*kernels, gradient, threads) == alone) << "on " << threads << " threads";
-    }
-  }
+  check_cases(GetParam(), case_count(), generate_gradient_case, gradient_kernels());
+}
+
+TEST_P(GeneratedGradient, WithEveryOptionOfAnEditMatchesTheOracle) {
+  check_cases(GetParam(), case_count(), generate_edited_gradient_case, edited_kernels());
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, GeneratedGradient, ::testing::Range(0, kParts));
@@ -102,8 +76,8 @@ TEST(GradientCases, AFewHoldSomeOfEachKind) {
     capped += attention.scoring.softcap > 0.0f;
     received_windows +=
         received && attention.visibility.window > 0 && attention.visibility.window < attention.shape.keys;
-    normalized += boosted && attention.normalize && attention.capacity > 0;
-    published += boosted && !attention.normalize && attention.capacity > 0;
+    normalized += boosted && attention.rule == Rule::row && attention.capacity > 0;
+    published += boosted && attention.rule == Rule::none && attention.capacity > 0;
     exact += attention.dtype == DType::float32;
   }
   EXPECT_GE(wide, 2);
@@ -123,7 +97,7 @@ class GradientEdges : public KernelTest {
     const GradientTruth truth = gradient_truth(gradient.problem());
     SCOPED_TRACE(attention.describe() + (received ? " received" : ""));
     run_gradient(kernels(), gradient, 2);
-    check(kernels(), gradient, truth);
+    check_gradient(kernels(), gradient, truth);
   }
 };
 
@@ -136,7 +110,7 @@ TEST_P(GradientEdges, BlocksTakeTurns) {
     GradientCase gradient(attention, random, false);
     const GradientTruth truth = gradient_truth(gradient.problem());
     const std::vector<unsigned char> alone = run_gradient(kernels(), gradient, 1);
-    check(kernels(), gradient, truth);
+    check_gradient(kernels(), gradient, truth);
     // The emulated device runs its threads in another order each time, and slowly.
     const int repeats = on_device(kernels()) ? 1 : 10;
     for (int repeat = 0; repeat < repeats; ++repeat) EXPECT_TRUE(run_gradient(kernels(), gradient, 8) == alone);
@@ -149,7 +123,7 @@ TEST_P(GradientEdges, WideRowsAreExact) {
     for (const auto& [width, value_width] : {std::pair<int64_t, int64_t>{200, 150}, {30, 270}})
       for (const bool received : {false, true}) {
         AttentionCase attention = simple_case({1, 2, 1, 40, 70, width, value_width}, dtype);
-        attention.normalize = width == 200;
+        attention.rule = width == 200 ? Rule::row : Rule::none;
         Random random(7);
         if (!received) add_outliers(attention, random, 5);
         expect_right(attention, random, received);
@@ -247,10 +221,10 @@ TEST_P(GradientEdges, OutlierRowsThatBreakTheRulesAreReported) {
 // NaN.
 TEST_P(GradientEdges, BrokenOutlierRowsAreNaNWhereNothingCanBeRaised) {
   if (!on_device(kernels())) GTEST_SKIP() << "the CPU's kernels stop at a broken row";
-  for (const bool normalize : {false, true})
+  for (const Rule rule : {Rule::none, Rule::row})
     for (const bool count : {false, true}) {
       AttentionCase attention = simple_case({1, 2, 1, 20, 20, 8, 8});
-      attention.normalize = normalize;
+      attention.rule = rule;
       Random random(9);
       add_outliers(attention, random, 3);
       GradientCase gradient(attention, random, false);

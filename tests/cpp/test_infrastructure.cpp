@@ -139,10 +139,19 @@ TEST(Dispatch, ThePortableTableIsTheLowestAndAlwaysThere) {
   std::_Exit(0);
 }
 
+// Than the tables before it. Only AMD's processors multiply pairs as fast as single numbers.
+bool is_faster(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (name == "avx512_bf16") return __builtin_cpu_is("amd");
+#endif
+  return !name.empty();
+}
+
 TEST(DispatchDeathTest, TakesTheBestUnlessTheEnvironmentNamesALowerOne) {
   const char* best = nullptr;
   for (const char* const* name = available_kernels(); *name != nullptr; ++name) {
-    best = *name;
+    if (is_faster(*name)) best = *name;
     EXPECT_EXIT(report_choice(*name), ::testing::ExitedWithCode(0), "chose " + std::string(*name));
   }
   EXPECT_EXIT(report_choice(nullptr), ::testing::ExitedWithCode(0), "chose " + std::string(best));

@@ -39,7 +39,7 @@ inline AttentionCase sparse_case(Random& random, int64_t widest) {
   attention.value = aligned_array(attention.dtype, {shape.batch, shape.key_heads, shape.keys, shape.width}, random);
   attention.output = aligned_array(attention.dtype, {shape.batch, shape.heads, shape.queries, shape.width}, random);
   attention.threshold = random.pick({0.01, 0.05, 0.003});
-  attention.normalize = random.chance(0.5);
+  attention.rule = random.chance(0.5) ? Rule::row : Rule::none;
   attention.role = Role::source;
   if (random.chance(0.5)) add_outliers(attention, random, random.pick<int64_t>({1, 5, 40, 90}));
   return attention;

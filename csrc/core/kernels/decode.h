@@ -278,9 +278,11 @@ class Decode : Driver<Decode<Dot>> {
     for (int64_t r = 0; r < rows_; ++r) partial = partial || rows[r].low > key || rows[r].high < key + count;
     const int64_t padded = round_up(count, 2 * Vec::width);
     if (rules_.bias.any())
-      for (int64_t g = 0; g < group_; ++g)
+      for (int64_t g = 0; g < group_; ++g) {
         worker.bias[g] =
             rules_.bias.block(batch, key_head * group_ + g, key, padded, worker.bias_values + g * kBlockKeys);
+        partial = partial || worker.bias[g].removes;
+      }
     for (int64_t r = 0; r < rows_; ++r) {
       const auto rescale = [&](float factor) {
         scale_sums(sums + r * sum_columns_, sum_columns_, factor);

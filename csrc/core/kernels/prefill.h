@@ -17,6 +17,7 @@ class Prefill : Driver<Prefill<Engine>> {
   using Base::note, Base::pool_;
   using Input = typename Engine::Input;
   using Probability = typename Engine::Probability;
+  static_assert(Engine::block_keys <= kMostBlockKeys, "outliers of a block are lifted into arrays of this length");
 
  public:
   Prefill(const AttentionProblem& problem, const ThreadPool& pool, Scratch& scratch)
