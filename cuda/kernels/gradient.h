@@ -65,6 +65,8 @@ class GradientBlock {
   static constexpr int kUnit = 16 / int(sizeof(T)), kStep = 2 * kUnit;
   static constexpr int kOwn = GradientTile<T>::own, kInner = GradientTile<T>::inner;
   static constexpr int kScoreTiles = kInner / 8, kSumTiles = Width / 8;
+  // Keys fit 32 bits, which saves registers; rows of a group need not.
+  using Own = std::conditional_t<kOwnsKeys, int, int64_t>;
   using Scores = float[kScoreTiles][4];
   using Sums = float[kSumTiles][4];
 
@@ -84,7 +86,7 @@ class GradientBlock {
       key_head /= p.group;
     }
     // Under a causal mask the first keys are seen by the most rows, and the last rows see the most keys.
-    own_first = (kOwnsKeys ? tile : p.row_tiles - 1 - tile) * kOwn;
+    own_first = Own((kOwnsKeys ? tile : p.row_tiles - 1 - tile) * kOwn);
     warp_first = own_first + 16 * warp;
 
     first_stride = row_stride<T>(p.columns);
@@ -632,7 +634,8 @@ class GradientBlock {
   const AttentionParameters& p;
   int lane, warp, slice, batch, key_head, first_stride, second_stride;
   int in_group = 0;  // of the one head
-  int64_t own_first, warp_first, inner_end;
+  Own own_first, warp_first;
+  int64_t inner_end;
   GradientRow own_row[2];
   const bool* own_mask[2];
   int own_head[2];
