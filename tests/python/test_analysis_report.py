@@ -225,7 +225,7 @@ class _Numbers:
         ({"texts": [3]}, TypeError, "texts: expected strings, got int"),
         ({"z_threshold": 0}, ValueError, "z_threshold"),
         ({"max_tokens": 1}, ValueError, "max_tokens"),
-        ({"compare": {"alpha": 1}}, TypeError, "compare: expected an attnrb.RebalanceConfig"),
+        ({"compare": {"alpha": 1}}, TypeError, "compare: expected an attnrb.Policy or None"),
         ({"compare": CONFIG, "threshold": 0.5}, ValueError, "threshold: 0.5 differs"),
         ({"threshold": 2.0}, ValueError, "threshold"),
         ({"source_layer": 9}, ValueError, "source_layer"),

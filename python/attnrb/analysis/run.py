@@ -251,7 +251,7 @@ class _Run:
         return AttentionRun(
             label=self.label,
             model=self.name,
-            config=self.edited,
+            config=self.edited if learned is None else learned.config,
             gains=learned.matrix()[list(self.layers)].double().numpy() if learned is not None else None,
             entropy=table(each.entropy / each.queries for each in sums),
             first_key=table(each.first_key / each.later_queries for each in sums),

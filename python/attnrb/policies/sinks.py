@@ -123,7 +123,7 @@ class SinkDamping(Policy):
             named = self.layers is None or layer in self.layers
             mine = list(choose_heads(heads, layer, shape.heads))
             if named and mine and (shape.has_attention[layer] or self.layers is not None):
-                heed = torch.zeros(shape.heads)
+                heed = torch.zeros(shape.heads, dtype=torch.float32, device="cpu")
                 heed[mine] = 1.0
                 chosen[layer] = PerHead(heed, shape, layer)
         return _SinkPlan(self, shape, chosen)

@@ -94,21 +94,22 @@ def log_likelihoods(model: Any, rows: Sequence[AnswerRow], patched: Patch | None
     for row in rows:
         places.setdefault(row.reading, len(places))
     longest = max(len(read) for read, _, _ in places)
-    ids = torch.zeros(len(places), longest, dtype=torch.int64)
+    ids = torch.zeros(len(places), longest, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for (read, _, _), index in places.items():
-        ids[index, : len(read)] = torch.tensor(read)
+        ids[index, : len(read)] = torch.tensor(read, dtype=torch.int64, device="cpu")
         mask[index, : len(read)] = 1
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device), "use_cache": False}
     if patched is None:
         logits = model(**inputs).logits
     else:
         spans = Spans(tuple(spans for _, _, spans in places))
-        with patched.spans(spans, prompt=torch.tensor([prompt for _, prompt, _ in places])):
+        prompts = torch.tensor([prompt for _, prompt, _ in places], dtype=torch.int64, device="cpu")
+        with patched.spans(spans, prompt=prompts):
             logits = model(**inputs).logits
     found = []
     for row in rows:
         mine = logits[places[row.reading], len(row.prompt) - 1 : len(row.read)].float().log_softmax(-1)
-        answer = torch.tensor(row.answer, device=mine.device)
+        answer = torch.tensor(row.answer, dtype=torch.int64, device=mine.device)
         found.append(mine.gather(-1, answer[:, None])[:, 0])
     return found

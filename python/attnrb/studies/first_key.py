@@ -41,7 +41,7 @@ def first_key_shares(
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [1, n] with n of at least 2, got {list(input_ids.shape)}")
-    keys = torch.arange(input_ids.shape[1]) == 0
+    keys = torch.arange(input_ids.shape[1], device="cpu") == 0
     return _shares(model, input_ids, policy, keys, 1, spans, prompt_tokens)
 
 

@@ -135,7 +135,7 @@ class _Probe(Policy):
 
     def resolve(self, shape: ModelShape) -> LayerPlan:
         """See `Policy.resolve`."""
-        self.gains = torch.zeros(shape.layers, shape.heads, requires_grad=True)
+        self.gains = torch.zeros(shape.layers, shape.heads, dtype=torch.float32, device="cpu", requires_grad=True)
         return _ProbePlan(self.rows, self.gains, shape)
 
 
