@@ -94,7 +94,7 @@ def step_times(model: Any, seconds: float) -> dict[str, Any]:
     """Seconds of a step: unpatched, and of the three models whose attention does nothing."""
     import attnrb
     import torch
-    from attnrb.hosts.transformers import attention as attention_module
+    from attnrb.ops import attention as attention_ops
     from timing import interleaved
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -119,7 +119,7 @@ def step_times(model: Any, seconds: float) -> dict[str, Any]:
         native = stepper(rebalanced)
         contenders = {
             "unpatched sdpa": stepper(twin("sdpa")),
-            "patched, ops empty": returning_at_once(native, attention_module, "attend"),
+            "patched, ops empty": returning_at_once(native, attention_ops, "_attention", "_attention_output"),
             "unpatched, op empty": returning_at_once(
                 stepper(twin("sdpa")), torch.nn.functional, "scaled_dot_product_attention"
             ),

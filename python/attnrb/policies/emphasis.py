@@ -39,8 +39,8 @@ from attnrb.policies.base import (
     option,
     register_policy,
 )
-from attnrb.policies.checks import HeadChoice, beyond_the_model, choose_heads, head_choice, indices, number
-from attnrb.policies.profile import HeadProfile
+from attnrb.policies.checks import HeadChoice, indices, number
+from attnrb.policies.profile import HeadProfile, heads_by_layer, read_heads
 from attnrb.policies.request import SpanTables
 
 __all__ = ["ROWS", "Emphasis", "first_queries"]
@@ -89,10 +89,7 @@ class Emphasis(Policy):
             raise ValueError(f"strength: expected 0 or above, got {self.strength}")
         if self.rows not in ROWS:
             raise ValueError(f"rows: expected one of {', '.join(ROWS)}, got {self.rows!r}")
-        if isinstance(self.heads, str):
-            put(self, "heads", HeadProfile.load(self.heads))
-        elif self.heads is not None and not isinstance(self.heads, HeadProfile):
-            put(self, "heads", head_choice("heads", self.heads))
+        put(self, "heads", read_heads(self.heads))
         if self.layers is not None:
             put(self, "layers", indices("layers", self.layers))
         if self.share is not None:
@@ -109,28 +106,10 @@ class Emphasis(Policy):
     def __hash__(self) -> int:
         return hash((type(self), self.label()))
 
-    @classmethod
-    def _from_options(cls, options: dict[str, Any]) -> Emphasis:
-        heads = options.get("heads")
-        if isinstance(heads, dict) and "scores" in heads:
-            options = {**options, "heads": HeadProfile.from_dict(heads)}
-        return super()._from_options(options)
-
     def resolve(self, shape: ModelShape) -> LayerPlan:
         """See `Policy.resolve`."""
-        if isinstance(self.heads, HeadProfile):
-            self.heads.check_model(shape)
-            heads: HeadChoice | None = self.heads.chosen
-        else:
-            assert not isinstance(self.heads, str)
-            heads = self.heads
-        beyond_the_model(self.layers, heads, shape.layers, shape.heads)
-        chosen: dict[int, tuple[int, ...] | None] = {}
-        for layer in range(shape.layers):
-            named = self.layers is None or layer in self.layers
-            mine = tuple(choose_heads(heads, layer, shape.heads))
-            if named and mine and (shape.has_attention[layer] or self.layers is not None):
-                chosen[layer] = None if len(mine) == shape.heads else mine
+        found = heads_by_layer(self.heads, self.layers, shape)
+        chosen = {layer: None if len(heads) == shape.heads else heads for layer, heads in found.items()}
         return EmphasisPlan(self, shape, chosen)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnrb.policies.base import ModelShape
+from attnrb.policies.checks import HeadChoice, beyond_the_model, choose_heads, head_choice
 
 __all__ = ["HeadProfile", "bundled_profiles"]
 
@@ -156,3 +157,42 @@ class HeadProfile:
 
     def __repr__(self) -> str:
         return f"HeadProfile(keep={self.keep} of {self.layers}×{self.heads} heads)"
+
+
+def read_heads(heads: Any) -> HeadChoice | HeadProfile | None:
+    """Heads as a policy keeps them: a profile, from itself, its dictionary or its name; or a choice; None: all.
+
+    Raises:
+        FileNotFoundError: there is no profile of this name.
+        TypeError, ValueError: it is none of these.
+    """
+    if heads is None or isinstance(heads, HeadProfile):
+        return heads
+    if isinstance(heads, str):
+        return HeadProfile.load(heads)
+    if isinstance(heads, Mapping) and "scores" in heads:
+        return HeadProfile.from_dict(heads)
+    return head_choice("heads", heads)
+
+
+def heads_by_layer(heads: Any, layers: Sequence[int] | None, shape: ModelShape) -> dict[int, tuple[int, ...]]:
+    """Which heads of which layers a policy edits; a layer without attention only if it is named.
+
+    Args:
+        heads: as `read_heads` returns them.
+        layers: the layers; None: all.
+        shape: of the model.
+
+    Raises:
+        ValueError: the model has not all of them, or the profile is of another model.
+    """
+    if isinstance(heads, HeadProfile):
+        heads.check_model(shape)
+        heads = heads.chosen
+    beyond_the_model(layers, heads, shape.layers, shape.heads)
+    found = {}
+    for layer in range(shape.layers) if layers is None else layers:
+        chosen = tuple(choose_heads(heads, layer, shape.heads))
+        if chosen and (shape.has_attention[layer] or layers is not None):
+            found[layer] = chosen
+    return found

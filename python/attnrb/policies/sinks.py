@@ -41,8 +41,8 @@ from attnrb.policies.base import (
     option,
     register_policy,
 )
-from attnrb.policies.checks import HeadChoice, beyond_the_model, choose_heads, head_choice, indices, number
-from attnrb.policies.profile import HeadProfile
+from attnrb.policies.checks import HeadChoice, indices, number
+from attnrb.policies.profile import HeadProfile, heads_by_layer, read_heads
 
 __all__ = ["SinkDamping"]
 
@@ -92,40 +92,20 @@ class SinkDamping(Policy):
             put(self, "first_key", number("first_key", self.first_key))
             if self.first_key < 0:
                 raise ValueError(f"first_key: expected 0 or above, got {self.first_key}")
-        if isinstance(self.heads, str):
-            put(self, "heads", HeadProfile.load(self.heads))
-        elif self.heads is not None and not isinstance(self.heads, HeadProfile):
-            put(self, "heads", head_choice("heads", self.heads))
+        put(self, "heads", read_heads(self.heads))
         if self.layers is not None:
             put(self, "layers", indices("layers", self.layers))
 
     def __hash__(self) -> int:
         return hash((type(self), self.label()))
 
-    @classmethod
-    def _from_options(cls, options: dict[str, Any]) -> SinkDamping:
-        heads = options.get("heads")
-        if isinstance(heads, dict) and "scores" in heads:
-            options = {**options, "heads": HeadProfile.from_dict(heads)}
-        return super()._from_options(options)
-
     def resolve(self, shape: ModelShape) -> LayerPlan:
         """See `Policy.resolve`."""
-        if isinstance(self.heads, HeadProfile):
-            self.heads.check_model(shape)
-            heads: HeadChoice | None = self.heads.chosen
-        else:
-            assert not isinstance(self.heads, str)
-            heads = self.heads
-        beyond_the_model(self.layers, heads, shape.layers, shape.heads)
         chosen = {}
-        for layer in range(shape.layers):
-            named = self.layers is None or layer in self.layers
-            mine = list(choose_heads(heads, layer, shape.heads))
-            if named and mine and (shape.has_attention[layer] or self.layers is not None):
-                heed = torch.zeros(shape.heads, dtype=torch.float32, device="cpu")
-                heed[mine] = 1.0
-                chosen[layer] = PerHead(heed, shape, layer)
+        for layer, heads in heads_by_layer(self.heads, self.layers, shape).items():
+            heed = torch.zeros(shape.heads, dtype=torch.float32, device="cpu")
+            heed[list(heads)] = 1.0
+            chosen[layer] = PerHead(heed, shape, layer)
         return _SinkPlan(self, shape, chosen)
 
 
