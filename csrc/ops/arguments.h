@@ -190,15 +190,18 @@ inline void refuse_unserved(const Shape& shape, const Visibility& visibility, co
   if (visibility.chunk != 0) refuse("chunk", "expected 0 on this device, got ", visibility.chunk);
 }
 
-// The memory of an attention output: contiguous [B, M, H, Dv], which is what a model's output projection reads next,
-// seen as [B, H, M, Dv].
+// The memory of an attention output: contiguous [B, M, H, Dv], which is what a model's output projection reads next.
+// It is seen as [B, H, M, Dv], or as it lies where `rows_first`.
 struct OutputLayout {
   std::array<int64_t, 4> sizes, strides;
+  int64_t batch_stride, head_stride, row_stride;
 
-  explicit OutputLayout(const Shape& shape) : sizes{shape.batch, shape.heads, shape.queries, shape.value_width} {
-    const std::array<int64_t, 4> inner =
-        contiguous_strides<4>({shape.batch, shape.queries, shape.heads, shape.value_width});
-    strides = {inner[0], inner[2], inner[1], inner[3]};
+  explicit OutputLayout(const Shape& shape, bool rows_first = false)
+      : sizes{shape.batch, shape.queries, shape.heads, shape.value_width}, strides(contiguous_strides<4>(sizes)) {
+    batch_stride = strides[0], row_stride = strides[1], head_stride = strides[2];
+    if (rows_first) return;
+    std::swap(sizes[1], sizes[2]);
+    std::swap(strides[1], strides[2]);
   }
 };
 
@@ -208,7 +211,9 @@ inline Tensor empty_output(const OutputLayout& layout, const Operand& query) {
 
 inline void set_output(AttentionProblem& problem, const OutputLayout& layout, const Tensor& output) {
   problem.output = output.mutable_data_ptr();
-  std::copy_n(layout.strides.begin(), 3, problem.output_strides);
+  problem.output_strides[0] = layout.batch_stride;
+  problem.output_strides[1] = layout.head_stride;
+  problem.output_strides[2] = layout.row_stride;
 }
 
 }  // namespace attnrb::ops

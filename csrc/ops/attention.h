@@ -19,6 +19,7 @@ namespace attnrb::ops {
 
 struct AttentionTensors {
   const Tensor &query, &key, &value;
+  bool rows_first = false;  // the output as [B, M, H, Dv]
 };
 
 // What an attention gives: the output, and of the others what was asked for.
@@ -28,8 +29,8 @@ struct Attended {
 
 // What any set of keys gives when it is empty.
 template <class Device>
-Tensor attend_to_nothing(const Shape& shape, const Operand& query, const Attended& wanted) {
-  Tensor output = empty_output(OutputLayout(shape), query);
+Tensor attend_to_nothing(const OutputLayout& layout, const Operand& query, const Attended& wanted) {
+  Tensor output = empty_output(layout, query);
   Device::clear(output);
   if (wanted.lse) {
     Tensor lse = *wanted.lse;
@@ -60,7 +61,7 @@ Attended attend(const AttentionTensors& tensors, const Options& options, bool wi
     attended.counts = empty<3>({shape.batch, shape.heads, shape.queries}, dtype_codes().int32, query);
   }
   if (shape.batch * shape.heads * shape.queries * shape.keys == 0) {
-    attended.output = attend_to_nothing<Device>(shape, query, attended);
+    attended.output = attend_to_nothing<Device>(OutputLayout(shape, tensors.rows_first), query, attended);
     return attended;
   }
 
@@ -102,7 +103,7 @@ Tensor attention_output(Arguments& arguments) {
   const Options options = read_options(arguments);
   arguments.finish();
   if (options.emit) refuse("emit", "expected none where only the output is returned, got ", *options.emit);
-  return *attend<Device>({query, key, value}, options, false).output;
+  return *attend<Device>({query, key, value, true}, options, false).output;
 }
 
 // At the source layer of re-balancing: plain attention, and the outliers of every row.

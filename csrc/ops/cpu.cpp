@@ -15,9 +15,9 @@ struct Processor {
   static const float* numbers(const GainRow& gain) { return gain.data(); }
   static void clear(const Tensor& tensor) { clear_contiguous(tensor); }
 
-  static Tensor attend(AttentionProblem& problem, const Operand& query, const AttentionTensors& /*tensors*/,
+  static Tensor attend(AttentionProblem& problem, const Operand& query, const AttentionTensors& tensors,
                        const GainRow* /*gain*/) {
-    const OutputLayout layout(problem.shape);
+    const OutputLayout layout(problem.shape, tensors.rows_first);
     Tensor output = empty_output(layout, query);
     set_output(problem, layout, output);
     ScratchLease scratch;

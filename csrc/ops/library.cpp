@@ -53,8 +53,10 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
   //   counts are 0, without `emit`
   library.def("attention(Tensor query, Tensor key, Tensor value, *, " ATTNRB_OPTIONS
               ") -> (Tensor output, Tensor lse, Tensor indices, Tensor counts)");
-  // The output alone, for layers that decode a token at a time: what nobody reads costs two microseconds to allocate.
-  library.def("attention.output(Tensor query, Tensor key, Tensor value, *, " ATTNRB_OPTIONS ") -> Tensor");
+  // The output alone, [B, M, H, Dv] as a model's next projection takes it, for layers that decode a token at a time.
+  // What nobody reads costs two microseconds to allocate, to look for options by name and to transpose one each, so
+  // options may stand by position here.
+  library.def("attention.output(Tensor query, Tensor key, Tensor value, " ATTNRB_OPTIONS ") -> Tensor");
   library.def("attention_training(Tensor query, Tensor key, Tensor value, " ATTNRB_OPTIONS
               ") -> (Tensor output, Tensor lse, Tensor indices, Tensor counts)");
   // grad_output and output like the output, grad_lse and lse float32 [B, H, M]

@@ -21,7 +21,9 @@ struct CudaDevice {
 
   static Tensor attend(AttentionProblem& problem, const Operand& /*query*/, const AttentionTensors& tensors,
                        const DeviceGain* gain) {
-    return attend_on_device(problem, tensors.query, tensors.key, tensors.value, gain == nullptr ? 1 : gain->stride);
+    const Tensor output =
+        attend_on_device(problem, tensors.query, tensors.key, tensors.value, gain == nullptr ? 1 : gain->stride);
+    return tensors.rows_first ? torch::stable::transpose(output, 1, 2) : output;
   }
 
   static void receive(const ReceivedProblem& problem, const Operand& query) {

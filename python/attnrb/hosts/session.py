@@ -16,7 +16,7 @@ from attnrb.ops.outliers import Outliers
 from attnrb.policies.base import LayerPlan, Mixture, Request, Session
 
 if TYPE_CHECKING:
-    from attnrb.hosts.transformers.attention import Common
+    from attnrb.hosts.transformers.attention import Alike
 
 __all__ = ["AttentionCall", "Forward", "Observer", "current_forward", "enter_forward"]
 
@@ -68,6 +68,7 @@ class Forward:
 
     Attributes:
         plan: what is done in which layer.
+        steps: its `LayerPlan.steps`.
         session: the policy at work in this forward.
         stats: where it is counted.
         observer: called after the attention of every layer.
@@ -81,13 +82,13 @@ class Forward:
         called: the layers that came by.
         found: the outliers that a layer reported last.
         settled: the layers that were left out and of which the session knows that they found nothing.
-        common: what layers that share a mask have in common, for each mask.
+        alike: what layers that share a mask have in common, for each mask.
     """
 
     __slots__ = (
         "__weakref__",
+        "alike",
         "called",
-        "common",
         "first_slot",
         "found",
         "left_out",
@@ -98,6 +99,7 @@ class Forward:
         "session",
         "settled",
         "stats",
+        "steps",
         "unpadded",
         "weights",
     )
@@ -117,6 +119,7 @@ class Forward:
         request: Request | None = None,
     ) -> None:
         self.plan = plan
+        self.steps = plan.steps
         self.session = session
         self.stats = stats
         self.observer = observer
@@ -129,7 +132,7 @@ class Forward:
         self.called: set[int] = set()
         self.settled: set[int] = set()
         self.found: Outliers | None = None
-        self.common: list[Common] = []
+        self.alike: list[Alike] = []
 
     def emitted(self, layer: int, outliers: Outliers, tokens: torch.Tensor | None) -> None:
         """Pass on a layer's outliers; ``tokens`` bool ``[B, M]`` says which queries count, None: all."""

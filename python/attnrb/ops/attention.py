@@ -32,9 +32,8 @@ __all__ = [
     "attention_fake",
     "attention_weights",
     "dispatch",
-    "fits_unchecked",
-    "given_options",
     "gradients",
+    "unchecked_arguments",
 ]
 
 # Looked up once: torch.ops resolves overloads at every call.
@@ -121,52 +120,48 @@ def attend_unchecked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    edit: Edit | None,
+    edit: EditArguments,
     emit: float | None,
-    options: dict[str, Any],
+    visibility: VisibilityArguments,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Outliers | None]:
     """`attend` for layers that are called once a token: nothing is checked here that the op checks itself.
+
+    The output is ``[B, M, H, Dv]``, as a model's next projection takes it.
 
     Args:
         query: ``[B, H, M, D]`` of a dtype that the native op takes; nobody wants a gradient or a cast.
         key: ``[B, Hk, N, D]``.
         value: ``[B, Hk, N, Dv]``.
-        edit: as `attention` has it, with a gain ``float32 [H]`` and a first query ``int64 [B]``.
+        edit: as `unchecked_arguments` has it.
         emit: as `attention` has it.
-        options: visibility and scores as `given_options` has them, to which those of the edit are added.
+        visibility: as the op takes it.
+        scale: as `attention` has it, like the rest.
+        softcap: likewise.
+        sinks: likewise.
     """
-    if edit is not None:
-        if edit.outliers is not None:
-            options["indices"], options["counts"] = edit.outliers
-            options["gain"] = edit.gain
-            if edit.rule != "none":
-                options["rule"] = RULES.index(edit.rule)
-        if edit.key_bias is not None:
-            options["key_bias"] = edit.key_bias
-            if edit.first_query is not None:
-                options["first_query"] = edit.first_query
     if emit is None:
-        return _attention_output(query, key, value, **options), None
-    output, _, indices, counts = _attention(query, key, value, emit=emit, **options)
-    return output, Outliers(indices, counts)
+        return _attention_output(query, key, value, *edit, None, *visibility, scale, softcap or 0.0, sinks), None
+    given = _given(edit, emit, visibility, Scores(scale, softcap or 0.0, sinks))
+    output, _, indices, counts = _attention(query, key, value, **given)
+    return output.transpose(1, 2), Outliers(indices, counts)
 
 
-def fits_unchecked(edit: Edit | None) -> bool:
-    """Whether `attend_unchecked` may have this edit: tensors as the op takes them, and no gain for every key."""
-    if edit is None or edit.as_the_op_takes_it:
-        return True
-    gain, bias, first = edit.gain, edit.key_bias, edit.first_query
-    return (
-        (gain is None or (edit.outliers is not None and isinstance(gain, Tensor) and gain.dtype is torch.float32))
+def unchecked_arguments(edit: Edit | None) -> EditArguments | None:
+    """An edit as `attend_unchecked` takes it; None where it needs a check, a cast or more than the op."""
+    if edit is None:
+        return NO_EDIT
+    outliers, gain, bias, first = edit.outliers, edit.gain, edit.key_bias, edit.first_query
+    if (
+        (gain is None or (outliers is not None and isinstance(gain, Tensor) and gain.dtype is torch.float32))
         and (bias is None or bias.dtype is torch.float32)
         and (first is None or isinstance(first, Tensor))
-    )
-
-
-def given_options(visibility: Visibility) -> dict[str, Any]:
-    """A visibility as keywords of the op, those at their defaults left out."""
-    return _given(NO_EDIT, None, visibility_arguments(visibility), DEFAULT_SCORES)
+    ):
+        indices, counts = (None, None) if outliers is None else outliers
+        return EditArguments(indices, counts, gain, RULES.index(edit.rule), bias, first)
+    return None
 
 
 def dispatch(
@@ -286,8 +281,8 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
 
 
 def _output_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> Tensor:
-    """The output of `attention_fake`."""
-    return attention_fake(query, key, value, *positional, **keywords)[0]
+    """The output of `attention_fake`, ``[B, M, H, Dv]``."""
+    return attention_fake(query, key, value, *positional, **keywords)[0].transpose(1, 2)
 
 
 def _backward_fake(

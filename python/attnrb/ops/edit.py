@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,17 +59,13 @@ class Edit:
     key_bias: Tensor | None = None
     first_query: int | Tensor | None = None
 
-    as_the_op_takes_it: ClassVar[bool] = False
-    """Whether `of_tensors` made it."""
-
     @classmethod
-    def of_tensors(cls, **attributes: Any) -> Edit:
-        """An edit whose tensors are as the op takes them, without a check: for what is made once a layer and token.
-
-        ``outliers`` with a ``gain`` float32 ``[H]``, a ``key_bias`` float32, a ``first_query`` int64 ``[B]``.
-        """
+    def of_arguments(cls, arguments: EditArguments) -> Edit:
+        """The edit that an op is told by these arguments, which are not checked again."""
+        indices, counts, gain, rule, key_bias, first_query = arguments
+        outliers = None if indices is None or counts is None else Outliers(indices, counts)
         edit = object.__new__(cls)
-        vars(edit).update(attributes, as_the_op_takes_it=True)
+        vars(edit).update(outliers=outliers, gain=gain, rule=RULES[rule], key_bias=key_bias, first_query=first_query)
         return edit
 
     def __post_init__(self) -> None:

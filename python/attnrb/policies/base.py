@@ -14,19 +14,20 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from typing_extensions import Self
 
 from attnrb.ops import functional
-from attnrb.ops.edit import Edit
+from attnrb.ops.edit import Edit, EditArguments
 from attnrb.ops.outliers import Outliers
 from attnrb.policies.request import Request
 
 __all__ = [
     "POLICY_FILE",
     "LayerPlan",
+    "LayerStep",
     "LayerView",
     "Mixture",
     "ModelShape",
@@ -88,15 +89,19 @@ class ModelShape:
 
 
 class PerHead:
-    """A tensor with the H heads along its first axis, ready for whole layers and for this rank's part of split ones."""
+    """A tensor with the H heads along its first axis, ready for whole layers and for this rank's part of split ones.
 
-    __slots__ = ("_by_heads", "_device")
+    Attributes:
+        whole: all H heads', on the layer's device.
+    """
+
+    __slots__ = ("_by_heads", "_device", "whole")
 
     def __init__(self, per_head: torch.Tensor, shape: ModelShape, layer: int) -> None:
         """Put ``per_head`` where ``layer`` is."""
         self._device = shape.device(layer)
-        whole = per_head.to(self._device)
-        self._by_heads = {shape.heads: whole, shape.local_heads: shape.own(whole).contiguous()}
+        self.whole = per_head.to(self._device)
+        self._by_heads = {shape.heads: self.whole, shape.local_heads: shape.own(self.whole).contiguous()}
 
     def of(self, view: LayerView) -> torch.Tensor:
         """The part that belongs to the heads of this layer, on its device."""
@@ -188,8 +193,24 @@ class Mixture:
         return [(edit, scores if sinks else alone) for edit, sinks in zip(edits, joins, strict=True)]
 
 
+class LayerStep(NamedTuple):
+    """What a host does in one layer."""
+
+    emit: float | None
+    """The threshold of the outliers that the layer reports; None: it reports none."""
+    edited: bool
+    """Whether the session is asked for an edit."""
+
+
 class Session:
-    """A policy at work in one forward. What it keeps lasts as long as the forward."""
+    """A policy at work in one forward. What it keeps lasts as long as the forward.
+
+    Attributes:
+        ready: edits that are known before their layers are seen, by layer, for layers on the device of the first. A
+            host that finds one here need not call `edit`, which would return the same.
+    """
+
+    ready: Mapping[int, EditArguments] = {}
 
     def edit(self, view: LayerView) -> Edit | Mixture | None:
         """What to edit in this layer; None leaves it as it is."""
@@ -231,7 +252,18 @@ class LayerPlan:
         self.source_layer = source_layer
         self.wants_spans = wants_spans
         self.keeps = keeps
+        self._steps: tuple[LayerStep | None, ...] | None = None
         self.required = frozenset(self.emits) | edited | ({source_layer} if source_layer is not None else frozenset())
+
+    @property
+    def steps(self) -> tuple[LayerStep | None, ...]:
+        """For each layer what is done in it; None where nothing is, and the layer need not come by."""
+        if self._steps is None:
+            self._steps = tuple(
+                LayerStep(self.emits.get(layer), layer in self.edited) if layer in self.required else None
+                for layer in range(self.shape.layers)
+            )
+        return self._steps
 
     def begin(self, request: Request | None = None) -> Session:
         """Start a forward that is part of this request; None: nobody said anything of its texts."""

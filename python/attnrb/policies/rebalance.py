@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from attnrb.ops.edit import Edit
+from attnrb.ops.edit import RULES, Edit, EditArguments
 from attnrb.ops.outliers import Outliers
 from attnrb.policies.base import (
     LayerPlan,
@@ -220,6 +220,9 @@ class RebalancePlan(LayerPlan):
             edited=frozenset(self.gains),
             source_layer=source,
         )
+        # float32 [H] by layer, where all layers are on one device and no layer's heads are split.
+        whole = shape.local_heads == shape.heads and len(set(shape.devices or ())) <= 1
+        self.whole_gains = {layer: gain.whole for layer, gain in self.gains.items()} if whole else {}
 
     def gain(self, view: LayerView) -> torch.Tensor | None:
         """float32 ``[H]``: the gains of this layer's heads; None for a layer that stays as it is."""
@@ -234,9 +237,10 @@ class RebalancePlan(LayerPlan):
 class RebalanceSession(Session):
     """One forward: the source layer's outliers, handed to the layers above it."""
 
-    __slots__ = ("device", "outliers", "plan")
+    __slots__ = ("device", "outliers", "plan", "ready")
 
     def __init__(self, plan: RebalancePlan) -> None:
+        self.ready = {}
         self.plan = plan
         self.outliers: Outliers | None = None
         self.device: torch.device | None = None
@@ -244,6 +248,12 @@ class RebalanceSession(Session):
     def emitted(self, layer: int, outliers: Outliers) -> None:
         """See `Session.emitted`."""
         self.outliers, self.device = outliers, outliers.counts.device
+        rule = RULES.index(self.plan.rule)
+        self.ready = {
+            layer: EditArguments(*outliers, gain, rule)
+            for layer, gain in self.plan.whole_gains.items()
+            if gain.device == self.device  # else the model was moved since the plan was made
+        }
 
     def edit(self, view: LayerView) -> Edit | None:
         """See `Session.edit`.
@@ -265,4 +275,4 @@ class RebalanceSession(Session):
         if self.device != view.device:
             self.device = view.device
             outliers = self.outliers = Outliers(*(each.to(view.device) for each in outliers))
-        return Edit.of_tensors(outliers=outliers, gain=gain, rule=self.plan.rule)
+        return Edit(outliers, gain, self.plan.rule)

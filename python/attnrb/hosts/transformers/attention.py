@@ -7,7 +7,7 @@ argument on the way is served all the same, by the forward that runs in this thr
 Note: [Layers alike]
 For one decoded token the kernel of a layer takes some microseconds, and finding out in Python what to tell it takes as
 long: dtype, device, number of heads, what the mask means. All that is the same in nearly every layer of a forward, so
-the first layer with a mask keeps what it found (`Common`), and those after it only make sure that they are alike. What
+the first layer with a mask keeps what it found (`Alike`), and those after it only make sure that they are alike. What
 is left costs several times what a loop over it would measure, since a model's weights pass through the processor's
 caches in every step and leave nothing of this program there.
 """
@@ -23,16 +23,17 @@ import torch
 from attnrb.hosts.session import AttentionCall, Forward, current_forward
 from attnrb.hosts.transformers.caches import check_keys
 from attnrb.ops import functional
-from attnrb.ops.attention import attend, attend_unchecked, fits_unchecked, given_options
-from attnrb.ops.edit import Edit
+from attnrb.ops.attention import attend, attend_unchecked, unchecked_arguments
+from attnrb.ops.edit import NO_EDIT, Edit, EditArguments
 from attnrb.ops.operands import native
 from attnrb.ops.outliers import Outliers
+from attnrb.ops.visibility import visibility_arguments
 from attnrb.policies.base import LayerView, Mixture
 
 if TYPE_CHECKING:
     from attnrb.hosts.transformers.geometry import Geometry
 
-__all__ = ["FORWARD", "GEOMETRY", "Common", "attention"]
+__all__ = ["FORWARD", "GEOMETRY", "Alike", "attention"]
 
 # The keyword argument that carries the `Forward`, and the attribute that carries a mask's geometry (see masks.py).
 FORWARD = "attnrb_forward"
@@ -92,7 +93,7 @@ def attention(
     if (
         forward is None
         or layer is None
-        or not 0 <= layer < forward.plan.shape.layers
+        or not 0 <= layer < len(forward.steps)
         or dropout
         or not _UNSUPPORTED_NAMES.isdisjoint(others)
     ):
@@ -100,78 +101,111 @@ def attention(
     assert forward is not None
     assert layer is not None
 
-    for common in forward.common:
-        if common.serves(attention_mask, query, key):
+    for alike in forward.alike:
+        if alike.serves(attention_mask, query, key):
             break
     else:
-        common = Common.of(forward, module, attention_mask, query, key, is_causal, sliding_window)
-        forward.common.append(common)
+        alike = Alike.of(forward, module, attention_mask, query, key, is_causal, sliding_window)
+        forward.alike.append(alike)
     if isinstance(scaling, torch.Tensor):
         scaling = float(scaling)
-    scores = _Scores(common.geometry, scaling, softcap, s_aux)
 
-    plan = forward.plan
-    view = LayerView(layer, query, key, scores.named, common.heads, common.device)
-    edit, emit = None, None
-    if layer in plan.required:
-        if common.heads not in plan.shape.heads_of_layers:
-            _refuse_heads(forward, module, layer, common.heads)
-        emit = plan.emits.get(layer)
-        if layer in plan.edited:
+    # `ready` is what the op is told; None where only the functions, which check and cast, can be told.
+    edit: Edit | Mixture | None = None
+    emit: float | None = None
+    ready: EditArguments | None = NO_EDIT
+    step = forward.steps[layer]
+    if step is not None:
+        if not alike.heads_fit:
+            _refuse_heads(forward, module, layer, alike.heads)
+        emit, edited = step
+        if edited:
             if forward.left_out is not None:
                 forward.left_out.settle(forward, layer, query)
-            edit = forward.session.edit(view)
-    if common.options is not None and common.unrecorded() and not isinstance(edit, Mixture) and fits_unchecked(edit):
-        options = scores.given(common.options)
-        output, outliers = attend_unchecked(query, key, value, edit=edit, emit=emit, options=options)
+            ready = forward.session.ready.get(layer) if alike.first_device else None
+            if ready is None:
+                edit = forward.session.edit(_View(layer, query, key, alike, scaling, softcap, s_aux))
+                ready = None if isinstance(edit, Mixture) else unchecked_arguments(edit)
+    if ready is not None and alike.visibility is not None and not torch.is_grad_enabled():
+        output, outliers = attend_unchecked(query, key, value, ready, emit, alike.visibility, scaling, softcap, s_aux)
     else:
-        output, outliers = _attend(view, value, edit, emit)
+        edit = _named(edit, ready)
+        output, outliers = _attend(_View(layer, query, key, alike, scaling, softcap, s_aux), value, edit, emit)
+        output = output.transpose(1, 2)
     if outliers is not None:
-        forward.emitted(layer, outliers, common.geometry.tokens)
+        forward.emitted(layer, outliers, alike.geometry.tokens)
     forward.called.add(layer)
 
+    if forward.observer is None and not forward.weights:
+        return output, None
+    edit, view = _named(edit, ready), _View(layer, query, key, alike, scaling, softcap, s_aux)
     if forward.observer is not None:
         again = partial(_attention_again, view, edit)
         forward.observer(AttentionCall(layer, query, key, value, again, view.scores, edit, forward.found))
-    return output.transpose(1, 2), _weights(view, edit) if forward.weights else None
+    return output, _weights(view, edit) if forward.weights else None
 
 
-class _Scores:
-    """How the query·key of one layer become scores, and which keys a query sees."""
+class _View(LayerView):
+    """See `LayerView`. One is made for every layer of every token, so it only keeps what it is given."""
 
-    __slots__ = ("geometry", "scale", "sinks", "softcap")
+    __slots__ = ("_alike", "_scale", "_sinks", "_softcap")
 
     def __init__(
-        self, geometry: Geometry, scale: float | None, softcap: float | None, sinks: torch.Tensor | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        alike: Alike,
+        scale: float | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> None:
-        self.geometry = geometry
-        self.scale = scale
-        self.softcap = softcap
-        self.sinks = sinks
+        self.layer = layer
+        self.query = query
+        self.key = key
+        self.heads = alike.heads
+        self.device = alike.device
+        self._alike = alike
+        self._scale = scale
+        self._softcap = softcap
+        self._sinks = sinks
 
-    def given(self, options: dict[str, Any]) -> dict[str, Any]:
-        """A copy of ``options`` with these added, as the op takes them."""
-        given = dict(options)
-        if self.scale is not None:
-            given["scale"] = self.scale
-        if self.softcap:
-            given["softcap"] = self.softcap
-        if self.sinks is not None:
-            given["sinks"] = self.sinks
-        return given
-
-    def named(self) -> Mapping[str, Any]:
-        """As `attnrb.functional` takes them."""
-        visibility = self.geometry.visibility
-        return {"scale": self.scale, "visibility": visibility, "softcap": self.softcap, "sinks": self.sinks}
+    @property
+    def scores(self) -> Mapping[str, Any]:
+        visibility = self._alike.geometry.visibility
+        return {"scale": self._scale, "visibility": visibility, "softcap": self._softcap, "sinks": self._sinks}
 
 
-class Common:
+def _named(edit: Edit | Mixture | None, ready: EditArguments | None) -> Edit | Mixture | None:
+    """The edit of a layer, where so far only the op's arguments of it are known."""
+    return edit if edit is not None or ready is None or ready is NO_EDIT else Edit.of_arguments(ready)
+
+
+class Alike:
     """What the layers of one forward that share a mask have in common: see `Note: [Layers alike]`."""
 
-    __slots__ = ("device", "device_type", "dtype", "geometry", "heads", "keys", "mask", "options", "shape")
+    __slots__ = (
+        "device",
+        "dtype",
+        "first_device",
+        "geometry",
+        "heads",
+        "heads_fit",
+        "keys",
+        "mask",
+        "on_cpu",
+        "shape",
+        "visibility",
+    )
 
-    def __init__(self, mask: torch.Tensor | None, geometry: Geometry, query: torch.Tensor, keys: int | None) -> None:
+    def __init__(
+        self,
+        mask: torch.Tensor | None,
+        geometry: Geometry,
+        query: torch.Tensor,
+        keys: int | None,
+        forward: Forward,
+    ) -> None:
         """Keep what a layer found.
 
         Args:
@@ -179,15 +213,20 @@ class Common:
             geometry: what the mask means, on the layer's device.
             query: ``[B, H, M, D]``.
             keys: N, where the meaning depends on it; None where it does not.
+            forward: of which a layer found it.
         """
         self.mask = mask
         self.geometry = geometry
         self.shape, self.dtype, self.device = query.shape, query.dtype, query.device
-        self.heads, self.device_type = query.shape[1], query.device.type
+        self.heads, self.on_cpu = query.shape[1], query.is_cpu
+        self.heads_fit = self.heads in forward.plan.shape.heads_of_layers
+        self.first_device = not forward.alike or forward.alike[0].device == self.device
         self.keys = keys
-        # Visibility as the op takes it; None where calls have to be checked, cast or traced.
-        plain = native(query) and not torch.compiler.is_compiling()
-        self.options = given_options(geometry.visibility) if plain else None
+        # As the op takes it; None where calls have to be checked, cast or traced. Autocast is asked about once: were it
+        # turned on between layers alike, in whose dtype nothing changes, they would stay more precise than asked for.
+        cast = torch.is_autocast_enabled(self.device.type)
+        plain = native(query) and not cast and not torch.compiler.is_compiling()
+        self.visibility = visibility_arguments(geometry.visibility) if plain else None
 
     @staticmethod
     def of(
@@ -198,7 +237,7 @@ class Common:
         key: torch.Tensor,
         is_causal: bool | None,
         sliding_window: int | None,
-    ) -> Common:
+    ) -> Alike:
         """Find out what a mask means for such queries, and for the layers after this one."""
         geometry: Geometry | None = getattr(mask, GEOMETRY, None)
         keys: int | None = key.size(2)
@@ -207,15 +246,11 @@ class Common:
         elif geometry is not None:
             check_keys(module, geometry.keys, key.size(2), query.size(2))
         else:
-            read = (each.geometry for each in forward.common if each.mask is mask and each.keys == keys)
+            read = (each.geometry for each in forward.alike if each.mask is mask and each.keys == keys)
             geometry = next(read, None)
             if geometry is None:
                 geometry = _read_mask(forward, module, mask, query, key.size(2), is_causal, sliding_window)
-        return Common(mask, geometry.on(query.device), query, keys)
-
-    def unrecorded(self) -> bool:
-        """Whether neither gradients nor casts are asked for."""
-        return not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device_type)
+        return Alike(mask, geometry.on(query.device), query, keys, forward)
 
     def serves(self, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> bool:
         """Whether a layer with this mask and query is alike."""
@@ -223,7 +258,7 @@ class Common:
             mask is self.mask
             and query.shape == self.shape
             and query.dtype is self.dtype
-            and query.device == self.device
+            and (query.is_cpu if self.on_cpu else query.device == self.device)
             and (self.keys is None or key.size(2) == self.keys)
         )
 

@@ -161,7 +161,9 @@ class Patch:
         Raises:
             TypeError, ValueError: as `patch` does; the policy before then stays.
         """
-        self._plan = _policy(policy, None, {}).resolve(self._shape)
+        plan = _policy(policy, None, {}).resolve(self._shape)
+        assert len(plan.steps) == self._shape.layers  # worked out here and not in a traced forward
+        self._plan = plan
         self.policy = policy
 
     @property
