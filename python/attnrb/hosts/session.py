@@ -78,6 +78,7 @@ class Forward:
         unpadded: whether there is no padding, whatever mask transformers is given.
         left_out: what the host knows of layers that are left out; None: it leaves out none.
         request: what was said of the texts, and what is kept of them.
+        outer: the forward within which this one runs, where a hook calls the model again.
         called: the layers that came by.
         found: the outliers that a layer reported last.
         settled: the layers that were left out and of which the session knows that they found nothing.
@@ -92,6 +93,7 @@ class Forward:
         "found",
         "left_out",
         "observer",
+        "outer",
         "packed",
         "plan",
         "request",
@@ -115,6 +117,7 @@ class Forward:
         unpadded: bool = False,
         left_out: Any = None,
         request: Request | None = None,
+        outer: Forward | None = None,
     ) -> None:
         self.plan = plan
         self.session = session
@@ -126,6 +129,7 @@ class Forward:
         self.unpadded = unpadded
         self.left_out = left_out
         self.request = request
+        self.outer = outer
         self.called: set[int] = set()
         self.settled: set[int] = set()
         self.found: Outliers | None = None
