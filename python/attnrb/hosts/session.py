@@ -79,6 +79,7 @@ class Forward:
         unpadded: whether there is no padding, whatever mask transformers is given.
         left_out: what the host knows of layers that are left out; None: it leaves out none.
         request: what was said of the texts, and what is kept of them.
+        outer: the forward within which this one runs, where a hook calls the model again.
         called: the layers that came by.
         found: the outliers that a layer reported last.
         settled: the layers that were left out and of which the session knows that they found nothing.
@@ -93,6 +94,7 @@ class Forward:
         "found",
         "left_out",
         "observer",
+        "outer",
         "packed",
         "plan",
         "request",
@@ -117,6 +119,7 @@ class Forward:
         unpadded: bool = False,
         left_out: Any = None,
         request: Request | None = None,
+        outer: Forward | None = None,
     ) -> None:
         self.plan = plan
         self.steps = plan.steps
@@ -129,6 +132,7 @@ class Forward:
         self.unpadded = unpadded
         self.left_out = left_out
         self.request = request
+        self.outer = outer
         self.called: set[int] = set()
         self.settled: set[int] = set()
         self.found: Outliers | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attnrb.hosts.transformers.configurations import IMPLEMENTATION, NAME
+from attnrb.hosts.transformers.configurations import Hook
 from attnrb.hosts.transformers.interface import SUPPORTED, check_attention, size
 from attnrb.policies.base import ModelShape, register_shape_reader
 
@@ -23,7 +23,7 @@ def decoder_of(model: Any) -> Any:
     """
     from transformers import PreTrainedModel
 
-    whole = _whole_model(model)
+    whole = whole_model(model)
     decoder: Any = whole.get_decoder()
     if decoder is whole or not isinstance(decoder, PreTrainedModel):  # some call their last projection a decoder
         decoder = whole.base_model
@@ -34,7 +34,7 @@ def decoder_of(model: Any) -> Any:
     return decoder
 
 
-def _whole_model(model: Any) -> Any:
+def whole_model(model: Any) -> Any:
     """The model of transformers that ``model`` is, or wraps."""
     from transformers import PreTrainedModel
 
@@ -65,15 +65,24 @@ def find_decoder(model: Any) -> Any:
         NotImplementedError: it is one that cannot be served, as far as one can tell before a forward.
         RuntimeError: it is patched already.
     """
-    whole, decoder = _whole_model(model), decoder_of(model)
+    whole, decoder = whole_model(model), decoder_of(model)
     name = type(whole).__name__
     if getattr(whole.config, "is_encoder_decoder", False) or getattr(whole.config, "add_cross_attention", False):
         raise NotImplementedError(f"model: {name} attends to an encoder; {SUPPORTED}")
-    if decoder.config.__dict__.get(IMPLEMENTATION) == NAME:
-        raise RuntimeError(f"model: this {name} is patched already; remove that patch first")
+    if patch_of(decoder) is not None:
+        raise RuntimeError(
+            f"model: this {name} is patched already; remove that patch first, with remove() of its handle or with "
+            "attnrb.unpatch(model)"
+        )
 
     check_attention(decoder, name)
     return decoder
+
+
+def patch_of(decoder: torch.nn.Module) -> Any:
+    """The patch whose hooks a decoder has; None where there is none."""
+    owners = (hook.owner for hook in decoder._forward_pre_hooks.values() if isinstance(hook, Hook))
+    return next((owner for owner in owners if hasattr(owner, "remove")), None)
 
 
 def shard_of(model: torch.nn.Module) -> tuple[int, int]:

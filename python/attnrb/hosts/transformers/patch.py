@@ -2,11 +2,11 @@
 
 Note: [How a model is patched]
 transformers looks up its attention and its mask function by a name in the configuration that a module holds. A patch
-registers attnrb's functions under a name of its own and gives the modules of one model a copy of their configuration
-that says this name; the configuration itself, which other models may share, is not written to. A hook before the
-decoder adds one keyword argument, the `Forward`, which models hand down to their attention. A hook after it checks that
-every layer that was to be edited did come by: what cannot be served raises, and nothing runs plainly in silence.
-`Patch.remove` puts the configurations back and takes both hooks out.
+registers attnrb's functions under a name of its own and gives the modules of one model a stand-in for their
+configuration that says this name (`Note: [Who says attnrb's name]`); the configuration itself, which other models may
+share, is not written to. A hook before the decoder adds one keyword argument, the `Forward`, which models hand down to
+their attention. A hook after it checks that every layer that was to be edited did come by: what cannot be served
+raises, and nothing runs plainly in silence. `Patch.remove` puts the configurations back and takes the hooks out.
 
 A patch belongs to one model. Copies of a patched model, made with ``copy.deepcopy``, by pickling or by
 ``save_pretrained``, are not patched: when a hook is copied it leaves nothing but the original attention behind.
@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from attnrb.hosts.requests import Requests
-from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward
+from attnrb.hosts.session import AttentionCall, Forward, Observer, current_forward, enter_forward
 from attnrb.hosts.stats import PatchStats
 from attnrb.hosts.transformers.attention import FORWARD, attention
 from attnrb.hosts.transformers.caches import Caches, Sequences
-from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook
-from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, shard_of
+from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook, begin_model, end_model
+from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, patch_of, shard_of, whole_model
 from attnrb.hosts.transformers.left_out import LeftOut
 from attnrb.policies.base import Policy, Request
 from attnrb.policies.learned import LearnedGains
@@ -103,11 +103,9 @@ def patched(model: Any) -> Patch | None:
     Raises:
         TypeError: ``model`` is no model of transformers.
     """
-    for hook in decoder_of(model)._forward_pre_hooks.values():
-        owner = hook.owner if isinstance(hook, Hook) else None
-        if isinstance(owner, Patch):
-            return owner
-    return None
+    found = patch_of(decoder_of(model))
+    assert found is None or isinstance(found, Patch)
+    return found
 
 
 def unpatch(model: Any) -> bool:
@@ -147,13 +145,18 @@ class Patch:
         self._request = Requests()
         self._shape = decoder_shape(decoder, shard_of(model))
         self.update(policy)
-        self._configurations = Configurations(model, decoder)
+        self._configurations = Configurations(whole_model(model), decoder)
         self._left_out, self._caches, self._sequences = LeftOut(decoder), Caches(), Sequences()
         self._hooks = [
-            decoder.register_forward_pre_hook(Hook(self._before_forward, self._configurations), with_kwargs=True),
-            decoder.register_forward_hook(Hook(self._after_forward, self._configurations), with_kwargs=True),
-            *self._left_out.register(lambda function: Hook(function, self._configurations)),
+            decoder.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
+            decoder.register_forward_hook(Hook(self._after_forward), with_kwargs=True),
+            # Also where the forward failed.
+            decoder.register_forward_hook(Hook(_leave), with_kwargs=True, always_call=True),
+            *self._left_out.register(Hook),
         ]
+        for each in self._configurations.around:
+            self._hooks.append(each.register_forward_pre_hook(Hook(begin_model)))
+            self._hooks.append(each.register_forward_hook(Hook(end_model), always_call=True))
 
     def update(self, policy: Policy) -> None:
         """Edit by another policy from the next forward on; the counts in ``stats`` go on.
@@ -283,6 +286,7 @@ class Patch:
             unpadded=unpadded,
             left_out=self._left_out if self._left_out.at_random else None,
             request=request,
+            outer=None if torch.compiler.is_compiling() else current_forward(),
         )
         kwargs[FORWARD] = forward
         enter_forward(forward)
@@ -292,7 +296,6 @@ class Patch:
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         forward: Forward = kwargs[FORWARD]
-        enter_forward(None)
         plan = forward.plan
         if not plan.required <= forward.called:
             missing = plan.required - forward.called
@@ -308,6 +311,12 @@ class Patch:
             self._sequences.note(output, forward.request.sequence)
         if not torch.compiler.is_compiling():  # a graph counts nothing
             self.stats.add_forward(forward.called & plan.edited)
+
+
+def _leave(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """The forward is over, or failed: one around it, whose hook called the model again, goes on."""
+    forward = kwargs.get(FORWARD)
+    enter_forward(None if forward is None else forward.outer)
 
 
 _KEYWORDS = frozenset(
