@@ -54,8 +54,8 @@ ROWS: tuple[Row, ...] = (
         "Invalid calls",
         "Valid calls of every native op with one argument made invalid, drawn from the schemas. Each must raise; none "
         "may crash or give a result.",
-        ("invalid_calls.py", "--calls", "5000"),
-        ("--calls", "20"),
+        ("invalid_calls.py", "--count", "5000"),
+        ("--count", "20"),
         ("calls", 5000),
     ),
     Row(
