@@ -24,7 +24,7 @@ Layout random_layout(Random& random, bool adjacent_columns) {
 }
 
 // Few queries (decoding) as often as many, and sizes around the blocks and vectors of kernels.
-void random_sizes(AttentionCase& attention, Random& random, bool wide) {
+void random_sizes(AttentionCase& attention, Random& random, const Rarities& rarities) {
   Shape& shape = attention.shape;
   shape.batch = random.pick<int64_t>({1, 1, 2, 3});
   shape.key_heads = random.pick<int64_t>({1, 1, 2, 3});
@@ -38,12 +38,20 @@ void random_sizes(AttentionCase& attention, Random& random, bool wide) {
     shape.queries = random.integer(1, 100);
     shape.keys = random.chance(0.5) ? shape.queries : random.integer(1, 200);
   }
-  if (wide) {
+  if (rarities.wide) {
     shape.width = random.integer(129, 270);
     shape.value_width = random.chance(0.5) ? shape.width : random.integer(1, 270);
     shape.batch = 1;
     shape.queries = std::min<int64_t>(shape.queries, 40);
     shape.keys = std::min<int64_t>(shape.keys, 100);
+  }
+  if (rarities.small) {
+    shape.key_heads = std::min<int64_t>(shape.key_heads, 2);
+    shape.heads = shape.key_heads * random.pick<int64_t>({1, 2, 3});
+    shape.queries = random.integer(1, shape.queries > 4 ? 20 : shape.queries);
+    shape.keys = random.integer(1, 40);
+    shape.width = random.integer(1, 24);
+    shape.value_width = random.integer(1, 24);
   }
   // The oracle takes its time: about two million products a case at most.
   const int64_t products = shape.queries * shape.keys * shape.width * shape.batch;
@@ -136,7 +144,7 @@ AttentionCase generate_case(uint64_t seed, const Rarities& rarities) {
   Random random(seed);
   AttentionCase attention;
   attention.dtype = random.pick({DType::float32, DType::float32, DType::bfloat16, DType::float16});
-  random_sizes(attention, random, rarities.wide);
+  random_sizes(attention, random, rarities);
   random_visibility(attention, random, rarities.windowed);
   random_scoring(attention, random, rarities.capped);
   fill(attention, random, true);

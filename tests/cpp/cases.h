@@ -52,9 +52,10 @@ struct AttentionCase {
   int64_t rows() const { return shape.batch * shape.heads * shape.queries; }
 };
 
-// What a case has for certain; otherwise it is a matter of chance, and rows wider than 128 never come.
+// What a case has for certain; otherwise it is a matter of chance, and rows wider than 128 never come. Small: a few
+// thousand products, for as many calls as possible.
 struct Rarities {
-  bool wide = false, capped = false, windowed = false;
+  bool wide = false, capped = false, windowed = false, small = false;
 };
 
 // Sizes up to a few hundred keys; every feature is on in some cases and off in most.

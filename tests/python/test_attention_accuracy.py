@@ -76,8 +76,8 @@ def own_errors(problem: EditedProblem) -> dict[str, float]:
     }
 
 
-def earned(seed: int) -> dict[str, float]:
-    draws = [own_errors(random_problem(seed, repeat)) for repeat in range(REPEATS)]
+def earned(seed: int, repeats: int = REPEATS) -> dict[str, float]:
+    draws = [own_errors(random_problem(seed, repeat)) for repeat in range(repeats)]
     worst = {name: max(draw[name] for draw in draws) for name in draws[0]}
     assert all(math.isfinite(each) for each in worst.values()), "this problem earns no tolerance"
     return worst

@@ -76,7 +76,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "keys"), [(1, 300), (37, 150), (150, 150)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 300), (3, 300), (8, 70), (37, 150), (150, 150)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout: str, queries: int, keys: int, dtype: torch.dtype) -> None:
     tensors = operands(queries, keys, dtype)

@@ -1,10 +1,9 @@
 """Invalid calls of every native op: each must raise; none may crash, or give a result.
 
-    python tests/scorecard/invalid_calls.py --calls 5000 --seed 0
+    python tests/scorecard/invalid_calls.py --count 5000 --seed 0
 
 Each call is a valid one (`calls.call`) with one argument made invalid, in a way that its kind allows. Calls run in
-child processes, so that a crash is counted and named too. Prints one JSON line of counts; ends with 1 where a call gave
-a result or crashed.
+child processes, so that a crash is counted and named too. A fault is a call that gave a result or crashed.
 """
 
 from __future__ import annotations
@@ -15,14 +14,11 @@ import math
 import random
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from calls import OPS, Sizes, call, invoke
+from row import Tally, run
 
 _PART = 250  # calls of a child process
 _SLOTS = ("first_query", "key_start", "key_end", "query_offsets")
@@ -126,7 +122,7 @@ def draw(seed: int) -> tuple[str, str, dict[str, Any]]:
     return name, what, {**arguments, argument: value}
 
 
-def run(first: int, count: int) -> None:
+def make_calls(first: int, count: int) -> None:
     """Make the calls of some seeds, each announced before, so that a crash has a name."""
     torch.set_num_threads(1)
     for seed in range(first, first + count):
@@ -140,39 +136,34 @@ def run(first: int, count: int) -> None:
             print("null", flush=True)
 
 
-def main() -> int:
-    """Run everything and print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--child", type=int, default=None, help="calls to make in this very process")
-    options = parser.parse_args()
-    if options.child is not None:
-        run(options.seed, options.child)
-        return 0
-    raised: dict[str, int] = {}
-    returned, crashed = [], []
-    first, end = options.seed * 10_000_000, options.seed * 10_000_000 + options.calls
-    while first < end:
+def work(tally: Tally) -> None:
+    """Run everything in child processes and count."""
+    first = tally.seed * 10_000_000
+    end = first + tally.count
+    while first < end and not tally.over():
         count = min(_PART, end - first)
         command = [sys.executable, __file__, "--child", str(count), "--seed", str(first)]
         lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
         for told, came in zip(lines[::2], lines[1::2], strict=False):
+            tally.counts["calls"] += 1
             if came == "null":
-                returned.append(json.loads(told))
+                tally.fault(f"gave a result: {told}")
             else:
-                raised[json.loads(came)] = raised.get(json.loads(came), 0) + 1
+                tally.counts[f"raised {json.loads(came)}"] += 1
         done = len(lines) // 2
         if done < count:
-            crashed.append(json.loads(lines[-1]) if len(lines) % 2 else [first + done, "?", "no word"])
+            tally.counts["calls"] += 1
+            tally.fault(f"crashed: {lines[-1] if len(lines) % 2 else first + done}")
             done += 1
         first += done
-    total = sum(raised.values()) + len(returned) + len(crashed)
-    print(json.dumps({"calls": total, "raised": raised, "returned": len(returned), "crashed": len(crashed)}))
-    for each in [*crashed, *returned][:40]:
-        print(each, file=sys.stderr)
-    return 1 if returned or crashed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if "--child" in sys.argv:
+        child = argparse.ArgumentParser()
+        child.add_argument("--child", type=int)
+        child.add_argument("--seed", type=int)
+        chosen = child.parse_args()
+        make_calls(chosen.seed, chosen.child)
+    else:
+        sys.exit(run("invalid", __doc__, work, count=5000))

@@ -1,0 +1,139 @@
+"""Hostile texts of tokens through every page, in a real browser.
+
+    python tests/scorecard/pages.py --count 1000
+
+Pages: the report of `attnrb analyze`, those of `attnrb eval` and `attnrb search`, and a marked batch as notebooks show
+it. Each text stands for a token, for the name of a model, for an arm or for a group of items. A fault is a dialog, a
+request, a word on the console, an element that a text made, a variable that it set, or a text that is not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hostile import draw
+from row import ROOT, Tally, run
+
+sys.path.insert(0, str(ROOT / "tests" / "python"))
+
+import attnrb
+from attnrb.analysis import AttentionReport, TextReport, analyze
+from attnrb.evaluation.grid import evaluate
+from attnrb.evaluation.page import page
+from attnrb.evaluation.plan import Plan
+from attnrb.evaluation.search_page import search_page
+from attnrb.evaluation.trials import SearchPlan, search
+from attnrb.hosts.lm_eval.model import AttnrbLM
+from attnrb.reports.printable import printable
+from attnrb.text import mark
+from browser import browser, opened
+from saved_tiny_model import TEXT, tiny_model, tiny_tokenizer
+from tiny_evaluation import roomy_model, save_data
+
+_FORBIDDEN = "img, iframe, object, embed, link, base, form, input[autofocus], a[href^='javascript'], script[src], plaintext"
+
+
+class Pages:
+    """The reports that the texts are put into: made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = tiny_tokenizer()
+        self.analysis = analyze(
+            tiny_model(), self.tokenizer, [TEXT, TEXT[:40]], compare=attnrb.Rebalance(alpha=0.5), model_name="MODEL"
+        )
+        lm = AttnrbLM(roomy_model(), tokenizer=self.tokenizer, plain=True)
+        data = save_data(folder / "data")
+        plan = Plan(("mmlu_anatomy", "siqa"), data, (attnrb.Rebalance(alpha=3.0),), "both", (0, 4), limit=3)
+        self.evaluation: Any = evaluate(lm, plan, folder / "run.jsonl", model="MODEL")
+        self.search: Any = search(
+            lm, SearchPlan(("siqa",), data, evaluations=3, development=2), folder / "search.jsonl", model="MODEL"
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Places of a batch of texts: the tokens of the first text."""
+        return len(self.analysis.texts[0].tokens)
+
+    def of_analysis(self, texts: list[str]) -> str:
+        """The report with each token of the first text replaced, and the model's name."""
+        report: AttentionReport = self.analysis
+        first = report.texts[0]
+        tokens = tuple(
+            dataclasses.replace(token, text=texts[place % len(texts)]) for place, token in enumerate(first.tokens)
+        )
+        runs = tuple(
+            dataclasses.replace(each, sinks=tuple(dataclasses.replace(sink, text=texts[-1]) for sink in each.sinks))
+            for each in report.runs
+        )
+        whole = (TextReport("".join(texts), tokens), *report.texts[1:])
+        return dataclasses.replace(report, texts=whole, runs=runs, notes=(texts[0],), model=texts[0]).to_html()
+
+    def of_evaluation(self, texts: list[str]) -> str:
+        """The report with its model, an arm and its groups under other names."""
+        names = ["MODEL", "alpha=3", "siqa", "mmlu_anatomy", "anatomy", "direct"]
+        return page(_renamed(self.evaluation.to_dict(), dict(zip(names, texts, strict=False))))
+
+    def of_search(self, texts: list[str]) -> str:
+        """The same of a search."""
+        return search_page(_renamed(self.search.to_dict(), dict(zip(["MODEL", "siqa"], texts, strict=False))))
+
+    def of_marked(self, texts: list[str]) -> str:
+        """A marked batch, as a notebook would show it."""
+        texts = [text.replace("⟦", "").replace("⟧", "") for text in texts]
+        marked = mark(self.tokenizer, [f"a ⟦{text or 'x'}⟧ b" for text in texts], open="⟦", close="⟧")
+        return f"<!DOCTYPE html><html><head><meta charset=utf-8><title>a</title></head><body>{marked._repr_html_()}</body></html>"
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """The same JSON with other strings in the place of some, keys among them."""
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(each, names) if key not in ("settings", "plan") else each for key, each in value.items()}
+    if isinstance(value, list):
+        return [_renamed(each, names) for each in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def attempt(tally: Tally, chromium: Any, make: Callable[[list[str]], str], texts: list[str], file: Path) -> None:
+    """One page with these texts."""
+    kind = make.__name__.removeprefix("of_")
+    file.write_text(make(texts), "utf-8")
+    with opened(chromium, file) as (tab, heard):
+        if kind == "analysis":
+            tab.wait_for_selector("html[data-ready=true]")
+            shown = tab.locator("#text .t").all_text_contents()
+            expected = [printable(texts[place % len(texts)]) for place in range(len(shown))]
+            for came, wanted in zip(shown, expected, strict=True):
+                assert came.split() == wanted.split() or came == wanted, f"{came!r} is shown for {wanted!r}"
+        if kind == "marked":
+            body = "".join(tab.inner_text("body").split())
+            assert all("".join(printable(text).split())[:20] in body for text in texts), "a text is not shown"
+        tally.counts[f"pages of {kind}"] += 1
+        assert tab.evaluate("typeof window.caught") == "undefined", "a text set a variable"
+        assert tab.locator(_FORBIDDEN).count() == 0, "a text became an element"
+        assert tab.locator("script").count() == (0 if kind == "marked" else tab.evaluate("window.ownScripts ?? document.scripts.length"))
+        assert heard.dialogs == [] and heard.messages == [] and heard.requests == [], str(heard)
+
+
+def work(tally: Tally) -> None:
+    """All texts, some dozens a page."""
+    with tempfile.TemporaryDirectory() as place, browser() as chromium:
+        pages = Pages(Path(place))
+        for seed in tally.seeds(pages.tokens):
+            end = min(seed + pages.tokens, tally.seed * 10_000_000 + tally.count)
+            texts = [draw(each) for each in range(seed, end)]
+            tally.counts["texts"] += len(texts)
+            for make in (pages.of_analysis, pages.of_marked, pages.of_evaluation, pages.of_search):
+                try:
+                    attempt(tally, chromium, make, texts, Path(place) / "page.html")
+                except Exception as error:  # noqa: BLE001  (one page's failure is a fault like any other)
+                    line = " ".join(str(error).split())[:400]
+                    tally.fault(f"{make.__name__}, seeds {seed} to {end - 1}: {type(error).__name__}: {line!a}")
+
+
+if __name__ == "__main__":
+    sys.exit(run("pages", __doc__, work, count=1000))

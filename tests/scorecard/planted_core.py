@@ -1,0 +1,215 @@
+"""Plants faults in the CPU kernels, one at a time, and asks the C++ tests to find each.
+
+    python tests/scorecard/planted_core.py --count 120
+
+Operators on patterns: bounds off by one, dropped conditions, swapped signs, another head, batch or slot, a statement
+that is not there. Only float32 under AVX2 is compiled for a fault, at -O1, and linked with the tests' own objects; what
+16-bit types share with it is most of the code. ``survivors_core.json`` has the argument for each survivor.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from faults import Planted, draw, try_all
+from row import ROOT, Tally, run
+
+HERE = Path(__file__).resolve().parent
+CORE = ROOT / "csrc" / "core"
+BUILD = ROOT / "build" / "scorecard" / "cpp"
+FOLDER = ROOT / "build" / "scorecard" / "planted-core"
+FLAGS = ["-std=c++17", "-O1", "-w", "-fPIC"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+FILES = (
+    "visibility.h",
+    "edit.h",
+    "outliers.h",
+    "kernels/bias.h",
+    "kernels/marks.h",
+    "kernels/rows.h",
+    "kernels/prefill.h",
+    "kernels/decode.h",
+    "kernels/received.h",
+    "kernels/elementwise.h",
+    "kernels/gradient.h",
+    "kernels/gradient_rows.h",
+    "kernels/gradient_scores.h",
+    "kernels/gradient_products.h",
+    "kernels/driver.h",
+    "kernels/float_engine.h",
+)
+
+# What a line must not have: it concerns speed or room, so that a change of it is no fault.
+_NOT_ABOUT_RESULTS = re.compile(
+    r"^\s*(//|#|template|static_assert|using|struct|class|namespace|public|private)|prefetch|Upcoming|ahead|fetch\("
+    r"|constexpr|carver|reserve|capacity_|kTasks|kShortest|span_keys_ =|spans_ =|wanted|kGradientBudget|kPackedBudget"
+    r"|round_up|elements|blocks_\(|columns_\(|heads_per_block|queries_per_block|kBlock.*=|divide\("
+)
+
+# (kind, pattern, replacement): each place where it matches is one fault.
+OPERATORS: tuple[tuple[str, str, str], ...] = (
+    ("bound off by one", r" < (?=[a-zA-Z0])", " <= "),
+    ("bound off by one", r" <= (?=[a-zA-Z0])", " < "),
+    ("bound off by one", r" > (?=[a-zA-Z0-])", " >= "),
+    ("bound off by one", r" >= (?=[a-zA-Z0-])", " > "),
+    ("off by one", r" \+ 1\b(?!\.)", ""),
+    ("off by one", r" - 1\b(?!\.)", ""),
+    ("swapped condition", r" == ", " != "),
+    ("swapped condition", r" != ", " == "),
+    ("swapped condition", r" && ", " || "),
+    ("swapped condition", r" \|\| ", " && "),
+    ("dropped negation", r"(?<=[( ])!(?=[a-zA-Z])", ""),
+    ("swapped sign", r"(?<=[a-z\])]) - (?=[a-z(])", " + "),
+    ("swapped sign", r"(?<=[a-z\])]) \+ (?=[a-z(])", " - "),
+    ("swapped sign", r"-kInfinity", "kInfinity"),
+    ("another head", r"\bhead \* ", "0 * "),
+    ("another head", r"\bkey_head \* ", "0 * "),
+    ("another head", r"\[head\]", "[0]"),
+    ("another sequence", r"\bbatch \* ", "0 * "),
+    ("another sequence", r"\[batch\]", "[0]"),
+    ("wrong slot", r"visibility_?\.key_offset", "0"),
+    ("wrong slot", r"\bkey_offset\b(?=[ ;)])", "0"),
+    ("another factor", r"\b1\.0f \+ ", "2.0f + "),
+    ("another factor", r" \* to_log2", ""),
+    ("another factor", r"Vec::max\(", "Vec::min("),
+    ("another factor", r"\bfma\(", "fms("),
+)
+_STATEMENT = re.compile(r"^\s+(?:if \([^;{}]*\) )?[A-Za-z_][\w.\[\]>-]* (?:[+*|&-]?=) [^=][^;{}]*;$")
+_CHECK = re.compile(r"^(\s+)if \((.*)\) (return|continue)\b(.*);$")
+
+
+def faults() -> Iterator[Planted]:
+    """Every place that an operator fits."""
+    for name in FILES:
+        for number, line in enumerate((CORE / name).read_text("utf-8").splitlines(), 1):
+            code = line.split("  //")[0]
+            if _NOT_ABOUT_RESULTS.search(code):
+                continue
+            loop = "for (" in code  # whose bounds would lead out of an array
+            for kind, pattern, replacement in OPERATORS:
+                if loop and kind in ("bound off by one", "off by one", "swapped condition"):
+                    continue
+                if kind == "bound off by one" and " ? " in code:  # a maximum or minimum, where equals are equal
+                    continue
+                for match in re.finditer(pattern, code):
+                    new = code[: match.start()] + replacement + code[match.end() :]
+                    yield Planted(name, number, kind, line, new)
+            if _STATEMENT.match(code) and not loop and " = carver" not in code:
+                yield Planted(name, number, "missing statement", line, "")
+            if found := _CHECK.match(code):
+                yield Planted(name, number, "dropped check", line, f"{found[1]};")
+
+
+def build_tests() -> None:
+    """The tests' own objects, and those of the core that no fault is planted in."""
+    cmake, ninja = ROOT / ".venv" / "bin" / "cmake", ROOT / ".venv" / "bin" / "ninja"
+    configure = [cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    configure += ["-DATTNRB_BUILD_PACKAGE=OFF", "-DATTNRB_BUILD_TESTS=ON"]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([cmake, "--build", BUILD, "--target", "attnrb_tests"], check=True, stdout=subprocess.DEVNULL)
+
+
+def link_line(fault_object: Path, program: Path) -> list[str | Path]:
+    """The tests with the kernels of one object and the portable ones, which serve 16-bit types."""
+    objects = [path for path in sorted(BUILD.rglob("*.o")) if path.name.split(".")[0] not in _LEFT_OUT]
+    return ["g++", fault_object, FOLDER / "dispatch.o", *objects, *_gtest(), "-pthread", "-o", program]
+
+
+_LEFT_OUT = {"avx2", "avx512", "avx512_bf16", "amx", "dispatch", "emulated_amx", "runner", "test_symbols", "fuzz"}
+
+
+def _gtest() -> list[str]:
+    """How the build links GoogleTest."""
+    text = (BUILD / "build.ninja").read_text("utf-8")
+    line = next(line for line in text.splitlines() if "LINK_LIBRARIES" in line and "gtest" in line)
+    found = [part for part in line.split("=", 1)[1].split() if "gtest" in part]
+    return [part if part.startswith(("/", "-")) else str(BUILD / part) for part in found]
+
+
+def prepare() -> None:
+    """What all faults share."""
+    build_tests()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp'}"]
+    for source, name in ((HERE / "one_table.cpp", "dispatch"), (ROOT / "tests" / "cpp" / "runner.cpp", "runner_one")):
+        subprocess.run(["g++", *FLAGS, *include, "-c", source, "-o", FOLDER / f"{name}.o"], check=True)
+
+
+def attempt(fault: Planted) -> tuple[bool, str]:
+    """Whether the tests find the fault."""
+    folder = FOLDER / "one"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    plant(folder / "csrc" / "core" / fault.file, fault)
+    only_float32(folder / "csrc" / "core" / "kernels" / "table.h")
+    target, program = folder / "fault.o", folder / "tests"
+    command = ["g++", *FLAGS, *AVX2, f"-I{folder / 'csrc'}", "-c", HERE / "one_type.cpp", "-o", target]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode:
+        return True, "it does not compile"
+    subprocess.run([*link_line(target, program), FOLDER / "runner_one.o"], check=True)
+    return run_tests(program)
+
+
+def plant(path: Path, fault: Planted) -> None:
+    """Put the fault into a copy of the file."""
+    lines = path.read_text("utf-8").splitlines()
+    if lines[fault.line - 1] != fault.old:
+        raise SystemExit(f"{fault.name}: line {fault.line} is another one")
+    lines[fault.line - 1] = fault.new
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def only_float32(table: Path) -> None:
+    """One element type: a third of the time to compile."""
+    text = table.read_text("utf-8")
+    cut, count = re.subn(r"  switch \(dtype\) \{.*?\n  \}\n", "  return function(float());\n", text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit("table.h: where it chooses the element type is not found")
+    table.write_text(cut, "utf-8")
+
+
+# The few tests that find most faults go first; each starts with other seeds.
+_STAGES = (("*:-Cases/*:Dispatch*:Symbols*:*Exhaustive*:HalfTypes*", 400), ("Cases/*", 400), ("Cases/*", 3000))
+
+
+def run_tests(program: Path) -> tuple[bool, str]:
+    """Stops at the first failure."""
+    for tests, cases in _STAGES:
+        environment = {**os.environ, "ATTNRB_TEST_CASES": str(cases), "GTEST_FAIL_FAST": "1", "GTEST_BRIEF": "1"}
+        environment["GTEST_FILTER"] = tests
+        try:
+            ran = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300, check=False)
+        except subprocess.TimeoutExpired:
+            return True, "it never ends"
+        if ran.returncode > 0:
+            failed = [line.split("]")[1].split(",")[0].strip() for line in ran.stdout.splitlines() if "FAILED  ]" in line]
+            return True, failed[0] if failed else "a test fails"
+        if ran.returncode < 0:
+            return True, f"signal {-ran.returncode}"
+    return False, "all tests pass"
+
+
+def work(tally: Tally) -> None:
+    """Plant as many as asked for."""
+    chosen = draw(faults(), tally.count, tally.seed)
+    prepare()
+    healthy, how = attempt(Planted("edit.h", 1, "none", *[(CORE / "edit.h").read_text("utf-8").splitlines()[0]] * 2))
+    if healthy:
+        tally.fault(f"the tests fail without any fault: {how}")
+        return
+    try_all(tally, chosen, attempt, HERE / "survivors_core.json")
+
+
+if __name__ == "__main__":
+    if "--list" in sys.argv:
+        print(*(f"{each.line}: {each.kind}: {each.name}" for each in faults()), sep="\n")
+    else:
+        sys.exit(run("planted-core", __doc__, work, count=120))

@@ -1,0 +1,294 @@
+"""Plants faults in the Python package, one at a time, and asks the tests of that module to find each.
+
+    python tests/scorecard/planted_host.py --count 120
+
+Operators on the syntax tree: dropped checks and calls, missing restores, bounds off by one, swapped signs and
+conditions, another axis, a slot's offset that is not added. A fault goes into a copy of the package. One process has
+loaded torch and transformers; a child of it for each fault imports the copy and runs the tests that `TESTS` names, up to
+the first failure. ``survivors_host.json`` has the argument for each survivor.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("ATTNRB_TEST_GRADIENT_SAMPLE", "13")
+os.environ.setdefault("ATTNRB_TEST_SAMPLE", "11")
+
+from faults import Planted, draw, try_all
+from row import ROOT, Tally, run
+
+PACKAGE = ROOT / "python" / "attnrb"
+FOLDER = ROOT / "build" / "scorecard" / "planted-host"
+_LIMIT = 240  # seconds for the tests of one fault
+
+_ATTENTION = ("attention_errors", "attention_edits", "attention_registration", "attention_accuracy", "dense_calls")
+_PATCH = ("patch_masks", "patch_batches", "patch_stats", "patch_generate", "patch_cleanup", "patch_refusals")
+_EMPHASIS = ("emphasis", "emphasis_generate")
+_TEXT = ("text_markup", "text_spans", "text_mark", "text_find", "text_chat", "text_show")
+# Which tests know a module.
+TESTS: dict[str, tuple[str, ...]] = {
+    "ops/attention.py": (*_ATTENTION, "ops_errors", "training_ops"),
+    "ops/edit.py": (*_ATTENTION, "ops_errors"),
+    "ops/visibility.py": ("attention_errors", "ops_errors", "reference", "attention_accuracy"),
+    "ops/operands.py": ("attention_errors", "ops_errors", "ops_registration", "attention_edits"),
+    "ops/dense.py": ("attention_accuracy", "dense_calls", "dense_gradients"),
+    "ops/scores.py": ("attention_accuracy", "dense_calls", "patch_stats"),
+    "ops/rebalancing.py": ("ops_errors", "ops_gradient", "dense_calls"),
+    "ops/received.py": ("ops_errors", "training_ops", "dense_calls", "attention_edits"),
+    "ops/weights_in_memory.py": ("accuracy_weights", "ops_errors", "ops_gradient"),
+    "policies/base.py": ("policies", "config", "trust_cli"),
+    "policies/checks.py": ("policies", "config", "emphasis"),
+    "policies/rebalance.py": ("config", "policies", "patch_options"),
+    "policies/emphasis.py": (*_EMPHASIS, "policies"),
+    "policies/sinks.py": ("sinks", "policies"),
+    "policies/learned.py": ("learned_gains", "policies"),
+    "policies/compose.py": ("patch_compose", "policies"),
+    "policies/request.py": _EMPHASIS,
+    "policies/profile.py": ("profile", "emphasis"),
+    "policies/parse.py": ("policies", "config", "cli_emphasis"),
+    "policies/custom.py": ("policies", "patch_compose"),
+    "hosts/session.py": (*_PATCH, "patch_options"),
+    "hosts/stats.py": ("patch_stats", *_PATCH),
+    "hosts/requests.py": (*_EMPHASIS, *_PATCH),
+    "hosts/transformers/attention.py": (*_PATCH, "patch_weights", "emphasis_generate"),
+    "hosts/transformers/masks.py": ("patch_masks", "patch_batches", "patch_generate", "patch_patterns"),
+    "hosts/transformers/patterns.py": ("patch_patterns", "patch_masks"),
+    "hosts/transformers/patch.py": (*_PATCH, "patch_copies", "patch_weights"),
+    "hosts/transformers/caches.py": ("patch_left_out", "patch_generate", "patch_refusals"),
+    "hosts/transformers/decoder.py": ("patch_refusals", "patch_models", "patch_cleanup"),
+    "hosts/transformers/left_out.py": ("patch_left_out", "patch_refusals"),
+    "text/markup.py": _TEXT,
+    "text/spans.py": _TEXT,
+    "text/mark.py": _TEXT,
+    "text/placing.py": _TEXT,
+    "text/find.py": _TEXT,
+    "text/offsets.py": _TEXT,
+    "evaluation/runfile.py": ("evaluation_run",),
+    "evaluation/extraction.py": ("evaluation_extraction",),
+    "evaluation/statistics.py": ("evaluation_statistics",),
+    "evaluation/data.py": ("evaluation_data", "trust_text"),
+    "models/gguf.py": ("models", "trust_loading"),
+}
+
+# ------------------------------------------------------------------------------------------------------- operators
+
+_COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+_COMPARED |= {ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
+_SWAPPED = {"query_offset": "key_offset", "key_offset": "query_offset", "key_start": "key_end", "key_end": "key_start"}
+_QUIET = ("warn", "debug", "info", "say", "print", "prefetch")  # calls whose loss changes no result
+_SHOWN = ("__repr__", "__str__", "describe")
+
+
+def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
+    """Each fault that fits a node: its kind, and what takes the node's place (None: nothing)."""
+    new = copy.deepcopy(node)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARED:
+        ordered = isinstance(node.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE))
+        new.ops = [_COMPARED[type(node.ops[0])]()]
+        yield "bound off by one" if ordered else "swapped condition", new
+    elif isinstance(node, ast.BoolOp):
+        new.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+        yield "swapped condition", new
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield "dropped negation", new.operand
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not _is_index(node):
+        yield "swapped sign", new.operand
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)) and not _is_text(node):
+        if isinstance(node.right, ast.Constant) and node.right.value == 1:
+            yield "off by one", new.left
+        new.op = ast.Sub() if isinstance(node.op, ast.Add) else ast.Add()
+        yield "swapped sign", new
+    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value in (0, 1, 2):
+        new.slice = ast.Constant(node.slice.value + 1 if node.slice.value < 2 else 1)
+        yield "another axis", new
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.attr in _SWAPPED:
+        new.attr = _SWAPPED[node.attr]
+        yield "wrong slot", new
+    elif isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise) and not node.orelse:
+        yield "dropped check", None
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and not _is_quiet(node.value):
+        yield "dropped call", None
+    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, bool):
+        new.value = ast.Constant(not node.value.value)
+        yield "other answer", new
+    elif isinstance(node, ast.AugAssign):
+        yield "missing statement", None
+    elif isinstance(node, ast.Try) and node.finalbody and not all(isinstance(each, ast.Pass) for each in node.finalbody):
+        new.finalbody = [ast.Pass()]
+        yield "missing restore", new
+
+
+def _is_index(node: ast.UnaryOp) -> bool:
+    return isinstance(node.operand, ast.Constant) and isinstance(node.operand.value, int)
+
+
+def _is_text(node: ast.BinOp) -> bool:
+    return any(
+        isinstance(each, (ast.JoinedStr, ast.List, ast.Tuple)) or (isinstance(each, ast.Constant) and isinstance(each.value, str))
+        for each in ast.walk(node)
+    )
+
+
+def _is_quiet(call: ast.Call) -> bool:
+    return any(word in ast.unparse(call.func).rsplit(".", 1)[-1] for word in _QUIET)
+
+
+def places(tree: ast.Module) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+    """Every node that may be changed: its parent, the field and the place in it; not in annotations or messages."""
+    stack: list[ast.AST] = [tree]
+    while stack:
+        parent = stack.pop()
+        for name, value in ast.iter_fields(parent):
+            if name in ("annotation", "returns", "decorator_list", "exc", "msg", "bases"):
+                continue
+            for index, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if not isinstance(node, ast.AST) or isinstance(node, (ast.JoinedStr, ast.Raise)):
+                    continue
+                if isinstance(node, ast.FunctionDef) and node.name in _SHOWN:
+                    continue
+                if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                    continue
+                yield parent, name, index, node
+                stack.append(node)
+
+
+def faults_of(name: str) -> Iterator[tuple[Planted, str]]:
+    """Every fault of one module, with the module's text that has it."""
+    source = (PACKAGE / name).read_text("utf-8")
+    tree = ast.parse(source)
+    for parent, field, index, node in places(tree):
+        for kind, new in changes(node):
+            kept = _statement(tree, node) if new is None or isinstance(new, ast.expr) else node
+            before = ast.unparse(kept)
+            _put(parent, field, index, new if new is not None else ast.Pass())
+            after = "" if new is None else ast.unparse(kept if isinstance(new, ast.expr) else new)
+            yield Planted(name, node.lineno, kind, _short(before), _short(after)), ast.unparse(ast.fix_missing_locations(tree))
+            _put(parent, field, index, node)
+
+
+def _statement(tree: ast.Module, node: ast.AST) -> ast.AST:
+    """The innermost statement that holds a node."""
+    found: ast.AST = node
+    for each in ast.walk(tree):
+        if isinstance(each, ast.stmt) and any(inner is node for inner in ast.walk(each)):
+            found = each  # ast.walk goes from the outside in
+    return found
+
+
+def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
+    if index is None:
+        setattr(parent, field, node)
+    else:
+        getattr(parent, field)[index] = node
+
+
+def _short(text: str) -> str:
+    lines = text.splitlines() or [""]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[1].strip()} ..."[:300]
+
+
+def faults() -> Iterator[Planted]:
+    """Of every module."""
+    for name in TESTS:
+        for fault, _ in faults_of(name):
+            yield fault
+
+
+# ------------------------------------------------------------------------------------------------------- the tests
+
+
+def prepare() -> None:
+    """A copy of the package, and in this process what every test imports, but for the package itself."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    shutil.copytree(PACKAGE, FOLDER / "attnrb", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in map(Path, sys.path):  # what was built beside it
+        if (folder / "attnrb").is_dir() and (folder / "attnrb").resolve() != PACKAGE:
+            for built in (folder / "attnrb").glob("*.so*"):
+                shutil.copy2(built, FOLDER / "attnrb" / built.name)
+    sys.path[:0] = [str(FOLDER), str(ROOT / "tests" / "python")]
+    sys.meta_path[:] = [each for each in sys.meta_path if "ditable" not in type(each).__name__ + type(each).__module__]
+    sys.dont_write_bytecode = True
+    for name in ("torch", "transformers", "pytest", "numpy", "tokenizers", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
+    for name in ("transformers.generation", "torch.autograd.gradcheck", "torch.testing"):
+        importlib.import_module(name)
+
+
+def attempt(fault: Planted) -> tuple[bool, str]:
+    """Whether the tests of the fault's module find it."""
+    text = next((text for each, text in faults_of(fault.file) if each == fault), None)
+    if text is None:
+        raise SystemExit(f"{fault.name}: no such place")
+    original = (FOLDER / "attnrb" / fault.file).read_text("utf-8")
+    (FOLDER / "attnrb" / fault.file).write_text(text, "utf-8")
+    try:
+        return run_tests(fault.file)
+    finally:
+        (FOLDER / "attnrb" / fault.file).write_text(original, "utf-8")
+
+
+def run_tests(module: str) -> tuple[bool, str]:
+    """In a child, which has everything loaded already."""
+    log = FOLDER / "log"
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        _child(module, log)
+    deadline = time.monotonic() + _LIMIT
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            if code == 0:
+                return False, "all tests pass"
+            lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
+            return True, lines[0][:100] if lines else f"exit code {code}"
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True, "it never ends"
+
+
+def _child(module: str, log: Path) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    code = 99
+    try:
+        import pytest
+
+        files = [str(ROOT / "tests" / "python" / f"test_{stem}.py") for stem in TESTS[module]]
+        os.chdir(ROOT)
+        code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-m", "not model", *files]))
+    finally:
+        os._exit(code)
+
+
+def work(tally: Tally) -> None:
+    """Plant as many as asked for."""
+    chosen = draw(faults(), tally.count, tally.seed)
+    prepare()
+    try_all(tally, chosen, attempt, Path(__file__).parent / "survivors_host.json")
+
+
+if __name__ == "__main__":
+    if "--list" in sys.argv:
+        print(*(f"{each.line}: {each.kind}: {each.name}" for each in faults()), sep="\n")
+    elif "--healthy" in sys.argv:
+        prepare()
+        for each in TESTS:
+            begun = time.monotonic()
+            print(each, *run_tests(each), f"{time.monotonic() - begun:.1f} s", flush=True)
+    else:
+        sys.exit(run("planted-host", __doc__, work, count=120))
