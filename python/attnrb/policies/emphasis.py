@@ -123,7 +123,7 @@ class EmphasisPlan(LayerPlan):
         self.chosen = chosen
 
     def log_strength(self, view: LayerView) -> float | torch.Tensor:
-        """ln(strength) of this layer: a number, or float32 ``[H]`` on the CPU for the heads that it has on this rank."""
+        """ln(strength) of this layer: a number, or float32 ``[H]`` on the CPU for its heads on this rank."""
         strength = self.policy.strength
         return math.log(strength) if strength > 0 else -math.inf
 
