@@ -43,7 +43,9 @@ class Scores:
         table = self.table + bias
         if self.sink is not None:
             table = torch.cat([table, self.sink.expand(*table.shape[:3], 1)], dim=3)
-        return torch.softmax(table, dim=3).nan_to_num(0.0)
+        # A row that sees nothing would be NaN, and so would every gradient.
+        sees = (table > -torch.inf).any(3, keepdim=True)
+        return torch.where(sees, torch.softmax(torch.where(sees, table, 0.0), dim=3), 0.0)
 
     def at_keys(self, by_slot: Tensor) -> Tensor:
         """What ``[rows, heads or 1, slots]`` says of this layer's keys: ``[B, heads or 1, 1, N]``, 0 behind its slots.

@@ -22,6 +22,32 @@ from transformers import AutoModelForCausalLM
 CONFIG = attnrb.RebalanceConfig(alpha=0.5, threshold=0.05, heads={1: [0, 3], 2: [0, 1, 2, 3], 3: [1, 2]})
 ROUNDING = 1e-4
 
+SPANS = attnrb.Spans(((attnrb.Span(2, 5), attnrb.Span(6, 7, 3.0)), (attnrb.Span(4, 6),)))
+# Heads that lie on both ranks, on one of two, and on none.
+HEADS = {0: (1, 2), 1: (0,), 3: (0, 1, 3)}
+
+
+def emphases(model: Any) -> list[attnrb.Policy]:
+    """Emphasis whose heads differ: one bias for all, chosen heads, a least share, strengths that differ by head."""
+    learned = attnrb.LearnedEmphasis(attnrb.policies.model_shape(model), attnrb.Emphasis(rows="all"))
+    with torch.no_grad():
+        learned.gains.normal_(1.0, 1.0, generator=torch.Generator().manual_seed(3))
+    return [
+        attnrb.Emphasis(strength=8.0),
+        attnrb.Emphasis(strength=8.0, heads=HEADS, outside=0.3),
+        attnrb.Emphasis(share=0.5, heads=HEADS),
+        learned.requires_grad_(False),
+    ]
+
+
+def emphasised(model: Any, ids: torch.Tensor, policy: attnrb.Policy) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and greedy text behind the batch."""
+    marked = attnrb.Marked({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, SPANS)
+    with torch.no_grad(), attnrb.patch(model, policy) as patched:
+        with patched.spans(SPANS):
+            logits = model(ids).logits
+        return logits, patched.generate(marked, max_new_tokens=4, do_sample=False)
+
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert (got - expected).abs().max() <= ROUNDING * expected.abs().max()
@@ -56,6 +82,10 @@ def tensor_parallel(folder: Path, ids: torch.Tensor, expected: dict[str, Any]) -
     with attnrb.patch(model, CONFIG):
         text = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert text.tolist() == expected["text"].tolist()
+    for policy, (logits, text) in zip(emphases(model), expected["emphasised"], strict=True):
+        mine, written = emphasised(model, ids, policy)
+        assert_close(mine, logits)
+        assert written.tolist() == text.tolist()
 
 
 def split_model(folder: Path) -> Any:

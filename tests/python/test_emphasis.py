@@ -40,7 +40,7 @@ def padding() -> Tensor:
     return mask
 
 
-def emphasised(model: Any, policy: Emphasis, spans: Spans = SPANS, **options: Any) -> Tensor:
+def emphasised(model: Any, policy: attnrb.Policy, spans: Spans = SPANS, **options: Any) -> Tensor:
     """The logits of a padded batch's tokens, ``[tokens, vocabulary]``."""
     with torch.no_grad(), attnrb.patch(model, policy) as patched, patched.spans(spans):
         logits: Tensor = model(tokens(2, LENGTH), attention_mask=padding(), **options).logits

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from launchers import ACCELERATE, TORCHRUN, launch
-from process_worker import CONFIG
+from process_worker import CONFIG, emphases, emphasised
 from tiny_models import tiny, tokens
 
 WORKER = Path(__file__).with_name("process_worker.py")
@@ -25,7 +25,10 @@ def in_two_processes(launcher: list[str], way: str, folder: Path, name: str) -> 
     with attnrb.patch(model, CONFIG):
         text = model.generate(ids, max_new_tokens=8, do_sample=False)
     torch.save(ids, folder / "ids.pt")
-    torch.save({"logits": logits, "rows": patched.stats.rows, "text": text}, folder / "expected.pt")
+    marked = [emphasised(model, ids, policy) for policy in emphases(model)]
+    assert all((each - logits).abs().max() > 1e-2 for each, _ in marked)
+    expected = {"logits": logits, "rows": patched.stats.rows, "text": text, "emphasised": marked}
+    torch.save(expected, folder / "expected.pt")
 
     ran = launch(launcher, WORKER, way, folder)
     assert ran.returncode == 0, ran.stderr[-3000:]

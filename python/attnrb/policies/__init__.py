@@ -20,6 +20,7 @@ from attnrb.policies.compose import Compose
 from attnrb.policies.custom import Custom
 from attnrb.policies.emphasis import Emphasis
 from attnrb.policies.learned import LearnedGains
+from attnrb.policies.learned_emphasis import LearnedEmphasis
 from attnrb.policies.plain import Plain
 from attnrb.policies.profile import HeadProfile
 from attnrb.policies.rebalance import Rebalance
@@ -32,6 +33,7 @@ __all__ = [
     "HeadProfile",
     "LayerPlan",
     "LayerView",
+    "LearnedEmphasis",
     "LearnedGains",
     "Mixture",
     "ModelShape",

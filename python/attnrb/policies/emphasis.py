@@ -122,6 +122,15 @@ class EmphasisPlan(LayerPlan):
         self.policy = policy
         self.chosen = chosen
 
+    def log_strength(self, view: LayerView) -> float | torch.Tensor:
+        """ln(strength) of this layer: a number, or float32 ``[H]`` on the CPU for its heads on this rank."""
+        strength = self.policy.strength
+        return math.log(strength) if strength > 0 else -math.inf
+
+    def state(self, view: LayerView) -> Any:
+        """What tells this layer's strengths from others and from themselves later on; None: compute them each time."""
+        return ()
+
     def begin(self, request: Request | None = None) -> Session:
         """See `LayerPlan.begin`."""
         if request is None or request.tables is None:
@@ -146,9 +155,9 @@ class _Prepared:
 
     def edit(self, view: LayerView) -> Edit | Mixture:
         heads = self.plan.chosen[view.layer]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (state := self.plan.state(view)) is None:
             return self._make(heads, view)
-        key = (heads, view.query.shape[1], view.rows, view.device)
+        key = (heads, view.query.shape[1], view.rows, view.device, state)
         if key not in self._edits:
             self._edits[key] = self._make(heads, view)
         return self._edits[key]
@@ -172,12 +181,11 @@ class _Prepared:
         """float32 ``[B, 1 or H, N']`` and the first queries int64 ``[B]``, None: all."""
         policy, device, tables = self.plan.policy, view.device, self.tables
         if policy.share is not None:
-            per_key = torch.where(tables.union, 0.0, -math.inf)
+            bias = torch.where(tables.union, 0.0, -math.inf)[:, None]
         else:
-            per_key = tables.log_strengths(policy.strength)
+            bias = tables.log_strengths(self.plan.log_strength(view))
             if policy.outside is not None:
-                per_key = self._weaken_outside(per_key, policy.outside, view)
-        bias = per_key[:, None]
+                bias = self._weaken_outside(bias, policy.outside, view)
         prompt = self.request.prompt_ends(view) if policy.rows == "last" else None
         first = first_queries(policy.rows, tables.ends, prompt)
         times = self._times(view)
@@ -189,16 +197,16 @@ class _Prepared:
             bias = torch.where(heed[:, None], bias, 0.0)
         return bias.contiguous(), None if first is None else first.to(device)
 
-    def _weaken_outside(self, per_key: torch.Tensor, outside: float, view: LayerView) -> torch.Tensor:
-        """The biases ``[B, N']`` with those of the prompt's other keys, in rows that have spans."""
-        prompt = self.request.prompt_ends(view).to(per_key.device)
+    def _weaken_outside(self, bias: torch.Tensor, outside: float, view: LayerView) -> torch.Tensor:
+        """The biases ``[B, 1 or H, N']`` with those of the prompt's other keys, in rows that have spans."""
+        prompt = self.request.prompt_ends(view).to(bias.device)
         union = self.tables.union
         if self.request.prompt is None:  # the tables need not reach the prompt's end
             more = max(0, view.key_slots() - union.shape[1])
-            per_key, union = (torch.nn.functional.pad(each, (0, more)) for each in (per_key, union))
+            bias, union = (torch.nn.functional.pad(each, (0, more)) for each in (bias, union))
         weak = math.log(outside) if outside > 0 else -math.inf
-        before = torch.arange(union.shape[1], device=per_key.device) < prompt[:, None]
-        return torch.where(~union & before & union.any(1, keepdim=True), weak, per_key)
+        before = torch.arange(union.shape[1], device=bias.device) < prompt[:, None]
+        return torch.where((~union & before & union.any(1, keepdim=True))[:, None], weak, bias)
 
     def _times(self, view: LayerView) -> int:
         """How many rows of the batch each row of spans stands for: beams and returned sequences multiply them."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from attnrb.policies.base import Policy, policy_class, policy_names
-from attnrb.policies.learned import GAINS_FILE, LearnedGains
+from attnrb.policies.learnable import learned_file, load_learned
 from attnrb.policies.profile import bundled_profiles
 from attnrb.policies.rebalance import Rebalance
 
@@ -47,8 +47,8 @@ def parse_policy(text: str) -> Policy:
         return make_policy(call[1], _split(call[2]))
     if text.startswith("{") or text.endswith(".json"):
         return _from_json(text)
-    if text.endswith(".safetensors") or (Path(text) / GAINS_FILE).is_file():
-        return LearnedGains.load(text)
+    if (file := learned_file(text)) is not None:
+        return load_learned(file)
     if Path(text).is_dir():
         return Policy.from_pretrained(text)
     if "=" not in text:

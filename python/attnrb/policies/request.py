@@ -8,7 +8,6 @@ is a multiple of 64: a changed span is no new graph.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,10 +46,19 @@ class SpanTables:
         """B."""
         return self.union.shape[0]
 
-    def log_strengths(self, default: float) -> torch.Tensor:
-        """What is added to the scores of each slot, float32 ``[B, N']``, with the strength of spans without one."""
-        log = math.log(default) if default > 0 else -math.inf
-        return self.strengths + torch.where(self.counts > 0, self.counts * log, 0.0)
+    def log_strengths(self, default: float | torch.Tensor) -> torch.Tensor:
+        """What is added to the scores of each slot.
+
+        Args:
+            default: ln(strength) of the spans without one of their own; a tensor ``[H]`` has one for each head.
+
+        Returns:
+            float32 ``[B, 1 or H, N']``.
+        """
+        each = default[None, :, None] if isinstance(default, torch.Tensor) else default
+        # Not a plain product: 0 times ln(0) is NaN.
+        counts = self.counts[:, None]
+        return self.strengths[:, None] + torch.where(counts > 0, counts * each, 0.0)
 
 
 class Request:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -13,7 +13,22 @@ from attnrb.text.reading import check_text
 from attnrb.text.spans import Span, Spans
 from attnrb.text.vocabulary import check_token_ids
 
-__all__ = ["AnswerRow", "answer_row", "batches", "log_likelihoods"]
+__all__ = ["AnswerRow", "Item", "answer_row", "batches", "log_likelihoods"]
+
+
+class Item(Protocol):
+    """A prompt with candidates for what follows it."""
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """How the prompt may go on, the right one first."""
+
+    @property
+    def answer(self) -> str:
+        """The right candidate, with the space before it."""
+
+    def prompt(self, tokenizer: Any, markup: str = "span") -> Marked:
+        """The prompt's tokens; ``markup``: ``"span"``, ``"asterisks"`` or ``"none"``."""
 
 
 class AnswerRow(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 
 from attnrb.hosts.transformers.patch import patch
 from attnrb.policies.base import Policy
-from attnrb.studies.answers import AnswerRow, answer_row, batches, log_likelihoods
+from attnrb.studies.answers import AnswerRow, Item, answer_row, batches, log_likelihoods
 from attnrb.text.mark import spans
 from attnrb.text.marked import Marked
 
@@ -85,7 +85,7 @@ class _Topic(NamedTuple):
     facts: tuple[str, ...]
 
 
-_PLACES = {
+PLACES = {
     "town": (
         ("Tolvane", "Ardmoss", "Kelbury", "Nornwick", "Selgate", "Brunfell", "Ostrell", "Mirefold"),
         ("Vardale", "Pellham", "Quenby", "Harlow Sands", "Dunmere", "Losfield", "Wexholm", "Tarnhill"),
@@ -149,6 +149,18 @@ _TOPICS = (
 )
 
 
+def check_draw(count: int, split: str) -> None:
+    """Refuse what no items can be made of.
+
+    Raises:
+        ValueError: ``count`` is below 1, or ``split`` none of `SPLITS`.
+    """
+    if count < 1:
+        raise ValueError(f"count: expected at least 1, got {count}")
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+
+
 def conflict_items(count: int, *, split: str = "held-out", seed: int = 0) -> tuple[ConflictItem, ...]:
     """Make items, of all kinds in turn.
 
@@ -160,15 +172,12 @@ def conflict_items(count: int, *, split: str = "held-out", seed: int = 0) -> tup
     Raises:
         ValueError: ``count`` is below 1, or ``split`` unknown.
     """
-    if count < 1:
-        raise ValueError(f"count: expected at least 1, got {count}")
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    check_draw(count, split)
     draw = random.Random(f"{split} {seed}")
     made = []
     for index in range(count):
         topic = _TOPICS[index % len(_TOPICS)]
-        place = draw.choice(_PLACES[topic.places][SPLITS.index(split)])
+        place = draw.choice(PLACES[topic.places][SPLITS.index(split)])
         old, new = draw.sample(topic.facts, 2)
         older, newer = topic.older.format(place=place, fact=old), topic.newer.format(fact=new)
         made.append(ConflictItem(older, newer, topic.question.format(place=place), (new, old)))
@@ -204,7 +213,7 @@ class Scores:
 def score_items(
     model: Any,
     tokenizer: Any,
-    items: Sequence[ConflictItem],
+    items: Sequence[Item],
     policy: Policy | None = None,
     markup: str = "span",
     *,
@@ -215,7 +224,7 @@ def score_items(
     Args:
         model: an unpatched ``transformers`` causal language model. It is left as it was.
         tokenizer: its tokenizer.
-        items: as `conflict_items` makes them.
+        items: as `conflict_items` or `attnrb.studies.tasks.task_items` makes them.
         policy: what is edited. Default: nothing.
         markup: one of `MARKUPS`. Spans do nothing without a policy that heeds them.
         progress: called with the number of answers that were scored, after each batch.

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from attnrb.hosts.transformers.patch import patch
-from attnrb.ops.edit import Edit
-from attnrb.policies.base import LayerPlan, LayerView, ModelShape, Policy, Request, Session
-from attnrb.policies.emphasis import Emphasis, first_queries
+from attnrb.policies.base import model_shape
+from attnrb.policies.emphasis import Emphasis
+from attnrb.policies.learned_emphasis import LearnedEmphasis
 from attnrb.policies.profile import HeadProfile
 from attnrb.studies.answers import AnswerRow, answer_row, batches, log_likelihoods
 from attnrb.text.marked import Marked
@@ -71,18 +71,18 @@ def profile_heads(
     if model.training:
         raise ValueError("model: expected it in evaluation mode, got training mode: call model.eval() first")
     say = progress or (lambda _: None)
-    probe = _Probe(policy.rows)
+    shape = model_shape(model)
+    # Strengths of 1 are gains of 0: the plain model, whose derivatives are asked for.
+    probe = LearnedEmphasis(shape, Emphasis(strength=1.0, rows=policy.rows))
+    total = torch.zeros(shape.layers, shape.heads, dtype=torch.float32, device="cpu")
     done = 0
     with torch.enable_grad(), patch(model, probe) as patched:
-        total: torch.Tensor | None = None
         for batch in batches(rows, _BATCH_TOKENS):
             say(f"Profiling examples {done + 1} to {done + len(batch)} of {len(rows)}")
             done += len(batch)
             losses = [-found.mean() for found in log_likelihoods(model, batch, patched)]
-            assert probe.gains is not None
             [gradient] = torch.autograd.grad(torch.stack(losses).sum() / len(rows), probe.gains)
-            total = gradient if total is None else total + gradient
-    assert total is not None
+            total[list(probe.layers)] += gradient
     if not bool(total.isfinite().all()):
         raise ValueError("model: its gradient is not finite on these examples; try float32")
     scores = [[round(-each, 9) for each in row] for row in total.tolist()]
@@ -122,52 +122,3 @@ def _rows(model: Any, tokenizer: Any, examples: Any) -> list[AnswerRow]:
 def _name(model: Any) -> str:
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return Path(name).name if Path(name).exists() else name  # folders of this machine are nobody else's matter
-
-
-class _Probe(Policy):
-    """Emphasis with a log-gain of its own for each head, all 0: their gradient is what is asked for."""
-
-    name = "probe"
-
-    def __init__(self, rows: str) -> None:
-        self.rows = rows
-        self.gains: torch.Tensor | None = None
-
-    def resolve(self, shape: ModelShape) -> LayerPlan:
-        """See `Policy.resolve`."""
-        self.gains = torch.zeros(shape.layers, shape.heads, dtype=torch.float32, device="cpu", requires_grad=True)
-        return _ProbePlan(self.rows, self.gains, shape)
-
-
-class _ProbePlan(LayerPlan):
-    """The probe in one model."""
-
-    def __init__(self, rows: str, gains: torch.Tensor, shape: ModelShape) -> None:
-        edited = frozenset(layer for layer, has in enumerate(shape.has_attention) if has)
-        super().__init__(shape, edited=edited, wants_spans=True)
-        self.rows = rows
-        self.gains = gains
-
-    def begin(self, request: Request | None = None) -> Session:
-        """See `LayerPlan.begin`."""
-        return Session() if request is None or request.spans is None else _ProbeSession(self, request)
-
-
-class _ProbeSession(Session):
-    """One forward of the examples."""
-
-    def __init__(self, plan: _ProbePlan, request: Request) -> None:
-        self.plan = plan
-        self.request = request
-
-    def edit(self, view: LayerView) -> Edit:
-        """See `Session.edit`."""
-        spans, device = self.request.spans, view.device
-        assert spans is not None
-        gains = self.plan.gains[view.layer]
-        if view.query.shape[1] != gains.shape[0]:
-            gains = self.plan.shape.own(gains)
-        counts = spans.default_counts(device=device)[:, None]
-        bias = spans.log_strengths(1.0, device=device)[:, None] + counts * gains.to(device)[None, :, None]
-        first = first_queries(self.plan.rows, spans.ends(), self.request.prompt_ends(view))
-        return Edit(key_bias=bias, first_query=None if first is None else first.to(device))
