@@ -317,7 +317,6 @@ class TestProcess:
         assert result.stderr == "attnrb: the command line needs the package typer: run `pip install 'attnrb[cli]'`\n"
 
 
-@pytest.mark.model
 @pytest.mark.usefixtures("smollm2_folder")
 def test_compare_of_the_embedded_model(run: Run) -> None:
     found = one_json(run("compare", "--json", "-n", "24"))
