@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from attnrb.decisions import tell
 from attnrb.hosts.requests import Requests
 from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward
 from attnrb.hosts.stats import PatchStats
@@ -30,6 +31,7 @@ from attnrb.hosts.transformers.caches import Caches, Sequences
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, shard_of
 from attnrb.hosts.transformers.left_out import LeftOut
+from attnrb.ops import _native
 from attnrb.policies.base import Policy, Request
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.rebalance import Rebalance
@@ -163,6 +165,12 @@ class Patch:
         """
         self._plan = _policy(policy, None, {}).resolve(self._shape)
         self.policy = policy
+        if self._plan.emits:
+            tell("outliers_kept", f"{type(policy).__name__} edits by those of layers {sorted(self._plan.emits)}")
+        if self._plan.keeps:
+            tell("text_kept", f"{type(policy).__name__} goes by what the prompt showed")
+        if next(self.decoder.parameters(), torch.empty(0, device="cpu")).is_cuda and not _native.library_kernels():
+            tell("own_kernels", "PyTorch's kernels are turned off in torch.backends.cuda")
 
     @property
     def config(self) -> Any:
