@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from attnrb.decisions import tell
+from attnrb.deprecation import deprecated
 from attnrb.hosts.requests import Requests
 from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward
 from attnrb.hosts.stats import PatchStats
@@ -179,7 +180,8 @@ class Patch:
 
     @property
     def learned(self) -> LearnedGains | None:
-        """The learnt gains that are used, or None."""
+        """Deprecated: the learnt gains that are used, or None. ``policy`` has them."""
+        deprecated("Patch.learned", "Patch.policy", removed_in="0.4.0")
         return self.policy if isinstance(self.policy, LearnedGains) else None
 
     @property
