@@ -27,7 +27,10 @@ if(ATTNRB_WERROR)
   target_compile_options(attnrb_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()
 if(ATTNRB_SANITIZE)
+  # Both halve the time of compiling. -g1: lines for the stack traces, no variables. Of a null pointer or an access beyond
+  # an object AddressSanitizer knows anyway.
   target_compile_options(attnrb_options INTERFACE -fsanitize=${ATTNRB_SANITIZE} -fno-sanitize-recover=all
-                                                  -fno-omit-frame-pointer -g)
+                                                  -fno-omit-frame-pointer -g1
+                                                  -fno-sanitize=null,object-size)
   target_link_options(attnrb_options INTERFACE -fsanitize=${ATTNRB_SANITIZE})
 endif()

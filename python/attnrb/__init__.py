@@ -82,6 +82,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    # `help` and completion show what is imported on demand, too.
+    return sorted({*globals(), *__all__})
+
+
 def clear_scratch() -> None:
-    """Frees the working memory that the native ops keep between calls; the next call takes what it needs anew."""
+    """Frees the working memory that the native ops keep between calls; the next call takes it again."""
     _release_scratch()

@@ -1,4 +1,4 @@
-// Attention against the oracle over generated cases. ATTNRB_TEST_CASES sets how many (10,000 unless set).
+// Attention against the oracle over generated cases. ATTNRB_TEST_CASES sets how many (3,000 unless set).
 #include <cstdlib>
 
 #include "runner.h"
@@ -11,7 +11,7 @@ constexpr int kParts = 8;  // so that the cases can be spread over processes
 
 int64_t case_count() {
   const char* text = std::getenv("ATTNRB_TEST_CASES");
-  return text == nullptr ? 10000 : std::atoll(text);
+  return text == nullptr ? 3000 : std::atoll(text);
 }
 
 // Every kernel table gets the same cases, so agreement with the oracle is agreement with each other.

@@ -31,7 +31,7 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
     program = next((path for name in _NAMES if (path := shutil.which(name))), None)
     if program is None:
-        pytest.skip("no Chromium: tools/install-chromium installs it where it can")
+        pytest.skip("no Chromium: make setup-system installs it")
     with playwright.sync_playwright() as api:
         # Root may not have a sandbox; the pages are our own.
         chromium = api.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])

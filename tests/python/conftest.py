@@ -28,11 +28,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for marker in (
-        "shared: needs the shared data folder (ATTNRB_SHARED, or ../shared beside the checkout)",
-        "model: loads a real model",
-    ):
-        config.addinivalue_line("markers", marker)
     # The core reads the variable at its first call, so this has to come before any test imports attnrb.
     chosen = config.getoption("--attnrb-cpu")
     if chosen is not None:
@@ -52,6 +47,34 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.ops.load_library(emulated)
     if os.environ.get("ATTNRB_TEST_DEVICE") == "cuda":
         _run_ops_on_the_gpu()
+
+
+# A fixture that says by itself what a test needs.
+_MARKED_BY_FIXTURE = {"smollm2_folder": "real_model", "chromium": "browser", "shared": "shared"}
+# Whoever asks for one of these wants few files: the others need not be imported, which takes ten seconds a process.
+_RARE = ("emulated", "oldest", "browser", "vllm")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    wanted = config.getoption("markexpr", default="").strip()
+    if wanted not in _RARE or not collection_path.name.startswith("test_"):
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    words = [f"mark.{wanted}", *(name for name, marker in _MARKED_BY_FIXTURE.items() if marker == wanted)]
+    return None if any(word in text for word in words) else True
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, marker in _MARKED_BY_FIXTURE.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+    if "ATTNRB_TEST_EMULATED_CUDA" in os.environ:
+        without = [item for item in items if item.get_closest_marker("autograd")]
+        if without:
+            config.hook.pytest_deselected(items=without)
+            items[:] = [item for item in items if item not in without]
 
 
 def _run_ops_on_the_gpu() -> None:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from tolerance import Eager, assert_as_accurate, error, one_rounding, row_magnitude
 from torch import Tensor
 
+pytestmark = pytest.mark.emulated
+
 # Instruction sets below the best one run a part of the table (test_accuracy_instruction_sets.py sets this).
 CASES = table() if "ATTNRB_TEST_SAMPLE" not in os.environ else sample(int(os.environ["ATTNRB_TEST_SAMPLE"]))
 

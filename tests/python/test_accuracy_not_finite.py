@@ -20,6 +20,8 @@ from test_accuracy_attention import Truth, check_outliers
 from tolerance import assert_as_accurate, row_magnitude
 from torch import Tensor
 
+pytestmark = pytest.mark.emulated
+
 GAIN = 0.3
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

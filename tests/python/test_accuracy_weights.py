@@ -11,6 +11,8 @@ from conftest import CloseCalls
 from tolerance import assert_as_accurate
 from torch import Tensor
 
+pytestmark = pytest.mark.emulated
+
 SHAPES = [(1, 1, 1, 1), (2, 3, 1, 70), (2, 1, 65, 64), (1, 4, 7, 3), (0, 2, 3, 4), (1, 2, 0, 5), (1, 2, 5, 0)]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

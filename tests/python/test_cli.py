@@ -203,6 +203,25 @@ class TestInfo:
         out = succeeded(run("info", columns=60))
         assert re.search(rf"^torch +{re.escape(torch.__version__)}", out, re.MULTILINE)
 
+    def test_report_is_markdown_without_anything_private(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        from attnrb import __version__
+
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        monkeypatch.setenv("ATTNRB_CACHE", "/home/somebody/cache")
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        out = succeeded(run("info", "--report"))
+        assert out.startswith("<details>")
+        assert f"attnrb: {__version__}\n" in out
+        assert f"torch: {torch.__version__}\n" in out
+        assert "OMP_NUM_THREADS: 3\n" in out
+        assert "ATTNRB_CACHE: set\n" in out
+        private = ["hf_secret", "somebody", str(Path.home()), str(Path.cwd()), os.environ.get("USER", "\0")]
+        assert [each for each in private if each != "/" and each in out.replace("/proc", "")] == []
+        assert "/" not in re.sub(r"</?(?:details|summary)>", "", out).replace("https://", "")
+
+    def test_report_and_json_exclude_each_other(self, run: Run) -> None:
+        assert run("info", "--report", "--json").exit_code == 2
+
 
 class TestBench:
     @pytest.fixture(autouse=True)
@@ -317,7 +336,6 @@ class TestProcess:
         assert result.stderr == "attnrb: the command line needs the package typer: run `pip install 'attnrb[cli]'`\n"
 
 
-@pytest.mark.model
 @pytest.mark.usefixtures("smollm2_folder")
 def test_compare_of_the_embedded_model(run: Run) -> None:
     found = one_json(run("compare", "--json", "-n", "24"))

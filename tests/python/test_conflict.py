@@ -112,7 +112,6 @@ def test_scores_need_items(model: Any, tokenizer: Any) -> None:
         score_items(model, tokenizer, [])
 
 
-@pytest.mark.model
 def test_emphasis_decides_which_fact_the_embedded_model_goes_by(smollm2_folder: Path) -> None:
     from attnrb.models import load
 

@@ -13,7 +13,10 @@ import torch
 from library_kernels import ON_CUDA
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(not ON_CUDA, reason="says what CUDA kernels do: make test-cuda, or make test-gpu")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not ON_CUDA, reason="says what CUDA kernels do: make test-cuda, or make test-gpu"),
+]
 
 # Decoding, a chunk behind a prefix, and what a kernel of PyTorch's computes the dense part of in 16 bits.
 SHAPES = {"decode": (2, 4, 2, 1, 150), "chunk": (2, 4, 2, 37, 90), "square": (1, 4, 2, 80, 80)}

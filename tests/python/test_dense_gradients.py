@@ -21,7 +21,10 @@ from tolerance import error, one_rounding
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-pytestmark = pytest.mark.skipif(not library_kernels.ON_CUDA, reason="for the CUDA ops, or their emulation")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not library_kernels.ON_CUDA, reason="for the CUDA ops, or their emulation"),
+]
 
 
 def dense_problem(seed: int, repeat: int = 0) -> tuple[Problem, Outliers | None]:

@@ -18,7 +18,10 @@ from test_accuracy_attention import Truth, test_rebalanced_attention, test_sourc
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-pytestmark = pytest.mark.skipif(not library_kernels.ON_CUDA, reason="for the CUDA ops, or their emulation")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not library_kernels.ON_CUDA, reason="for the CUDA ops, or their emulation"),
+]
 
 # What a kernel of PyTorch's shows a profiler: its operation, or one inside.
 LIBRARY_OPS = (

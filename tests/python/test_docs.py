@@ -52,7 +52,6 @@ PREPARED: dict[str, tuple[str, Callable[[], None]]] = {
 PAGES = sorted(page.stem for page in DOCS.glob("*.md") if examples(page))
 
 
-@pytest.mark.model
 @pytest.mark.usefixtures("smollm2_folder")
 @pytest.mark.parametrize("name", PAGES)
 def test_the_examples_of_a_page_run_one_after_the_other(

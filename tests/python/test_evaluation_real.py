@@ -44,7 +44,6 @@ def answered(lm: AttnrbLM, shared: Path, path: Path, *configs: RebalanceConfig) 
 
 
 @pytest.mark.shared
-@pytest.mark.model
 def test_plain_is_the_harness_own_model_item_by_item(lm: AttnrbLM, answers: Answers, shared: Path) -> None:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -62,7 +61,6 @@ def test_plain_is_the_harness_own_model_item_by_item(lm: AttnrbLM, answers: Answ
 
 
 @pytest.mark.shared
-@pytest.mark.model
 def test_alpha_0_is_plain_and_the_default_is_not(answers: Answers) -> None:
     changed = 0
     for (task, item, arm), plain in answers.items():
@@ -75,7 +73,6 @@ def test_alpha_0_is_plain_and_the_default_is_not(answers: Answers) -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.model
 def test_batch_size_changes_no_answer(lm: AttnrbLM, answers: Answers, shared: Path, tmp_path: Path) -> None:
     one = AttnrbLM(lm.model, tokenizer=lm.tokenizer, plain=True, batch_size=1)
     alone = answered(one, shared, tmp_path / "run.jsonl", RebalanceConfig())

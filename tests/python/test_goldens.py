@@ -32,7 +32,6 @@ def goldens(shared: Path) -> Any:
         return dict(arrays)
 
 
-@pytest.mark.model
 @pytest.mark.shared
 def test_patched_model_is_the_published_code(smollm2: Any, goldens: Any) -> None:
     """Last logits of the prompt within 2e-3, and 32 greedy tokens equal, for every case in the file."""
@@ -52,7 +51,6 @@ def test_patched_model_is_the_published_code(smollm2: Any, goldens: Any) -> None
         assert text[0, ids.shape[1] :].tolist() == goldens[f"{case}_greedy"].tolist(), case
 
 
-@pytest.mark.model
 def test_patched_model_is_the_dense_oracles(smollm2: Any) -> None:
     """Without the shared data too: tokens drawn at random, the second row padded on the left."""
     from dense_oracle import DenseOracle, linear_gains

@@ -81,7 +81,7 @@ def test_they_train_alone(checkpointing: bool | None) -> None:
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
-    assert patched.learned is learned
+    assert patched.policy is learned
     assert losses[-1] < losses[0]
     moved = (learned.gains.detach() != start).all(0)
     assert moved.tolist() == [True, False, True, True], "a head that is left out keeps its 0"

@@ -244,7 +244,6 @@ class TestGguf:
         self.steps(path)
 
 
-@pytest.mark.model
 @pytest.mark.usefixtures("smollm2_folder")
 def test_embedded_model() -> None:
     model, tokenizer = models.load()

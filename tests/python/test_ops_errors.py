@@ -10,6 +10,8 @@ import torch
 from attnrb import Outliers, Visibility, functional
 from torch import Tensor
 
+pytestmark = pytest.mark.emulated
+
 BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 4, 2, 5, 7, 16, 6
 
 

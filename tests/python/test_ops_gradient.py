@@ -14,6 +14,8 @@ from attnrb import functional
 from tolerance import error, one_rounding
 from torch import Tensor
 
+pytestmark = pytest.mark.emulated
+
 CONFIGURATIONS = 200
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN = float("nan")
@@ -196,6 +198,7 @@ def test_empty_weights_have_empty_gradients(shape: tuple[int, ...]) -> None:
     assert not found[1].any()
 
 
+@pytest.mark.autograd
 def test_compiled_training_step() -> None:
     mask = torch.rand(1, 2, 3, 5) > 0.5
 

@@ -13,6 +13,8 @@ pytest.importorskip("transformers")
 from test_patch_models import CONFIG
 from tiny_models import tiny, tokens
 
+pytestmark = pytest.mark.oldest
+
 # Of the largest logit. What differs between batches is the order in which matrix products add up.
 ROUNDING = 1e-5
 

@@ -14,6 +14,8 @@ pytest.importorskip("transformers")
 
 from tiny_models import tiny, tokens
 
+pytestmark = pytest.mark.oldest
+
 
 def snapshot(model: Any) -> list[Any]:
     """Every attribute of every module, by identity, and the content of hooks and configurations."""

@@ -17,6 +17,8 @@ pytest.importorskip("transformers")
 from test_patch_models import CONFIG
 from tiny_models import tiny, tokens
 
+pytestmark = pytest.mark.oldest
+
 
 def through_torch(model: Any) -> Any:
     file = io.BytesIO()

@@ -13,6 +13,8 @@ pytest.importorskip("transformers")
 from dense_oracle import DenseOracle, linear_gains
 from tiny_models import LAYERS, tiny, tokens
 
+pytestmark = pytest.mark.oldest
+
 ALPHA, THRESHOLD = 0.5, 0.05
 CONFIG = attnrb.RebalanceConfig(alpha=ALPHA, threshold=THRESHOLD)
 

@@ -20,6 +20,8 @@ from tiny_models import LAYERS, WINDOW, tiny, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.oldest
+
 
 class Recorder(TorchDispatchMode):
     """What the native op of each layer was told that its queries may see, by the names of its arguments."""

@@ -15,6 +15,8 @@ from dense_oracle import DenseOracle, linear_gains
 from tiny_models import ARCHITECTURES, HYBRIDS, LAYERS, source_layer, tiny, tokens
 from torch import Tensor
 
+pytestmark = pytest.mark.oldest
+
 ALPHA, THRESHOLD = 0.5, 0.05
 CONFIG = attnrb.RebalanceConfig(alpha=ALPHA, threshold=THRESHOLD)
 

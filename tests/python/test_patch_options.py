@@ -17,6 +17,8 @@ from dense_oracle import DenseOracle, linear_gains
 from test_patch_models import ROUNDING
 from tiny_models import LAYERS, tiny, tokens
 
+pytestmark = pytest.mark.oldest
+
 HEADS = 4
 LINEAR = linear_gains(LAYERS, 0.5)
 

@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from attnrb import decisions
 from attnrb.hosts.stats import PatchStats
 from attnrb.hosts.transformers.attention import GEOMETRY
 from attnrb.hosts.transformers.geometry import Column, from_numbers
@@ -263,7 +264,8 @@ def test_a_general_mask_is_counted_and_said_once(caplog: pytest.LogCaptureFixtur
     mask = torch.ones_like(ids)
     mask[1, 3:5] = 0
     message = "a mask of all queries and keys, whose memory grows with both, because a row has padding between"
-    caplog.set_level(logging.WARNING, "attnrb")
+    caplog.set_level(logging.INFO, "attnrb")
+    decisions.forget()
     with torch.no_grad(), attnrb.patch(model, CONFIG) as patched:
         model(ids)
         assert patched.stats.general_masks == 0
@@ -272,7 +274,9 @@ def test_a_general_mask_is_counted_and_said_once(caplog: pytest.LogCaptureFixtur
             model(ids, attention_mask=mask)
             model(ids, attention_mask=mask)
     assert [message in str(each.message) for each in said] == [True]
-    assert [record.name for record in caplog.records if message in record.getMessage()] == ["attnrb"]
+    told = [each.getMessage() for each in caplog.records if "general_mask" in each.getMessage()]
+    assert len(told) == 1
+    assert "because a row has padding between its tokens" in told[0]
     assert patched.stats.general_masks == 4, "two forwards with windowed and full layers"
     assert patched.stats.to_dict()["general_masks"] == 4
 

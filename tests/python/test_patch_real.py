@@ -62,7 +62,6 @@ def oracle(model: Any, **options: Any) -> DenseOracle:
     return DenseOracle(gains, threshold=CONFIG.threshold, **options)
 
 
-@pytest.mark.model
 @pytest.mark.parametrize("case", PROMPTS, ids=lambda case: str(case[0]))
 def test_logits_and_text_are_the_oracles(real: Any, case: tuple[int, torch.dtype]) -> None:
     model, tokenizer = real
@@ -79,7 +78,6 @@ def test_logits_and_text_are_the_oracles(real: Any, case: tuple[int, torch.dtype
             assert model.generate(ids, **options).tolist() == text.tolist()
 
 
-@pytest.mark.model
 @pytest.mark.parametrize("length", [5, 200, pytest.param(4000, marks=LONG)])
 def test_bfloat16_is_no_worse_than_the_oracle_in_it(real: Any, length: int) -> None:
     """Both against the float32 oracle: attnrb errs at most twice as much as exact attention in a bfloat16 model."""

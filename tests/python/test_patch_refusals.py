@@ -17,6 +17,8 @@ from tiny_models import tiny, tokens
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
+pytestmark = pytest.mark.oldest
+
 
 class BypassingAttention(modeling_llama.LlamaAttention):
     """Computes attention itself, in a file that knows the interface."""

@@ -14,6 +14,8 @@ pytest.importorskip("transformers")
 from dense_oracle import DenseOracle
 from tiny_models import LAYERS, tiny, tokens
 
+pytestmark = pytest.mark.oldest
+
 CONFIG = attnrb.RebalanceConfig(threshold=0.05)
 
 

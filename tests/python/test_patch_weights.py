@@ -15,6 +15,8 @@ from dense_oracle import DenseOracle, linear_gains
 from test_patch_models import CONFIG
 from tiny_models import LAYERS, source_layer, tiny, tokens
 
+pytestmark = pytest.mark.oldest
+
 # Weights are at most 1 + alpha; float32 rounding of their scores, amplified through the layers, stays well below this.
 ROUNDING = 1e-4
 

@@ -12,7 +12,6 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.model
 @pytest.mark.usefixtures("smollm2_folder")
 def test_model_example(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")

@@ -15,6 +15,8 @@ from gradient_oracle import Problem
 from tolerance import error, one_rounding
 from torch import Tensor
 
+pytestmark = pytest.mark.emulated
+
 CONFIGURATIONS = 240
 SAMPLE = int(os.environ.get("ATTNRB_TEST_GRADIENT_SAMPLE", "1"))  # one in so many, prime to kinds times dtypes
 REPEATS = 3  # draws over which PyTorch's errors are taken: the largest of a few rows is a matter of luck

@@ -16,6 +16,8 @@ from cases import sample
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.emulated
+
 ops = torch.ops.attnrb
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN = float("nan")
@@ -125,6 +127,7 @@ def test_gradients_repeat_bit_by_bit_on_one_thread_and_two(dtype: torch.dtype) -
             assert torch.equal(came, expected), f"repeat {repeat}"
 
 
+@pytest.mark.autograd
 def test_several_forwards_before_one_backward() -> None:
     first, second = tensors(), tensors()
     loss = everything(*first, outliers_of(*first)) + everything(*second, outliers_of(*second))
@@ -254,6 +257,7 @@ def test_one_gain_for_all_heads_gets_the_sum() -> None:
     torch.testing.assert_close(one.grad, each.grad.sum(0, keepdim=True))
 
 
+@pytest.mark.autograd
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_gives_the_same_bits(use_reentrant: bool) -> None:
     leaves = tensors()
@@ -282,6 +286,7 @@ def test_autocast_computes_in_its_dtype() -> None:
         assert torch.equal(came, clean.to(came.dtype))
 
 
+@pytest.mark.autograd
 @pytest.mark.parametrize(
     ("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False), ("inductor", True)]
 )
@@ -317,6 +322,7 @@ def double_leaves() -> tuple[list[Tensor], Tensor, Tensor]:
     return leaves, gain, sinks
 
 
+@pytest.mark.autograd
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("vision", ["default", "rows that see nothing"])
 def test_gradcheck_of_float64(softcap: float | None, vision: str) -> None:

@@ -302,7 +302,6 @@ class TestParts:
         assert torch.equal(logits(models.load(whole).model), logits(tiny_model()))
 
 
-@pytest.mark.model
 @pytest.mark.usefixtures("smollm2_folder")
 def test_the_embedded_model_lacks_nothing() -> None:
     with warnings.catch_warnings():

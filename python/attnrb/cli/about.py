@@ -25,7 +25,7 @@ def about() -> dict[str, Any]:
         "attnrb": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "transformers": _version("transformers"),
+        "transformers": package_version("transformers"),
         "machine": f"{platform.system()} {platform.machine()}",
         "instruction_set": _C.instruction_set(),
         "instruction_sets_found": _C.instruction_sets(),
@@ -55,12 +55,7 @@ def _cuda_prefill() -> str | None:
     """Whose kernels compute a long prompt's dense part (docs/cuda.md); None without a device."""
     if not _cuda().startswith("on"):
         return None
-    switches = {
-        "flash": "flash_sdp_enabled",
-        "cuDNN": "cudnn_sdp_enabled",
-        "memory-efficient": "mem_efficient_sdp_enabled",
-    }
-    kernels = [name for name, switch in switches.items() if getattr(torch.backends.cuda, switch)()]
+    kernels = _native.library_kernels()
     if not kernels:
         return "attnrb's own kernels: those of PyTorch are turned off"
     gradients = ", its gradients by flash" if {"flash", "cuDNN"} & {*kernels} else ""
@@ -70,7 +65,8 @@ def _cuda_prefill() -> str | None:
     )
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -173,9 +173,21 @@ app.command(
 
 
 @app.command()
-def info(json: options.Json = False) -> None:
+def info(
+    json: options.Json = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Print Markdown to paste into an issue: no path, name or token in it.")
+    ] = False,
+) -> None:
     """Print versions, the instruction set in use, threads and build options."""
+    if json and report:
+        raise typer.BadParameter("--json and --report exclude each other")
     with user_errors():
+        if report:
+            from attnrb.cli.report import report as report_text
+
+            typer.echo(report_text())
+            return
         from attnrb.cli.about import about
 
         facts = about()

@@ -68,3 +68,8 @@ def __getattr__(name: str) -> Any:
                 f"attnrb.evaluation needs the package {error.name}: run `pip install 'attnrb[eval]'`"
             ) from error
         raise
+
+
+def __dir__() -> list[str]:
+    # `help` and completion show what is imported on demand, too.
+    return sorted({*globals(), *__all__})

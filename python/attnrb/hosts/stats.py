@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import warnings
 from typing import Any
 
 import torch
 
-__all__ = ["PatchStats", "warn_of_general_mask"]
+from attnrb.decisions import tell
 
-_log = logging.getLogger("attnrb")
-_log.addHandler(logging.NullHandler())
+__all__ = ["PatchStats", "warn_of_general_mask"]
 
 # Counts are kept as the ops return them and added up when someone asks, or when this many rows are waiting: adding up
 # at once would cost a few operations in every forward, and on an accelerator a wait.
@@ -161,5 +159,5 @@ def warn_of_general_mask(reason: str) -> None:
         f"attnrb builds a mask of all queries and keys, whose memory grows with both, because {reason}; results are "
         "right, and PatchStats.general_masks counts such masks"
     )
-    _log.warning(message)
+    tell("general_mask", reason)
     warnings.warn(message, stacklevel=2)

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from attnrb.decisions import tell
 from attnrb.models.checkpoint import Checkpoint, ModelError, read_model, read_tokenizer
 
 _CACHED_FILE_LIMIT = 1 << 30  # bytes of a GGUF file; the copy of a larger one would fill a disk unasked
@@ -93,6 +94,7 @@ def converted(path: Path, checkpoint: Checkpoint, say: Progress) -> Iterator[Che
             return
     require_gguf()
     say(f"De-quantising {path.name}")
+    tell("conversion", f"no copy of {path.name} can be kept: there is no cache folder, no room, or random weights")
     yield direct
 
 
@@ -123,6 +125,7 @@ def _make_copy(path: Path, direct: Checkpoint, folder: Path, say: Progress) -> b
         return False
     _clear(folder)
     say(f"De-quantising {path.name} (once: later starts read the copy in {folder.parent.parent})")
+    tell("conversion", f"{path.name} has no copy in the cache yet; later starts read it")
     tokenizer = read_tokenizer(direct)
     model = read_model(replace(direct, options={}), torch.float32)
     try:

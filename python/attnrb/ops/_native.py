@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from attnrb.decisions import tell
+
 _OLDEST_TORCH = (2, 10)
 _REMEDY = "run `pip install 'torch>=2.10'`."
 
@@ -34,9 +36,13 @@ def _load() -> None:
         )
     _load_into_torch(library)
     # Beside a torch without CUDA it would be of no use: no tensor would reach it.
-    if torch.version.cuda is not None and cuda_library().is_file():
+    if torch.version.cuda is None:
+        return
+    if cuda_library().is_file():
         _load_into_torch(cuda_library())
         _warn_of_driver(cuda_library())
+    else:
+        tell("no_cuda_ops", "torch has CUDA, but attnrb was built without the CUDA ops")
 
 
 def _load_into_torch(library: Path) -> None:
@@ -66,6 +72,18 @@ def _warn_of_driver(library: Path) -> None:
 def cuda_library() -> Path:
     """Where the CUDA ops are, if this attnrb was built with them."""
     return _folder() / "libattnrb_cuda.so"
+
+
+def library_kernels() -> list[str]:
+    """Whose kernels of PyTorch may compute the dense part of long prompts on CUDA; none where all are turned off."""
+    import torch
+
+    switches = {
+        "flash": "flash_sdp_enabled",
+        "cuDNN": "cudnn_sdp_enabled",
+        "memory-efficient": "mem_efficient_sdp_enabled",
+    }
+    return [name for name, switch in switches.items() if getattr(torch.backends.cuda, switch)()]
 
 
 def _folder() -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnrb import _C
+from attnrb.decisions import tell
 from attnrb.ops import dense, training
 from attnrb.ops.edit import NO_EDIT, RULES, Attended, Edit, EditArguments, edit_arguments
 from attnrb.ops.operands import (
@@ -253,6 +254,7 @@ def attention_weights(
     editing, seeing = edit_arguments(edit, query), visibility_arguments(visibility)
     scoring = score_arguments(scale, softcap, sinks)
     check_shapes(query, key, key, editing, seeing, scoring)
+    tell("weights", "someone asks to see them: output_attentions=True, or attnrb.functional.attention_weights")
     return dense.attention_weights(query, key, editing, seeing, scoring)
 
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from attnrb import _C
+from attnrb.decisions import tell
 from attnrb.ops.edit import RULES, EditArguments
-from attnrb.ops.operands import transformed
+from attnrb.ops.operands import records_gradient, transformed
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import Scores, promoted
 from attnrb.ops.visibility import VisibilityArguments
@@ -45,6 +46,8 @@ def attention(
     scores: Scores,
 ) -> tuple[Tensor, Tensor, Outliers | None]:
     """Output ``[B, H, M, Dv]``, log-sum-exp ``[B, H, M]``, and the outliers above ``emit`` where it is given."""
+    if records_gradient(query, key, value):
+        tell("dense_gradient", "autograd records a call that no native op serves: see the line on dense")
     layer = Layer(query, key, edit, visibility, scores)
     outputs, lses, found = [], [], []
     for block in layer.blocks():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from attnrb.decisions import tell
 from attnrb.ops.edit import RULES, EditArguments
 from attnrb.ops.scores import Scores
 from attnrb.ops.visibility import VisibilityArguments, describe
@@ -41,7 +42,13 @@ _DTYPES = (*NATIVE_DTYPES, torch.float64)
 
 def native(query: Tensor) -> bool:
     """Whether native ops serve such operands; `attnrb.ops.dense` serves all others: see Note: [Transformed calls]."""
-    return query.dtype in NATIVE_DTYPES and not transformed()
+    if query.dtype in NATIVE_DTYPES and not transformed():
+        return True
+    tell(
+        "dense",
+        "operands are float64" if query.dtype == torch.float64 else "the call is under a transform of torch.func",
+    )
+    return False
 
 
 def transformed() -> bool:
@@ -56,6 +63,8 @@ def operands(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
     """
     if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
+        if query.dtype not in (dtype, torch.float64):
+            tell("cast", f"autocast is on: {query.dtype} becomes {dtype}")
         query, key, value = (
             x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (query, key, value)

