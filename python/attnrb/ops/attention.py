@@ -12,16 +12,20 @@ from attnrb import _C
 from attnrb.decisions import tell
 from attnrb.ops import dense, training
 from attnrb.ops.edit import NO_EDIT, RULES, Attended, Edit, EditArguments, edit_arguments
+from attnrb.ops.everything import strengthened
 from attnrb.ops.operands import (
     check_gain_values,
     check_one_device,
     check_shapes,
     check_threshold,
+    given,
     native,
     operands,
     records_gradient,
 )
 from attnrb.ops.outliers import Outliers
+from attnrb.ops.paged import attend_paged
+from attnrb.ops.paging import Paging, paging_arguments
 from attnrb.ops.scores import DEFAULT_SCORES, Scores, score_arguments
 from attnrb.ops.visibility import DEFAULT_VISIBILITY, Visibility, VisibilityArguments, visibility_arguments
 
@@ -59,6 +63,8 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    paging: Paging | None = None,
+    out: Tensor | None = None,
 ) -> Attended:
     """Attention whose weights are edited, and which may find its own outliers.
 
@@ -82,17 +88,32 @@ def attention(
         scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
         softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
         sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
+        paging: keys and values lie in blocks, and queries of many sequences follow each other: query ``[T, H, D]``,
+            key ``[blocks, Hk, P, D]`` and value ``[blocks, Hk, P, Dv]`` with a contiguous last axis, the others in any
+            order. Slots are those of each sequence. Forward only.
+        out: with a paging, a tensor ``[T, H, Dv]`` with a contiguous last axis to write the output into. Rows of
+            sequences without keys are left as they are. The default is a new tensor, such rows being zeros.
 
     Returns:
-        `attnrb.Attended`.
+        `attnrb.Attended`; with a paging output ``[T, H, Dv]``, log-sum-exp ``[T, H]``, outliers ``[T, H, C]`` and
+        ``[T, H]``, ``C`` being at most ``W P``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or numbers do not fit, or a row of the edit's outliers does not ascend.
+        ValueError: shapes, devices, tables or numbers do not fit, a row of the edit's outliers does not ascend, or the
+            visibility says what the paging says.
+        RuntimeError: with a paging, a gradient would be recorded.
     """
-    query, key, value = operands(query, key, value)
+    query, key, value = operands(query, key, value, ragged=paging is not None)
     if emit is not None:
         check_threshold(emit, "emit")
+    if paging is not None:
+        tables = paging_arguments(paging)
+        editing = edit_arguments(edit, query, tables.seq_lens.shape[0])
+        seeing, scoring = visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
+        return attend_paged(query, key, value, tables, editing, emit, seeing, scoring, out)
+    if out is not None:
+        raise ValueError("out: expected None without a paging")
     editing = edit_arguments(edit, query)
     return dispatch(
         query, key, value, editing, emit, visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
@@ -145,8 +166,8 @@ def attend_unchecked(
     """
     if emit is None:
         return _attention_output(query, key, value, *edit, None, *visibility, scale, softcap or 0.0, sinks), None
-    given = _given(edit, emit, visibility, Scores(scale, softcap or 0.0, sinks))
-    output, _, indices, counts = _attention(query, key, value, **given)
+    options = given(edit, emit, visibility, Scores(scale, softcap or 0.0, sinks))
+    output, _, indices, counts = _attention(query, key, value, **options)
     return output.transpose(1, 2), Outliers(indices, counts)
 
 
@@ -184,41 +205,17 @@ def dispatch(
     if records_gradient(query, key, value, edit.gain, edit.key_bias, scores.sinks):
         output, lse, indices, counts = _attention_training(query, key, value, *edit, emit, *visibility, *scores)
     else:
-        output, lse, indices, counts = _attention(query, key, value, **_given(edit, emit, visibility, scores))
+        output, lse, indices, counts = _attention(query, key, value, **given(edit, emit, visibility, scores))
     return Attended(output, lse, None if emit is None else Outliers(indices, counts))
 
 
-def _given(edit: EditArguments, emit: float | None, visibility: VisibilityArguments, scores: Scores) -> dict[str, Any]:
-    """The options that are not at their defaults: each that is passed costs a call a quarter of a microsecond."""
-    given: dict[str, Any] = {} if emit is None else {"emit": emit}
-    for options, nothing in ((edit, NO_EDIT), (visibility, DEFAULT_VISIBILITY), (scores, DEFAULT_SCORES)):
-        if options is not nothing:
-            for name, option, default in zip(options._fields, options, nothing, strict=True):
-                if option is not default:
-                    given[name] = option
-    return given
-
-
 def _strengthen_everything(attended: Attended, edit: EditArguments, sinks: Tensor | None) -> Attended:
-    """What the rules of Note: [Edited attention] come to where every visible key is an outlier.
-
-    The rest of a row is its sink, so that m is 1 less the sink's share.
-    """
+    """A gain without outliers, given what the rest of the edit made of the row."""
     assert edit.gain is not None
     check_gain_values(edit)
     output, lse, _ = attended
-    more = 1 + edit.gain[:, None]
-    share = torch.zeros_like(lse)
-    if sinks is not None:
-        share = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.to(lse.dtype)[:, None] - lse))
-    factor = more.expand_as(lse)
-    rule = RULES[edit.rule]
-    if rule == "row":
-        total = share + more * (1 - share)
-        factor = torch.where(total == 0, 0.0, more / total)
-        lse = lse + torch.log(total)
-    elif rule == "rest":
-        factor = torch.where(share == 0, 1.0, more)
+    of_rows = None if sinks is None else sinks[:, None]
+    factor, lse = strengthened(lse, edit.gain[:, None], RULES[edit.rule], of_rows)
     # Not in place: a backward may need the output.
     return attended._replace(output=(output * factor[..., None]).to(output.dtype), lse=lse)
 
@@ -270,12 +267,15 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
     """What the op returns, of the right shapes, dtypes and strides."""
     options = _named(positional, keywords)
     check_one_device(query=query, key=key, value=value, **options)
-    rows, emit = query.shape[:3], options["emit"]
+    table = options.get("block_table")
+    rows = query.shape[:-1]
+    emit, keys = options["emit"], key.shape[2] if table is None else table.shape[1] * key.shape[2]
     capacity = 0
     if emit is not None:
-        capacity = torch.sym_min(_C.outlier_capacity(emit), key.shape[2])  # type: ignore[no-untyped-call]
+        capacity = torch.sym_min(_C.outlier_capacity(emit), keys)  # type: ignore[no-untyped-call]
+    output = training.like_rows(query, value.shape[3]) if table is None else query.new_empty((*rows, value.shape[3]))
     return (
-        training.like_rows(query, value.shape[3]),
+        output,
         query.new_empty(rows, dtype=torch.float32),
         query.new_empty((*rows, capacity), dtype=torch.int32),
         query.new_empty(rows, dtype=torch.int32),
@@ -285,6 +285,16 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
 def _output_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> Tensor:
     """The output of `attention_fake`, ``[B, M, H, Dv]``."""
     return attention_fake(query, key, value, *positional, **keywords)[0].transpose(1, 2)
+
+
+def _into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
+    """The rest of them."""
+    return attention_fake(query, key, value, **keywords)[1:]
+
+
+def _output_into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> None:
+    """Nothing: the output was there before."""
+    attention_fake(query, key, value, **keywords)
 
 
 def _backward_fake(
@@ -354,6 +364,8 @@ def gradients(
 
 torch.library.register_fake("attnrb::attention", attention_fake)
 torch.library.register_fake("attnrb::attention.output", _output_fake)
+torch.library.register_fake("attnrb::attention.into", _into_fake)
+torch.library.register_fake("attnrb::attention.output_into", _output_into_fake)
 torch.library.register_fake("attnrb::attention_training", attention_fake)
 torch.library.register_autograd("attnrb::attention_training", _gradient, setup_context=_setup)
 training.register_backward("attnrb::attention_backward", _backward_fake)
