@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from attnrb.hosts.session import current_forward
+from attnrb.hosts.transformers.interface import every_module
 
 # The name in transformers' AttentionInterface and AttentionMaskInterface, and where a configuration holds its own.
 NAME = "attnrb"
@@ -43,7 +44,10 @@ class Configurations:
         """
         from transformers import PreTrainedModel
 
-        renamed = {id(plain(each)) for module in decoder.modules() for each in _held(module).values()}
+        # Each module is looked at once, and there are hundreds.
+        everywhere = [(module, _held(module)) for module in every_module(whole)]
+        within = set(map(id, every_module(decoder)))
+        renamed = {id(plain(each)) for module, held in everywhere if id(module) in within for each in held.values()}
         renamed.add(id(plain(decoder.config.get_text_config(decoder=True))))
         stand_ins = _StandIns(renamed)
         headed = whole is not decoder and whole.base_model is not whole
@@ -51,11 +55,11 @@ class Configurations:
         self._places: list[tuple[Any, str, Any, Any]] = []
         self.around: list[Any] = []
         """The models that hold the decoder and may make its masks."""
-        for module in whole.modules():
+        for module, configurations in everywhere:
             is_model = isinstance(module, PreTrainedModel)
             if module is whole and headed:
                 continue
-            for name, held in _held(module).items():
+            for name, held in configurations.items():
                 stand_in = stand_ins.of(plain(held), always=not is_model)
                 if stand_in is not None:
                     self._places.append((module, name, plain(held), stand_in))

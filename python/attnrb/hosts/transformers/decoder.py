@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnrb.hosts.transformers.configurations import Hook
-from attnrb.hosts.transformers.interface import SUPPORTED, check_attention, size
+from attnrb.hosts.transformers.interface import SUPPORTED, attribute, check_attention, every_module, size
 from attnrb.policies.base import ModelShape, register_shape_reader
 
 # What configurations call a layer of softmax attention, where they name the kinds of their layers.
@@ -87,8 +87,8 @@ def patch_of(decoder: torch.nn.Module) -> Any:
 
 def shard_of(model: torch.nn.Module) -> tuple[int, int]:
     """Rank and number of ranks among which transformers' tensor parallelism split this model's heads."""
-    for module in model.modules():
-        ranks = getattr(module, "_tp_size", None)
+    for module in every_module(model):
+        ranks = attribute(module, "_tp_size")
         if isinstance(ranks, int) and ranks > 1:
             mesh = getattr(module, "_device_mesh", None)
             if mesh is None:
@@ -142,8 +142,8 @@ def decoder_shape(decoder: Any, shard: tuple[int, int] = (0, 1)) -> ModelShape:
 def _devices(decoder: torch.nn.Module, layers: int) -> tuple[torch.device, ...] | None:
     """Where each layer is, by its weights; None where all are on the CPU."""
     found: dict[int, torch.device] = {}
-    for module in decoder.modules():
-        layer = getattr(module, "layer_idx", None)
+    for module in every_module(decoder):
+        layer = attribute(module, "layer_idx")
         if isinstance(layer, int) and layer not in found:
             weight = next(module.parameters(), None)
             if weight is not None and weight.device.type != "meta":

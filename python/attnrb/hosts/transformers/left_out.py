@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from attnrb.hosts.session import Forward, current_forward
-from attnrb.hosts.transformers.interface import size
+from attnrb.hosts.transformers.interface import attribute, every_module, size
 from attnrb.ops.outliers import Outliers
 
 __all__ = ["LeftOut"]
@@ -29,7 +29,7 @@ class LeftOut:
     def __init__(self, decoder: Any) -> None:
         """Look which modules are the decoder's layers, and whether it drops any."""
         self._decoder = decoder
-        drops = any(getattr(module, "layerdrop", 0) for module in decoder.modules())
+        drops = any(attribute(module, "layerdrop") for module in every_module(decoder))
         self._layers = _layers(decoder) if drops else {}
         self._numbers = {id(module): layer for layer, module in self._layers.items()}
         self._begun: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
