@@ -21,81 +21,12 @@
 #pragma once
 
 #include "bias.h"
-#include "marks.h"
+#include "kept_words.h"
 #include "products.h"
 #include "rest.h"
+#include "values.h"
 
 namespace attnrb::cuda {
-
-// Tiles marked for the second pass, one bit each, or for several tiles where there are more than 1,024: lane l has word
-// l.
-struct TileMarks {
-  uint32_t word = 0;
-  int shift = 0;
-
-  ATTNRB_DEVICE void start(int tiles) {
-    word = 0;
-    shift = 0;
-    while ((tiles >> shift) >= 1024) ++shift;
-  }
-  ATTNRB_DEVICE void mark(int tile) {
-    const int bit = tile >> shift;
-    if (thread_index() % 32 == bit / 32) word |= 1u << (bit % 32);
-  }
-  // The first marked tile from `tile` on, or `end`. The same in all lanes.
-  ATTNRB_DEVICE int next(int tile, int end) const {
-    for (; tile < end; ++tile) {
-      const int bit = tile >> shift;
-      if ((shuffle(word, bit / 32) >> (bit % 32)) & 1u) return tile;
-    }
-    return end;
-  }
-  // Every warp gets the marks of all. `memory` holds 4 x 32 words that nobody else reads or writes.
-  ATTNRB_DEVICE void join(uint32_t* memory) {
-    memory[thread_index()] = word;
-    block_sync();
-    for (int warp = 0; warp < kWarps; ++warp) word |= memory[32 * warp + thread_index() % 32];
-    block_sync();
-  }
-};
-
-// This thread's words: see Note: [Kept words].
-class KeptWords {
- public:
-  ATTNRB_DEVICE explicit KeptWords(const AttentionParameters& p)
-      : words(reinterpret_cast<uint32_t*>(shared_memory() + p.kept) + thread_index()) {}
-
-  // Of the two rows, their heads and the keys that have a bias.
-  ATTNRB_DEVICE uint32_t& bias_head(int i) const { return words[i * kThreads]; }
-  ATTNRB_DEVICE uint32_t& bias_limit(int i) const { return words[(2 + i) * kThreads]; }
-  ATTNRB_DEVICE uint32_t& first_in_group() const { return words[14 * kThreads]; }  // head of the warp's first row
-  // The softmax of the rows' outliers (the sum is this lane's share), and the tiles that hold some.
-  ATTNRB_DEVICE float chosen_max(int i) const { return bit_cast<float>(words[(4 + i) * kThreads]); }
-  ATTNRB_DEVICE float chosen_sum(int i) const { return bit_cast<float>(words[(6 + i) * kThreads]); }
-  ATTNRB_DEVICE void set_chosen(int i, float max, float sum) const {
-    words[(4 + i) * kThreads] = bit_cast<uint32_t>(max);
-    words[(6 + i) * kThreads] = bit_cast<uint32_t>(sum);
-  }
-  ATTNRB_DEVICE uint32_t& chosen_tiles() const { return words[8 * kThreads]; }
-  // Where this lane is in the outlier list of a row.
-  ATTNRB_DEVICE int cursor_position() const { return int(words[9 * kThreads]); }
-  ATTNRB_DEVICE BoostCursor cursor() const {
-    const uint64_t slots = uint64_t(words[12 * kThreads]) | uint64_t(words[13 * kThreads]) << 32;
-    return {reinterpret_cast<const int32_t*>(slots), int32_t(words[10 * kThreads]), int32_t(words[11 * kThreads]),
-            cursor_position()};
-  }
-  ATTNRB_DEVICE void set_cursor(const BoostCursor& cursor) const {
-    const uint64_t slots = reinterpret_cast<uint64_t>(cursor.slots);
-    words[9 * kThreads] = uint32_t(cursor.position);
-    words[10 * kThreads] = uint32_t(cursor.count);
-    words[11 * kThreads] = uint32_t(cursor.next);
-    words[12 * kThreads] = uint32_t(slots);
-    words[13 * kThreads] = uint32_t(slots >> 32);
-  }
-
- private:
-  uint32_t* words;
-};
 
 template <class T, int Width, Task task>
 class AttentionBlock {
@@ -356,81 +287,8 @@ class AttentionBlock {
 
   // sums = factor * sums + probabilities times the values in the second buffer.
   ATTNRB_DEVICE void accumulate(const float (&s)[Tiles::score_tiles][4], const float (&factor)[2], bool partial) {
-    if (any(factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-      for (int n = 0; n < Tiles::value_tiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[n][e] *= factor[e / 2];
-    }
-    const T* values = buffer(1);
-    // A hidden value of NaN or infinity must not meet a probability of zero: their product is NaN.
-    if (!partial || all_finite(values)) {
-      multiply_values<false>(s, values);
-    } else {
-      multiply_values<true>(s, values);
-      add_non_finite(s, values);
-    }
-  }
-
-  // `Finite`: what is not finite in the values counts as zero.
-  template <bool Finite>
-  ATTNRB_DEVICE void multiply_values(const float (&s)[Tiles::score_tiles][4], const T* values) {
-#pragma unroll
-    for (int step = 0; step < kKeys / Tiles::step; ++step) {
-      uint32_t a[4];
-      Engine<T>::probabilities(a, s, step);
-#pragma unroll
-      for (int n = 0; n < Tiles::value_tiles; n += 2) {
-        if (n * 8 >= p.value_columns) break;
-        uint32_t b[4];
-        Engine<T>::values(b, values, value_stride, step, n * 8, lane);
-        if (Finite) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) b[i] = Engine<T>::finite_part(b[i]);
-        }
-        Engine<T>::multiply(sums[n], a, b[0], b[1]);
-        Engine<T>::multiply(sums[n + 1], a, b[2], b[3]);
-      }
-    }
-  }
-
-  // Adds the values that are not finite to the rows that see them: rare, and so one at a time.
-  ATTNRB_DEVICE void add_non_finite(const float (&s)[Tiles::score_tiles][4], const T* values) {
-    uint64_t sees[2] = {0, 0};
-#pragma unroll
-    for (int n = 0; n < Tiles::score_tiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (s[n][e] != 0.0f) sees[e / 2] |= uint64_t(1) << (8 * n + lane % 4 * 2 + e % 2);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sees[i] |= shuffle_xor(sees[i], 1);
-      sees[i] |= shuffle_xor(sees[i], 2);
-    }
-#pragma unroll
-    for (int n = 0; n < Tiles::value_tiles; ++n) {
-      if (n * 8 >= p.value_columns) break;
-#pragma unroll 1
-      for (int key = 0; key < kKeys; ++key)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float value = to_float(values[key * value_stride + 8 * n + lane % 4 * 2 + e]);
-          if (value - value == 0.0f) continue;
-          if ((sees[0] >> key) & 1) sums[n][e] += value;
-          if ((sees[1] >> key) & 1) sums[n][2 + e] += value;
-        }
-    }
-  }
-
-  // Each warp looks at the whole tile; only tiles with hidden keys are looked at.
-  ATTNRB_DEVICE bool all_finite(const T* values) const {
-    bool finite = true;
-    for (int key = 0; key < kKeys; ++key)
-      for (int column = lane; column < p.value_columns; column += 32) {
-        const float value = to_float(values[key * value_stride + column]);
-        finite = finite && value - value == 0.0f;
-      }
-    return !any(!finite);
+    const ValueTile<T, Width> values{buffer(1), value_stride, p.value_columns, lane};
+    values.accumulate(sums, s, factor, partial);
   }
 
   // See Note: [Strengthened probabilities]: they have joined the row's sum already.

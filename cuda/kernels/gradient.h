@@ -13,44 +13,10 @@
 // own chunk last, so that the operands which it multiplies by are in place.
 #pragma once
 
+#include "gradient_marks.h"
 #include "gradient_sums.h"
 
 namespace attnrb::cuda {
-
-// Sixteen lanes walk down the outlier lists of a warp's sixteen rows, in ascending order.
-struct OutlierWalk {
-  OutlierList list;
-  int32_t next = 0;
-
-  // The row's outliers among the `keys` <= 32 keys from `first` on, one bit each; earlier ones are passed over.
-  ATTNRB_DEVICE uint32_t take(int64_t key_offset, int64_t first, int keys) {
-    uint32_t bits = 0;
-    for (; next < list.count; ++next) {
-      const int64_t at = int64_t(list.slots[next]) - key_offset - first;
-      if (at >= keys) break;
-      if (at >= 0) bits |= 1u << at;
-    }
-    return bits;
-  }
-};
-
-// Of a row's weights, and of weights times their gradients: the outliers' and all others'.
-struct RestSums {
-  float others, along_others, chosen, along_chosen;
-
-  ATTNRB_DEVICE void add(bool marked, float weight, float along) {
-    others += marked ? 0.0f : weight;
-    along_others += marked ? 0.0f : along;
-    chosen += marked ? weight : 0.0f;
-    along_chosen += marked ? along : 0.0f;
-  }
-  ATTNRB_DEVICE void join() {
-    others = quad_sum(others);
-    along_others = quad_sum(along_others);
-    chosen = quad_sum(chosen);
-    along_chosen = quad_sum(along_chosen);
-  }
-};
 
 // `Edited`: there may be a key bias or rule rest.
 template <class T, int Width, GradientTask task, bool Edited>
@@ -560,7 +526,7 @@ class GradientBlock {
       if (own >= (kOwnsKeys ? p.problem.shape.keys : p.rows)) continue;
       const float scale = p.problem.scoring.scale;
       if (task == GradientTask::rest) {
-        finish_rest(i, own);
+        if (lane % 4 == 0) finish_rest(parameters, own_row[i], rest_sums[i], own_head[i], row_index(own));
       } else if (kOneHead) {
         const Shape& shape = p.problem.shape;
         const int64_t head = int64_t(key_head) * p.group + in_group;
@@ -577,33 +543,6 @@ class GradientBlock {
           parameters.gain_rows[(batch * p.problem.shape.key_heads + key_head) * p.rows + own] = sum;
       }
     }
-  }
-
-  // See Note: [Gradients of an edit].
-  ATTNRB_DEVICE void finish_rest(int i, int64_t own) const {
-    if (lane % 4 != 0) return;
-    constexpr float kSmallest = 1.17549435e-38f;  // normal number of float32, as in the forward
-    const GradientRow& row = own_row[i];
-    const RestSums& sums = rest_sums[i];
-    const float* sinks = p.problem.scoring.sinks;
-    float others = sums.others;
-    if (sinks != nullptr) others += exp2f(fmaf(sinks[own_head[i]], kLog2E, -row.reference) - row.rest);
-    float gain = row.gain, of_others = 1.0f, delta = row.delta, outlier_delta = row.delta, of_gain = 0.0f;
-    if (others >= kSmallest) {
-      const float mean = sums.along_others / others, share = gain * (sums.chosen / others);
-      of_others = 1.0f - share;
-      outlier_delta = row.delta + gain * mean;
-      delta = row.delta - share * mean;
-      of_gain = sums.along_chosen - sums.chosen * mean;
-    } else {
-      gain = 0.0f;  // nothing can share: the row stays plain
-    }
-    const int64_t index = row_index(own);
-    parameters.words[8 * index + 2] = bit_cast<uint32_t>(delta);
-    parameters.words[8 * index + 3] = bit_cast<uint32_t>(gain);
-    parameters.rest_rows[2 * index] = of_others;
-    parameters.rest_rows[2 * index + 1] = outlier_delta;
-    if (parameters.gain_rows != nullptr) parameters.gain_rows[index] = of_gain;
   }
 
   struct alignas(2 * sizeof(T)) Pair {
@@ -645,20 +584,6 @@ class GradientBlock {
   OutlierWalk walk;
   Sums first_sums, second_sums;
 };
-
-// Whether somebody wants what this block owns.
-template <GradientTask task>
-ATTNRB_DEVICE bool is_wanted(const GradientParameters& parameters) {
-  if (task != GradientTask::queries && task != GradientTask::keys) return true;
-  const AttentionParameters& p = parameters.rows;
-  const Shape& shape = p.problem.shape;
-  const bool of_keys = task == GradientTask::keys;
-  const int32_t* wanted = of_keys ? parameters.wanted_keys : parameters.wanted_rows;
-  if (wanted == nullptr) return true;
-  const int64_t block = block_index() / p.slices, heads = shape.batch * shape.key_heads, tile = block / heads;
-  const int64_t tiles = of_keys ? (shape.keys + kTileRows - 1) / kTileRows : p.row_tiles;
-  return wanted[block % heads * tiles + (of_keys ? tile : tiles - 1 - tile)] != 0;
-}
 
 template <class T, int Width, GradientTask task, bool Edited>
 ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 2) gradient_kernel(ATTNRB_PARAMETERS GradientParameters parameters) {

@@ -104,13 +104,13 @@ FORWARD: list[Fault] = [
     ),
     Fault(
         "sums of values are not rescaled",
-        "kernels/attention.h",
+        "kernels/values.h",
         "sums[n][e] *= factor[e / 2];",
         "sums[n][e] *= 1.0f;",
     ),
     Fault(
         "the second row's factor for the first",
-        "kernels/attention.h",
+        "kernels/values.h",
         "sums[n][e] *= factor[e / 2];",
         "sums[n][e] *= factor[1 - e / 2];",
     ),
@@ -164,8 +164,8 @@ FORWARD: list[Fault] = [
     ),
     Fault(
         "a NaN value reaches rows that do not see it",
-        "kernels/attention.h",
-        "if (!partial || all_finite(values)) {",
+        "kernels/values.h",
+        "if (!partial || all_finite()) {",
         "if (true) {",
     ),
     Fault(
@@ -212,13 +212,13 @@ FORWARD: list[Fault] = [
     ),
     Fault(
         "no barrier after the marks are joined",
-        "kernels/attention.h",
+        "kernels/kept_words.h",
         "word |= memory[32 * warp + thread_index() % 32];\n    block_sync();\n",
         "word |= memory[32 * warp + thread_index() % 32];\n",
     ),
     Fault(
         "marks of one tile where a bit stands for several",
-        "kernels/attention.h",
+        "kernels/kept_words.h",
         "    const int bit = tile >> shift;\n    if (thread_index()",
         "    const int bit = tile;\n    if (thread_index()",
     ),

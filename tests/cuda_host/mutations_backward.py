@@ -56,7 +56,7 @@ BACKWARD: list[Fault] = [
     ),
     Fault(
         "backward: one outlier too many is taken from a list",
-        "kernels/gradient.h",
+        "kernels/gradient_marks.h",
         "if (at >= keys) break;",
         "if (at > keys) break;",
         "gradient_float32.cu",
@@ -217,7 +217,7 @@ BACKWARD: list[Fault] = [
     ),
     Fault(
         "tiles of rows counted from the wrong end",
-        "kernels/gradient.h",
+        "kernels/gradient_marks.h",
         "(of_keys ? tile : tiles - 1 - tile)",
         "tile",
         "gradient_bfloat16.cu",

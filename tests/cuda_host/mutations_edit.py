@@ -151,9 +151,9 @@ EDIT: list[Fault] = [
     ),
     Fault(
         "backward: a sink is none of the others",
-        "kernels/gradient.h",
-        "    if (sinks != nullptr) others +=",
-        "    if (sinks == nullptr && others < 0.0f) others +=",
+        "kernels/gradient_marks.h",
+        "  if (sinks != nullptr) others +=",
+        "  if (sinks == nullptr && others < 0.0f) others +=",
         "gradient_float32.cu",
     ),
     Fault(
