@@ -20,6 +20,7 @@ from attnrb.hosts.session import AttentionCall
 from attnrb.hosts.transformers.patch import Patch, patch, patched, unpatch
 from attnrb.ops.edit import Attended, Edit
 from attnrb.ops.outliers import Outliers
+from attnrb.ops.paging import Paging
 from attnrb.ops.visibility import Visibility
 from attnrb.policies import (
     Compose,
@@ -48,6 +49,7 @@ __all__ = [
     "LearnedGains",
     "Marked",
     "Outliers",
+    "Paging",
     "Patch",
     "Policy",
     "Rebalance",

@@ -12,6 +12,7 @@ from attnrb import _C
 from attnrb.decisions import tell
 from attnrb.ops import dense, training
 from attnrb.ops.edit import NO_EDIT, RULES, Attended, Edit, EditArguments, edit_arguments
+from attnrb.ops.everything import strengthened
 from attnrb.ops.operands import (
     check_gain_values,
     check_one_device,
@@ -22,6 +23,8 @@ from attnrb.ops.operands import (
     records_gradient,
 )
 from attnrb.ops.outliers import Outliers
+from attnrb.ops.paged import attend_paged
+from attnrb.ops.paging import Paging, paging_arguments
 from attnrb.ops.scores import DEFAULT_SCORES, Scores, score_arguments
 from attnrb.ops.visibility import DEFAULT_VISIBILITY, Visibility, VisibilityArguments, visibility_arguments
 
@@ -59,6 +62,8 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    paging: Paging | None = None,
+    out: Tensor | None = None,
 ) -> Attended:
     """Attention whose weights are edited, and which may find its own outliers.
 
@@ -82,17 +87,32 @@ def attention(
         scale: factor on ``query · key``. The default is ``1 / sqrt(D)``.
         softcap: scores become ``softcap · tanh(score / softcap)``. The default is none.
         sinks: ``[H]``, any floating dtype: one more score of each row, in the softmax denominator only.
+        paging: keys and values lie in blocks, and queries of many sequences follow each other: query ``[T, H, D]``,
+            key ``[blocks, Hk, P, D]`` and value ``[blocks, Hk, P, Dv]`` with a contiguous last axis, the others in any
+            order. Slots are those of each sequence. Forward only.
+        out: with a paging, a tensor ``[T, H, Dv]`` with a contiguous last axis to write the output into. Rows of
+            sequences without keys are left as they are. The default is a new tensor, such rows being zeros.
 
     Returns:
-        `attnrb.Attended`.
+        `attnrb.Attended`; with a paging output ``[T, H, Dv]``, log-sum-exp ``[T, H]``, outliers ``[T, H, C]`` and
+        ``[T, H]``, ``C`` being at most ``W P``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or numbers do not fit, or a row of the edit's outliers does not ascend.
+        ValueError: shapes, devices, tables or numbers do not fit, a row of the edit's outliers does not ascend, or the
+            visibility says what the paging says.
+        RuntimeError: with a paging, a gradient would be recorded.
     """
-    query, key, value = operands(query, key, value)
+    query, key, value = operands(query, key, value, ragged=paging is not None)
     if emit is not None:
         check_threshold(emit, "emit")
+    if paging is not None:
+        tables = paging_arguments(paging)
+        editing = edit_arguments(edit, query, tables.seq_lens.shape[0])
+        seeing, scoring = visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
+        return attend_paged(query, key, value, tables, editing, emit, seeing, scoring, out)
+    if out is not None:
+        raise ValueError("out: expected None without a paging")
     editing = edit_arguments(edit, query)
     return dispatch(
         query, key, value, editing, emit, visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
@@ -200,25 +220,12 @@ def _given(edit: EditArguments, emit: float | None, visibility: VisibilityArgume
 
 
 def _strengthen_everything(attended: Attended, edit: EditArguments, sinks: Tensor | None) -> Attended:
-    """What the rules of Note: [Edited attention] come to where every visible key is an outlier.
-
-    The rest of a row is its sink, so that m is 1 less the sink's share.
-    """
+    """A gain without outliers, given what the rest of the edit made of the row."""
     assert edit.gain is not None
     check_gain_values(edit)
     output, lse, _ = attended
-    more = 1 + edit.gain[:, None]
-    share = torch.zeros_like(lse)
-    if sinks is not None:
-        share = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.to(lse.dtype)[:, None] - lse))
-    factor = more.expand_as(lse)
-    rule = RULES[edit.rule]
-    if rule == "row":
-        total = share + more * (1 - share)
-        factor = torch.where(total == 0, 0.0, more / total)
-        lse = lse + torch.log(total)
-    elif rule == "rest":
-        factor = torch.where(share == 0, 1.0, more)
+    of_rows = None if sinks is None else sinks[:, None]
+    factor, lse = strengthened(lse, edit.gain[:, None], RULES[edit.rule], of_rows)
     # Not in place: a backward may need the output.
     return attended._replace(output=(output * factor[..., None]).to(output.dtype), lse=lse)
 

@@ -38,9 +38,10 @@ class Edit:
     Attributes:
         outliers: the entries that ``gain`` is for, as `attnrb.functional.attention` finds them: indices int32
             ``[B, H, M, C]`` and counts int32 ``[B, H, M]``; or ``[B, H, 1, C]`` and ``[B, H, 1]``: one list for all
-            queries of a head. Slots must ascend in each row.
-        gain: a number, or one for each head: a sequence, or a floating tensor ``[H]`` or ``[1]``. Without ``outliers``
-            every visible key is one. At least -1 with the rule ``rest``: below, weights would change sign.
+            queries of a head. With a `attnrb.Paging` ``[T, H, C]`` and ``[T, H]``. Slots must ascend in each row.
+        gain: a number, or one for each head: a sequence, or a floating tensor ``[H]`` or ``[1]``; with a paging also
+            ``[B, H]``, one for each sequence. Without ``outliers`` every visible key is one. At least -1 with the rule
+            ``rest``: below, weights would change sign.
         rule: ``"none"``, ``"row"`` or ``"rest"``.
         key_bias: floating ``[B, H, N']``, B and H being 1 where all share it: added to the scores of the key at each
             slot, after the softcap. Keys at slots from N' on have none. -inf removes a key. Computed with in float32.
@@ -87,9 +88,10 @@ class Attended(NamedTuple):
     """What `attnrb.functional.attention` returns.
 
     Attributes:
-        output: ``[B, H, M, Dv]`` in the dtype of the query, laid out in memory as ``[B, M, H, Dv]``.
-        lse: float32 ``[B, H, M]``: the log-sum-exp of each row's scores, bias and sink included; with the rule ``row``
-            also what the gain adds, ``ln(1 + g m)``. -inf for a row that sees no key.
+        output: ``[B, H, M, Dv]`` in the dtype of the query, laid out in memory as ``[B, M, H, Dv]``. With a
+            `attnrb.Paging` ``[T, H, Dv]``.
+        lse: float32 ``[B, H, M]``, with a paging ``[T, H]``: the log-sum-exp of each row's scores, bias and sink
+            included; with the rule ``row`` also what the gain adds, ``ln(1 + g m)``. -inf for a row that sees no key.
         outliers: the layer's own, where they were asked for.
     """
 
@@ -113,13 +115,14 @@ class EditArguments(NamedTuple):
 NO_EDIT = EditArguments()
 
 
-def edit_arguments(edit: Edit | None, query: Tensor) -> EditArguments:
+def edit_arguments(edit: Edit | None, query: Tensor, sequences: int | None = None) -> EditArguments:
     """What an op is told for ``edit``; `NO_EDIT` where there is none.
 
     Args:
         edit: None changes nothing.
-        query: ``[B, H, M, D]``. Numbers become tensors on its device; a gain and a bias become float64 where it is,
-            else float32.
+        query: ``[B, H, M, D]``, or ragged. Numbers become tensors on its device; a gain and a bias become float64
+            where it is, else float32.
+        sequences: how many there are; the default is the size of the query's first axis.
 
     Raises:
         TypeError: ``edit`` is something else.
@@ -132,7 +135,9 @@ def edit_arguments(edit: Edit | None, query: Tensor) -> EditArguments:
     indices, counts = (None, None) if edit.outliers is None else edit.outliers
     first = edit.first_query
     if first is not None and not isinstance(first, Tensor):
-        first = torch.full((query.size(0),), first, dtype=torch.int64, device=device)
+        first = torch.full(
+            (query.size(0) if sequences is None else sequences,), first, dtype=torch.int64, device=device
+        )
     return EditArguments(
         indices,
         counts,
@@ -167,8 +172,11 @@ def check_gain(gain: Any, rule: str) -> None:
     if isinstance(gain, Tensor):
         if not gain.is_floating_point():
             raise TypeError(f"gain: expected numbers or a floating-point tensor, got {describe(gain)}")
-        if gain.dim() > 1:
-            raise ValueError(f"gain: expected one number or one for each head, [H], got the shape {tuple(gain.shape)}")
+        if gain.dim() > 2:
+            raise ValueError(
+                f"gain: expected one number, one for each head, [H], or with paging [B, H], got the shape "
+                f"{tuple(gain.shape)}"
+            )
         return
     for each in _numbers(gain):
         if rule == "rest" and each < -1.0:
@@ -194,12 +202,18 @@ def _check_outliers(outliers: Any) -> None:
     # A lone tensor would unpack too, along its first axis.
     if not isinstance(outliers, tuple) or len(outliers) != 2:
         raise TypeError(f"outliers: expected a tuple (indices, counts), got {describe(outliers)}")
-    for name, tensor, rank in (("indices", outliers[0], 4), ("counts", outliers[1], 3)):
+    for name, tensor in (("indices", outliers[0]), ("counts", outliers[1])):
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32:
             raise TypeError(f"outliers: expected {name} to be an int32 tensor, got {describe(tensor)}")
-        if tensor.dim() != rank:
-            axes = "[B, H, M, C] or [B, H, 1, C]" if rank == 4 else "[B, H, M] or [B, H, 1]"
-            raise ValueError(f"outliers: expected {name} of shape {axes}, got {tuple(tensor.shape)}")
+    indices, counts = outliers
+    if indices.dim() not in (3, 4):
+        raise ValueError(
+            "outliers: expected indices of shape [B, H, M, C] or [B, H, 1, C], or with paging [T, H, C], got "
+            f"{tuple(indices.shape)}"
+        )
+    if counts.dim() != indices.dim() - 1:
+        axes = "[B, H, M] or [B, H, 1]" if indices.dim() == 4 else "[T, H]"
+        raise ValueError(f"outliers: expected counts of shape {axes}, got {tuple(counts.shape)}")
 
 
 def _check_key_bias(bias: Any) -> None:

@@ -10,6 +10,7 @@ PyTorch (`attnrb.ops.dense`): slow, and good for ``torch.autograd.gradcheck``.
 """
 
 from attnrb.ops.attention import attention, attention_weights
+from attnrb.ops.paged import write_keys
 from attnrb.ops.rebalancing import rebalanced_attention, source_attention
 from attnrb.ops.received import received_attention
 from attnrb.ops.weights_in_memory import outlier_mask, rebalance
@@ -22,4 +23,5 @@ __all__ = [
     "rebalanced_attention",
     "received_attention",
     "source_attention",
+    "write_keys",
 ]

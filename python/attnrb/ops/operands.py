@@ -56,10 +56,10 @@ def transformed() -> bool:
     return _under_transforms() or forward_ad._current_level >= 0
 
 
-def operands(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
+def operands(query: Any, key: Any, value: Any, *, ragged: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Checked, and in the dtype of autocast where that is on.
 
-    Refuses what the C++ checks could only call a ValueError.
+    Refuses what the C++ checks could only call a ValueError. Ragged queries have 3 dimensions, ``[T, H, D]``.
     """
     if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -76,22 +76,23 @@ def operands(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
         and isinstance(value, Tensor)
         and query.dtype in _DTYPES
         and query.dtype == key.dtype == value.dtype
-        and query.dim() == key.dim() == 4
+        and key.dim() == 4
+        and query.dim() == (3 if ragged else 4)
     ):
         for name, operand in (("query", query), ("key", key), ("value", value)):
-            check_operand(name, operand)
+            check_operand(name, operand, 3 if ragged and name == "query" else 4)
             if operand.dtype != query.dtype:
                 raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {operand.dtype}")
     return query, key, value
 
 
-def check_operand(name: str, operand: Any) -> None:
+def check_operand(name: str, operand: Any, dimensions: int = 4) -> None:
     if not isinstance(operand, Tensor) or operand.dtype not in _DTYPES:
         raise TypeError(
             f"{name}: expected a tensor of dtype float32, bfloat16, float16 or float64, got {describe(operand)}"
         )
-    if operand.dim() != 4:
-        raise ValueError(f"{name}: expected 4 dimensions, got {operand.dim()}: {tuple(operand.shape)}")
+    if operand.dim() != dimensions:
+        raise ValueError(f"{name}: expected {dimensions} dimensions, got {operand.dim()}: {tuple(operand.shape)}")
 
 
 def check_threshold(threshold: float, name: str = "threshold") -> None:
