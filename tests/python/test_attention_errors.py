@@ -55,7 +55,11 @@ EDITS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "gain as text": ({"gain": "big"}, TypeError, r"gain: expected a number, or one for each head, got str \('big'\)"),
     "gain NaN": ({"gain": float("nan")}, ValueError, "gain: expected a finite number, got nan"),
     "gain of integers": ({"gain": slots(1, 2)}, TypeError, "gain: expected numbers or a floating-point tensor.*int64"),
-    "gain with two axes": ({"gain": torch.ones(2, 4)}, ValueError, r"gain: .*\[H\], got the shape \(2, 4\)"),
+    "gain with three axes": (
+        {"gain": torch.ones(2, 4, 1)},
+        ValueError,
+        r"gain: .*\[B, H\], got the shape \(2, 4, 1\)",
+    ),
     "gain below -1, rest": (
         {"outliers": lists(), "gain": [0.5, -2, 0, 0], "rule": "rest"},
         ValueError,
@@ -92,6 +96,11 @@ def test_an_edit_refuses(name: str) -> None:
 
 # What is wrong with an edit for these operands: indices, gain and so on are named by the native op and the dense path.
 CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "gains of sequences": (
+        {"edit": Edit(lists(), torch.ones(2, 4))},
+        ValueError,
+        r"gain: expected the shape \[1\] or \[H\]",
+    ),
     "outliers of another batch": (
         {"edit": Edit(lists(batch=1), 1.0)},
         ValueError,
