@@ -28,7 +28,8 @@ struct Edit {
   const int32_t* counts = nullptr;   // [B, H, M] contiguous
   int64_t capacity = 0;
   bool shared_rows = false;     // indices are [B, H, 1, capacity], counts [B, H, 1]: one list for all queries of a head
-  const float* gain = nullptr;  // [H]
+  const float* gain = nullptr;  // [B, H]
+  int64_t gain_stride = 0;      // from one sequence's gains to the next's; 0: [H] for all
   Rule rule = Rule::none;
 
   const float* key_bias = nullptr;       // [B, H, bias_slots] by strides (0 where broadcast), or null

@@ -16,6 +16,19 @@ namespace attnrb {
 
 struct Shape {
   int64_t batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0, width = 0, value_width = 0;
+
+  // Ragged: the queries of all sequences follow each other, `queries` of them, and count from the first of all; those
+  // of sequence b are [query_starts[b], query_starts[b + 1]), and it has key_counts[b] <= keys keys. One without keys
+  // is skipped. What a row has of its own lies in [queries, heads] then; else in [batch, heads, queries].
+  const int64_t* query_starts = nullptr;  // [B + 1], or null
+  const int64_t* key_counts = nullptr;    // [B], or null
+
+  ATTNRB_INLINE bool ragged() const { return query_starts != nullptr; }
+  ATTNRB_INLINE int64_t keys_of(int64_t b) const { return ragged() ? key_counts[b] : keys; }
+  // Where the numbers of a row lie.
+  ATTNRB_INLINE int64_t row(int64_t b, int64_t head, int64_t query) const {
+    return ragged() ? query * heads + head : (b * heads + head) * queries + query;
+  }
 };
 
 // What turns query·key into a score: score = cap·tanh(scale·query·key / cap), or scale·query·key where softcap is 0.
@@ -25,7 +38,8 @@ struct Scoring {
   const float* sinks = nullptr;  // [H], join the softmax denominator only, or null
 };
 
-// Fused attention: the three axes are where keys lie, what a query sees, and how its weights are edited.
+// Fused attention: the three axes are where keys lie, what a query sees, and how its weights are edited. Ragged, query
+// and output have a batch stride of 0, and visibility.query_offsets[b] + query is the slot of a query.
 struct AttentionProblem {
   Shape shape;
   DType dtype = DType::float32;

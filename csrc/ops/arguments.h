@@ -26,11 +26,15 @@ class SlotRow {
   OptionalTensor copy_;
 };
 
-// float32, one gain for all heads or one each.
+// float32, one gain for all heads or one each; of ragged sequences also one for each of them and head.
 inline Operand check_gain(const Tensor& tensor, const Shape& shape, const Operand& reference) {
   const Operand gain("gain", tensor);
   check_dtype(gain, dtype_codes().float32);
   check_device(gain, reference);
+  if (shape.ragged() && gain.rank == 2) {
+    check_shape(gain, {shape.batch, shape.heads}, "[B, H]");
+    return gain;
+  }
   if (gain.rank != 1 || (gain.sizes[0] != 1 && gain.sizes[0] != shape.heads))
     refuse("gain", "expected the shape [1] or [H] = [", shape.heads, "], got ", shape_text(gain));
   return gain;
@@ -62,7 +66,33 @@ class CheckedOptions {
   std::optional<typename Device::Gain> gain;
 
  private:
+  // What a paging says itself: it has the offsets of queries, and each sequence its own last key.
+  static void refuse_positions(const VisibilityOptions& given) {
+    const auto refuse_option = [](const char* option, bool present) {
+      if (present) refuse(option, "expected none with a block_table, which says where queries and keys are");
+    };
+    refuse_option("query_offset", given.query_offset.has_value());
+    refuse_option("query_offsets", given.query_offsets.has_value());
+    refuse_option("key_offset", given.key_offset != 0);
+    refuse_option("key_start", given.key_start.has_value());
+    refuse_option("key_end", given.key_end.has_value());
+    refuse_option("mask", given.mask.has_value());
+  }
+
   void read_visibility(const VisibilityOptions& given, const Shape& shape, const Operand& query) {
+    if (shape.ragged())
+      refuse_positions(given);
+    else
+      read_positions(given, shape, query);
+    for (const auto& [name, value] : {std::pair<const char*, int64_t>{"window", given.window}, {"chunk", given.chunk}})
+      if (value < 0) refuse(name, "expected 0 (no limit) or a positive number, got ", value);
+    visibility.causal = given.causal;
+    // No two slots are further apart than this, and no slot minus this overflows.
+    visibility.window = std::min(given.window, int64_t(1) << 34);
+    visibility.chunk = std::min(given.chunk, int64_t(1) << 34);
+  }
+
+  void read_positions(const VisibilityOptions& given, const Shape& shape, const Operand& query) {
     if (given.query_offset && given.query_offsets)
       refuse("query_offset", "expected None where query_offsets is given, got ", *given.query_offset);
     check_slots("key_offset", given.key_offset, shape.keys, 0);
@@ -75,13 +105,7 @@ class CheckedOptions {
       visibility.query_offset = given.query_offset.value_or(given.key_offset + shape.keys - shape.queries);
       check_slots("query_offset", visibility.query_offset, shape.queries, kLowestSlot);
     }
-    for (const auto& [name, value] : {std::pair<const char*, int64_t>{"window", given.window}, {"chunk", given.chunk}})
-      if (value < 0) refuse(name, "expected 0 (no limit) or a positive number, got ", value);
-    visibility.causal = given.causal;
     visibility.key_offset = given.key_offset;
-    // No two slots are further apart than this, and no slot minus this overflows.
-    visibility.window = std::min(given.window, int64_t(1) << 34);
-    visibility.chunk = std::min(given.chunk, int64_t(1) << 34);
     if (given.key_start) visibility.key_start = starts_.read("key_start", *given.key_start, shape, query);
     if (given.key_end) visibility.key_end = ends_.read("key_end", *given.key_end, shape, query);
     if (!given.mask) return;
@@ -116,25 +140,40 @@ class CheckedOptions {
     if (!given.indices) refuse("indices", "expected a tensor where counts or gain is given, got None");
     if (!given.counts) refuse("counts", "expected a tensor where indices is given, got None");
     if (!given.gain) refuse("gain", "expected a tensor where indices is given, got None");
-    const Operand rows("indices", *given.indices);
-    check_rank(rows, 4, "[B, H, M, C]");
-    const int64_t capacity = rows.sizes[3], lists = rows.sizes[2] == 1 ? 1 : shape.queries;
-    check_shape(rows, {shape.batch, shape.heads, lists, capacity}, "[B, H, M, C]");
-    check_dtype(rows, dtype_codes().int32);
-    check_device(rows, query);
-    const Operand lengths("counts", *given.counts);
-    check_shape(lengths, {shape.batch, shape.heads, lists}, "[B, H, M]");
-    check_dtype(lengths, dtype_codes().int32);
-    check_device(lengths, query);
+    const Operand rows("indices", *given.indices), lengths("counts", *given.counts);
+    const int64_t capacity =
+        shape.ragged() ? check_ragged_lists(rows, lengths, shape) : check_lists(rows, lengths, shape);
+    for (const Operand* each : {&rows, &lengths}) {
+      check_dtype(*each, dtype_codes().int32);
+      check_device(*each, query);
+    }
     gain.emplace(*given.gain, shape, query);
     const float* gains = Device::numbers(*gain);
-    if (Device::values_on_host) check_gain_range(gains, shape.heads, edit.rule);
+    const bool of_sequences = Operand("gain", *given.gain).rank == 2;
+    if (Device::values_on_host)
+      check_gain_range(gains, of_sequences ? shape.batch * shape.heads : shape.heads, edit.rule);
     if (capacity == 0) return;  // an empty set leaves plain attention
     edit.indices = contiguous_data<int32_t>(rows, *given.indices, dtype_codes().int32, indices_copy_);
     edit.counts = contiguous_data<int32_t>(lengths, *given.counts, dtype_codes().int32, counts_copy_);
     edit.capacity = capacity;
-    edit.shared_rows = lists != shape.queries;
+    edit.shared_rows = !shape.ragged() && rows.sizes[2] != shape.queries;
     edit.gain = gains;
+    edit.gain_stride = of_sequences ? shape.heads : 0;
+  }
+
+  // Of indices and counts, whose last axis is returned.
+  static int64_t check_lists(const Operand& rows, const Operand& lengths, const Shape& shape) {
+    check_rank(rows, 4, "[B, H, M, C]");
+    const int64_t capacity = rows.sizes[3], lists = rows.sizes[2] == 1 ? 1 : shape.queries;
+    check_shape(rows, {shape.batch, shape.heads, lists, capacity}, "[B, H, M, C]");
+    check_shape(lengths, {shape.batch, shape.heads, lists}, "[B, H, M]");
+    return capacity;
+  }
+  static int64_t check_ragged_lists(const Operand& rows, const Operand& lengths, const Shape& shape) {
+    check_rank(rows, 3, "[T, H, C]");
+    check_shape(rows, {shape.queries, shape.heads, rows.sizes[2]}, "[T, H, C]");
+    check_shape(lengths, {shape.queries, shape.heads}, "[T, H]");
+    return rows.sizes[2];
   }
 
   void read_bias(const EditOptions& given, const Shape& shape, const Operand& query) {

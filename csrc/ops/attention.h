@@ -80,30 +80,30 @@ Attended attend(const AttentionTensors& tensors, const Options& options, bool wi
   return attended;
 }
 
+// Lists without room where no outliers were asked for: rows are the query's axes but the last.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Arguments& arguments) {
+void emit_nothing(Attended& attended, const Operand& query) {
+  const int64_t* sizes = query.sizes;
+  if (query.rank == 3) {
+    attended.indices = empty<3>({sizes[0], sizes[1], 0}, dtype_codes().int32, query);
+    attended.counts = empty<2>({sizes[0], sizes[1]}, dtype_codes().int32, query);
+  } else {
+    attended.indices = empty<4>({sizes[0], sizes[1], sizes[2], 0}, dtype_codes().int32, query);
+    attended.counts = empty<3>({sizes[0], sizes[1], sizes[2]}, dtype_codes().int32, query);
+  }
+  Device::clear(*attended.counts);
+}
+
+// The twin of `attention` that has a gradient: no paging.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_training(Arguments& arguments) {
   const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>();
   const Options options = read_options(arguments);
   arguments.finish();
   Attended attended = attend<Device>({query, key, value}, options, true);
-  if (!options.emit) {
-    const Operand like("query", query);
-    const int64_t batch = like.sizes[0], heads = like.sizes[1], queries = like.sizes[2];
-    attended.indices = empty<4>({batch, heads, queries, 0}, dtype_codes().int32, like);
-    attended.counts = empty<3>({batch, heads, queries}, dtype_codes().int32, like);
-    Device::clear(*attended.counts);
-  }
+  if (!options.emit) emit_nothing<Device>(attended, Operand("query", query));
   return {std::move(*attended.output), std::move(*attended.lse), std::move(*attended.indices),
           std::move(*attended.counts)};
-}
-
-template <class Device>
-Tensor attention_output(Arguments& arguments) {
-  const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>();
-  const Options options = read_options(arguments);
-  arguments.finish();
-  if (options.emit) refuse("emit", "expected none where only the output is returned, got ", *options.emit);
-  return *attend<Device>({query, key, value, true}, options, false).output;
 }
 
 // At the source layer of re-balancing: plain attention, and the outliers of every row.

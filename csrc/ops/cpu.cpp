@@ -3,15 +3,17 @@
 
 #include "ops/attention.h"
 #include "ops/attention_backward.h"
+#include "ops/paged_attention.h"
 #include "ops/received_attention.h"
 #include "ops/weights.h"
+#include "ops/write_keys.h"
 
 namespace attnrb::ops {
 namespace {
 
 struct Processor {
   using Gain = GainRow;
-  static constexpr bool values_on_host = true;
+  static constexpr bool values_on_host = true, serves_blocks = true;
   static const float* numbers(const GainRow& gain) { return gain.data(); }
   static void clear(const Tensor& tensor) { clear_contiguous(tensor); }
 
@@ -20,9 +22,13 @@ struct Processor {
     const OutputLayout layout(problem.shape, tensors.rows_first);
     Tensor output = empty_output(layout, query);
     set_output(problem, layout, output);
+    attend_into(problem);
+    return output;
+  }
+
+  static void attend_into(const AttentionProblem& problem) {
     ScratchLease scratch;
     check_status(kernels().attention(problem, threads_for(problem.shape), *scratch), problem.edit.capacity);
-    return output;
   }
 
   static void receive(const ReceivedProblem& problem, const Operand& /*query*/) {
@@ -57,7 +63,10 @@ struct Processor {
 STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
   library.impl("attention", &boxed<&attention<Processor>>);
   library.impl("attention.output", &boxed<&attention_output<Processor>>);
-  library.impl("attention_training", &boxed<&attention<Processor>>);
+  library.impl("attention.into", &boxed<&attention_into<Processor>>);
+  library.impl("attention.output_into", &boxed<&attention_output_into<Processor>>);
+  library.impl("write_keys", &boxed<&write_keys>);
+  library.impl("attention_training", &boxed<&attention_training<Processor>>);
   library.impl("attention_backward", &boxed<&attention_backward<Processor>>);
   library.impl("source_attention", &boxed<&source_attention<Processor>>);
   library.impl("rebalanced_attention", &boxed<&rebalanced_attention<Processor>>);

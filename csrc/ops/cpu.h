@@ -15,7 +15,7 @@ class GainRow {
  public:
   GainRow(const Tensor& tensor, const Shape& shape, const Operand& reference) {
     const Operand gain = check_gain(tensor, shape, reference);
-    if (gain.sizes[0] == shape.heads) {
+    if (gain.rank == 2 || gain.sizes[0] == shape.heads) {
       data_ = contiguous_data<float>(gain, tensor, dtype_codes().float32, copy_);
     } else {
       repeated_.assign(size_t(shape.heads), *static_cast<const float*>(gain.data()));
@@ -48,7 +48,13 @@ constexpr int64_t kProductsPerThread = int64_t(1) << 18;
 
 inline ThreadPool threads_for(const Shape& shape) {
   ThreadPool pool = torch_threads();
-  const int64_t products = shape.batch * shape.heads * shape.queries * shape.keys * (shape.width + shape.value_width);
+  int64_t pairs = shape.batch * shape.queries * shape.keys;
+  if (shape.ragged()) {
+    pairs = 0;
+    for (int64_t b = 0; b < shape.batch; ++b)
+      pairs += (shape.query_starts[b + 1] - shape.query_starts[b]) * shape.key_counts[b];
+  }
+  const int64_t products = pairs * shape.heads * (shape.width + shape.value_width);
   pool.workers = std::min(pool.workers, products / kProductsPerThread + 1);
   return pool;
 }

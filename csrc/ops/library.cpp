@@ -30,6 +30,14 @@
   "Tensor? query_offsets=None, SymInt key_offset=0, SymInt window=0, SymInt chunk=0, Tensor? key_start=None, " \
   "Tensor? key_end=None, Tensor? mask=None, float? scale=None, float softcap=0.0, Tensor? sinks=None"
 
+// Keys and values in blocks: query [T, H, D] of all sequences, key [blocks, Hk, P, D], value [blocks, Hk, P, Dv], the
+// last axis contiguous. block_table int32 [B, W], query_starts int32 or int64 [B + 1], seq_lens int32 or int64 [B]: key
+// j of sequence b is row j mod P of block block_table[b][j / P], its m queries are the rows from query_starts[b] on,
+// and query i of them stands at slot seq_lens[b] - m + i. A sequence with seq_lens 0 is skipped. Outliers are [T, H, C]
+// and [T, H] then, a gain may be [B, H], and what says positions otherwise (offsets, key_start, key_end, mask) is
+// refused.
+#define ATTNRB_PAGING "Tensor? block_table=None, Tensor? query_starts=None, Tensor? seq_lens=None"
+
 // What the overload `edited` of received_attention has besides; query_offsets takes the place of query_offset.
 #define ATTNRB_RECEIVED "Tensor? key_bias=None, Tensor? first_query=None, Tensor? query_offsets=None, SymInt chunk=0"
 
@@ -51,12 +59,24 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
   // query [B, H, M, D], key [B, Hk, N, D], value [B, Hk, N, Dv]
   //   -> output [B, H, M, Dv], lse float32 [B, H, M], indices int32 [B, H, M, C], counts int32 [B, H, M]; C is 0, and
   //   counts are 0, without `emit`
-  library.def("attention(Tensor query, Tensor key, Tensor value, *, " ATTNRB_OPTIONS
+  //   With a block_table output [T, H, Dv], lse [T, H], indices [T, H, C], counts [T, H]; C is at most W P. No
+  //   gradient.
+  library.def("attention(Tensor query, Tensor key, Tensor value, *, " ATTNRB_OPTIONS ", " ATTNRB_PAGING
               ") -> (Tensor output, Tensor lse, Tensor indices, Tensor counts)");
   // The output alone, [B, M, H, Dv] as a model's next projection takes it, for layers that decode a token at a time.
   // What nobody reads costs two microseconds to allocate, to look for options by name and to transpose one each, so
   // options may stand by position here.
-  library.def("attention.output(Tensor query, Tensor key, Tensor value, " ATTNRB_OPTIONS ") -> Tensor");
+  library.def("attention.output(Tensor query, Tensor key, Tensor value, " ATTNRB_OPTIONS ", *, " ATTNRB_PAGING
+              ") -> Tensor");
+  // Both with a block_table, into `out` [T, H, Dv], whose last axis is contiguous: rows of skipped sequences are left
+  // as they are.
+  library.def("attention.into(Tensor query, Tensor key, Tensor value, *, " ATTNRB_OPTIONS ", " ATTNRB_PAGING
+              ", Tensor(a!) out) -> (Tensor lse, Tensor indices, Tensor counts)");
+  library.def("attention.output_into(Tensor query, Tensor key, Tensor value, *, " ATTNRB_OPTIONS ", " ATTNRB_PAGING
+              ", Tensor(a!) out) -> ()");
+  // key [T, Hk, D], value [T, Hk, Dv] into pools as above; slot_mapping int64 [T]: block * P + row, -1: nowhere
+  library.def(
+      "write_keys(Tensor key, Tensor value, Tensor(a!) key_pool, Tensor(b!) value_pool, Tensor slot_mapping) -> ()");
   library.def("attention_training(Tensor query, Tensor key, Tensor value, " ATTNRB_OPTIONS
               ") -> (Tensor output, Tensor lse, Tensor indices, Tensor counts)");
   // grad_output and output like the output, grad_lse and lse float32 [B, H, M]

@@ -36,11 +36,19 @@ struct ScoringOptions {
   OptionalTensor sinks;
 };
 
+// Where keys and values lie, if in blocks, and which rows of queries are whose: all three are given, or none.
+struct PagingOptions {
+  OptionalTensor block_table, query_starts, seq_lens;
+
+  bool given() const { return block_table || query_starts || seq_lens; }
+};
+
 struct Options {
   EditOptions edit;
   std::optional<double> emit;  // the threshold to emit outliers at
   VisibilityOptions visibility;
   ScoringOptions scoring;
+  PagingOptions paging;
 };
 
 // The arguments of a call on torch's stack, taken off it in the order of the schema.
@@ -100,6 +108,13 @@ inline Options read_options(Arguments& arguments) {
   return options;
 }
 
+// As the ops for inference have them besides: ATTNRB_PAGING in library.cpp.
+inline void read_paging(Arguments& arguments, PagingOptions& paging) {
+  paging.block_table = arguments.next<OptionalTensor>();
+  paging.query_starts = arguments.next<OptionalTensor>();
+  paging.seq_lens = arguments.next<OptionalTensor>();
+}
+
 // As the older ops have them: ATTNRB_VISIBILITY and ATTNRB_SCORING in library.cpp.
 inline void read_older(Arguments& arguments, Options& options) {
   VisibilityOptions& visibility = options.visibility;
@@ -127,6 +142,7 @@ inline void read_received(Arguments& arguments, Options& options) {
 inline void return_results(StableIValue* stack, const Tensor& result) {
   stack[0] = torch::stable::detail::from(result);
 }
+inline void return_results(StableIValue* /*stack*/, const std::tuple<>& /*nothing*/) {}
 template <class... Results>
 void return_results(StableIValue* stack, const std::tuple<Results...>& results) {
   std::apply([&](const auto&... each) { ((*stack++ = torch::stable::detail::from(each)), ...); }, results);

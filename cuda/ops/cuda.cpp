@@ -3,6 +3,7 @@
 #include "library.h"
 #include "ops/attention.h"
 #include "ops/attention_backward.h"
+#include "ops/paged_attention.h"
 #include "ops/received_attention.h"
 #include "ops/weights.h"
 #include "sparse_gradient.h"
@@ -12,7 +13,7 @@ namespace {
 
 struct CudaDevice {
   using Gain = DeviceGain;
-  static constexpr bool values_on_host = false;
+  static constexpr bool values_on_host = false, serves_blocks = false;
   static const float* numbers(const DeviceGain& gain) { return gain.data; }
   static void clear(const Tensor& tensor) {
     Tensor zeros = tensor;
@@ -94,7 +95,9 @@ struct CudaDevice {
 STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
   library.impl("attention", &boxed<&attention<CudaDevice>>);
   library.impl("attention.output", &boxed<&attention_output<CudaDevice>>);
-  library.impl("attention_training", &boxed<&attention<CudaDevice>>);
+  library.impl("attention.into", &boxed<&attention_into<CudaDevice>>);
+  library.impl("attention.output_into", &boxed<&attention_output_into<CudaDevice>>);
+  library.impl("attention_training", &boxed<&attention_training<CudaDevice>>);
   library.impl("attention_backward", &boxed<&attention_backward<CudaDevice>>);
   library.impl("source_attention", &boxed<&source_attention<CudaDevice>>);
   library.impl("rebalanced_attention", &boxed<&rebalanced_attention<CudaDevice>>);

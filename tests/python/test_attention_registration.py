@@ -11,6 +11,7 @@ import pytest
 import torch
 from attnrb import Edit, Outliers, Visibility, functional
 from attnrb.ops.attention import OPTIONS
+from attnrb.ops.paging import PagingArguments
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -98,7 +99,8 @@ def test_the_schema_can_grow() -> None:
     arguments = ops.attention.default._schema.arguments
     assert [each.name for each in arguments[:3]] == ["query", "key", "value"]
     assert all(each.kwarg_only and each.has_default_value() for each in arguments[3:])
-    assert tuple(each.name for each in arguments[3:]) == OPTIONS
+    assert tuple(each.name for each in arguments[3:]) == (*OPTIONS, *PagingArguments._fields)
+    arguments = arguments[: 3 + len(OPTIONS)]  # with blocks there is no gradient
     training = ops.attention_training.default._schema.arguments
     assert [each.name for each in training] == [each.name for each in arguments]
     assert [each.default_value for each in training] == [each.default_value for each in arguments]

@@ -2,17 +2,102 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from attnrb import Paging, functional
+from attnrb import _C, Attended, Edit, Paging, functional
 from attnrb.ops.reference_paging import paged_attention
-from paged_problems import DTYPES, gathered, random_problem
+from paged_problems import DTYPES, PagedProblem, gathered, random_problem
+from tolerance import one_rounding
 from torch import Tensor
+
+CASES, PER_TEST = 2400, 300
 
 
 def same_bits(found: Tensor, expected: Tensor) -> bool:
     """Equal, and NaN where the other is."""
     return bool(((found == expected) | (found.isnan() & expected.isnan())).all())
+
+
+def adds_in_order(problem: PagedProblem, rows: slice, length: int) -> bool:
+    """Whether the blocks of a sequence leave the order of additions as a strided call has it.
+
+    Pair products of bfloat16 add two keys at a time, of one block; a long decode is cut into other spans.
+    """
+    group = problem.query.shape[1] // problem.key.shape[1]
+    queries = rows.stop - rows.start
+    if queries > 1 and queries * group > 16:
+        return True
+    seeing = problem.options["visibility"]
+    even = problem.key.shape[2] % 2 == 0 and seeing.window is None and seeing.chunk is None
+    pairs = problem.query.dtype == torch.bfloat16 and _C.instruction_set() in ("avx512_bf16", "amx")
+    return length <= 512 and (even or not pairs)
+
+
+def assert_close(found: Tensor, expected: Tensor, value: Tensor, edit: Edit | None, dtype: torch.dtype) -> None:
+    """Two orders of additions of one kernel: each off by roundings of its products, of the size of the values."""
+    strength = 1.0 if edit is None or edit.gain is None else 1 + float(torch.as_tensor(edit.gain).abs().max())
+    size = float(value.float().abs().max()) * strength
+    assert float((found.float() - expected.float()).abs().max()) <= 4 * one_rounding(dtype) * size
+
+
+def compare(problem: PagedProblem, result: Attended) -> None:
+    for b, rows, length in problem.sequences():
+        expected = problem.strided(b, rows, length)
+        output, lse = expected.output[0].transpose(0, 1), expected.lse[0].transpose(0, 1)
+        if not adds_in_order(problem, rows, length):
+            values = problem.gathered(problem.value, b, length)
+            assert_close(result.output[rows], output, values, problem.edit, problem.query.dtype)
+            continue
+        assert same_bits(result.output[rows], output)
+        assert same_bits(result.lse[rows], lse)
+        if problem.emit is not None:
+            assert result.outliers is not None and expected.outliers is not None
+            indices, counts = (each[0].transpose(0, 1) for each in expected.outliers)
+            found = result.outliers.indices[rows]
+            assert torch.equal(found[..., : indices.shape[2]], indices)
+            assert bool((found[..., indices.shape[2] :] == -1).all())
+            assert torch.equal(result.outliers.counts[rows], counts)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, PER_TEST))
+def test_as_strided(first: int) -> None:
+    for seed in range(first, first + PER_TEST):
+        problem = random_problem(seed)
+        heads, width = problem.query.shape[1], problem.value.shape[3]
+        fill = 7.0
+        out = torch.full((problem.query.shape[0], heads, width + 3), fill, dtype=problem.query.dtype)[..., :width]
+        result = problem.run(out)
+        assert result.output is out
+        try:
+            compare(problem, result)
+        except AssertionError as error:
+            raise AssertionError(f"problem {seed}") from error
+        idle = torch.ones(problem.query.shape[0], dtype=torch.bool)
+        for _, rows, _ in problem.sequences():
+            idle[rows] = False
+        assert bool((out[idle] == fill).all()), "rows of skipped sequences were touched"
+        assert bool((result.lse[idle] == -torch.inf).all())
+        if result.outliers is not None:
+            assert not result.outliers.counts[idle].any() and bool((result.outliers.indices[idle] == -1).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_the_reference(dtype: torch.dtype) -> None:
+    for seed in range(60):
+        problem = random_problem(seed, longest=60, dtype=dtype)
+        truth = paged_attention(
+            problem.query, problem.key, problem.value, problem.paging, edit=problem.edit, **problem.options
+        )
+        found = problem.run().output
+        strided = torch.zeros_like(found)
+        for b, rows, length in problem.sequences():
+            strided[rows] = problem.strided(b, rows, length).output[0].transpose(0, 1)
+        size = max(1.0, float(np.abs(truth.output).max(initial=0.0)))
+        off, earned = (
+            float(np.abs(each.double().numpy() - truth.output).max(initial=0.0)) for each in (found, strided)
+        )
+        assert off <= 2 * earned + one_rounding(dtype) * size, f"problem {seed}"
 
 
 def test_dense_path_is_the_reference() -> None:
@@ -35,6 +120,40 @@ def test_dense_path_is_the_reference() -> None:
             assert truth.outliers is not None
             assert torch.equal(result.outliers.indices, torch.from_numpy(truth.outliers.indices))
             assert torch.equal(result.outliers.counts, torch.from_numpy(truth.outliers.counts))
+
+
+def test_long_decodes() -> None:
+    """Cut into spans that several threads attend to, beside prompts; against strided calls of the same rows."""
+    for seed in range(8):
+        problem = random_problem(seed, longest=1300)
+        result = problem.run()
+        for b, rows, length in problem.sequences():
+            expected = problem.strided(b, rows, length).output[0].transpose(0, 1)
+            values = problem.gathered(problem.value, b, length)
+            assert_close(result.output[rows], expected, values, problem.edit, problem.query.dtype)
+
+
+def test_company_changes_nothing() -> None:
+    """A sequence has the same bits alone as among others."""
+    for seed in range(12):
+        problem = random_problem(seed, longest=900)
+        together = problem.run()
+        for b, rows, _ in problem.sequences():
+            alone = problem.alone(b, rows).run()
+            assert same_bits(alone.output, together.output[rows])
+            assert same_bits(alone.lse, together.lse[rows])
+
+
+def test_threads_change_nothing() -> None:
+    problems = [random_problem(seed, longest=700) for seed in range(12)]
+    torch.set_num_threads(2)
+    several = [problem.run() for problem in problems]
+    torch.set_num_threads(1)
+    try:
+        for problem, expected in zip(problems, several, strict=True):
+            assert same_bits(problem.run().output, expected.output)
+    finally:
+        torch.set_num_threads(2)
 
 
 def test_without_out_skipped_rows_are_zeros() -> None:

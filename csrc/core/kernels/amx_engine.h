@@ -98,27 +98,25 @@ struct AmxEngine {
   void stop_worker() const { _tile_release(); }
 
   // Tiles [block_keys / 16][columns / 32], see Note: [AMX tile layouts].
-  void pack_keys(void* packed, const T* keys, int64_t row_stride, int64_t column_stride, int64_t count) const {
+  template <class Rows>
+  void pack_keys(void* packed, const Rows& keys, int64_t column_stride, int64_t count) const {
     bfloat16* out = static_cast<bfloat16*>(packed);
     for (int64_t key = 0; key < round_up(count, key_granule); key += 16)
       for (int64_t d = 0; d < columns; d += 32, out += kTileElements) {
-        pack_key_tile<0>(out, keys + key * row_stride + d * column_stride, row_stride, column_stride, count - key, d);
-        if constexpr (two_planes)
-          pack_key_tile<1>(out + key_plane(), keys + key * row_stride + d * column_stride, row_stride, column_stride,
-                           count - key, d);
+        pack_key_tile<0>(out, keys, key, column_stride, count, d);
+        if constexpr (two_planes) pack_key_tile<1>(out + key_plane(), keys, key, column_stride, count, d);
       }
   }
 
   // Tiles [value_columns / 16][block_keys / 32], see Note: [AMX tile layouts].
-  void pack_values(void* packed, const T* values, int64_t row_stride, int64_t column_stride, int64_t count) const {
+  template <class Rows>
+  void pack_values(void* packed, const Rows& values, int64_t column_stride, int64_t count) const {
     bfloat16* out = static_cast<bfloat16*>(packed);
     for (int64_t d = 0; d < value_columns; d += 32)
       for (int64_t key = 0; key < round_up(count, key_granule); key += 2) {
         bfloat16* row = out + d / 16 * (block_keys / 32) * kTileElements + key / 32 * kTileElements + key % 32 / 2 * 32;
-        const T* pair = values + key * row_stride + d * column_stride;
-        pack_value_pair<0>(row, pair, row_stride, column_stride, count - key, d);
-        if constexpr (two_planes)
-          pack_value_pair<1>(row + value_plane(), pair, row_stride, column_stride, count - key, d);
+        pack_value_pair<0>(row, values, key, column_stride, count, d);
+        if constexpr (two_planes) pack_value_pair<1>(row + value_plane(), values, key, column_stride, count, d);
       }
   }
 
@@ -214,26 +212,29 @@ struct AmxEngine {
     return load_plane<Plane>(copy, n);
   }
 
-  template <int Plane>
-  void pack_key_tile(bfloat16* tile, const T* keys, int64_t row_stride, int64_t column_stride, int64_t count,
+  template <int Plane, class Rows>
+  void pack_key_tile(bfloat16* tile, const Rows& keys, int64_t key, int64_t column_stride, int64_t count,
                      int64_t d) const {
     // A pair of components is one 32-bit element here: the keys' rows become the tile's columns.
     Vec rows[16];
     const int n = components(width, d);
     for (int i = 0; i < 16; ++i)
-      rows[i].v = _mm512_castsi512_ps(i < count ? load_components<Plane>(keys + i * row_stride, column_stride, n)
-                                                : _mm512_setzero_si512());
+      rows[i].v = _mm512_castsi512_ps(key + i < count
+                                          ? load_components<Plane>(keys[key + i] + d * column_stride, column_stride, n)
+                                          : _mm512_setzero_si512());
     Vec::transpose(rows);
     for (int i = 0; i < 16; ++i) rows[i].store(reinterpret_cast<float*>(tile) + 16 * i);
   }
 
-  template <int Plane>
-  void pack_value_pair(bfloat16* row, const T* values, int64_t row_stride, int64_t column_stride, int64_t count,
+  template <int Plane, class Rows>
+  void pack_value_pair(bfloat16* row, const Rows& values, int64_t key, int64_t column_stride, int64_t count,
                        int64_t d) const {
     const int n = components(value_width, d);
-    const __m512i even = count > 0 ? load_components<Plane>(values, column_stride, n) : _mm512_setzero_si512();
-    const __m512i odd =
-        count > 1 ? load_components<Plane>(values + row_stride, column_stride, n) : _mm512_setzero_si512();
+    const auto load = [&](int64_t r) {
+      return r < count ? load_components<Plane>(values[r] + d * column_stride, column_stride, n)
+                       : _mm512_setzero_si512();
+    };
+    const __m512i even = load(key), odd = load(key + 1);
     __m512i low, high;
     interleave(even, odd, low, high);
     _mm512_storeu_si512(row, low);

@@ -52,30 +52,33 @@ struct Bf16Engine : PanelEngine<Bf16Product>, Bf16Probabilities {
   using Input = bfloat16;
   using PanelEngine::PanelEngine;
 
-  void pack_keys(void* packed, const Input* keys, int64_t row_stride, int64_t column_stride, int64_t count) const {
+  template <class Rows>
+  void pack_keys(void* packed, const Rows& keys, int64_t column_stride, int64_t count) const {
     for (int64_t key = 0; key < round_up(count, panel); key += 16) {
       Element* columns = static_cast<Element*>(packed) + key / panel * panel * depth + key % panel;
       for (int64_t d = 0; d < width; d += 32) {
         const int n = int(width - d < 32 ? width - d : 32);
         Vec rows[16];
         for (int i = 0; i < 16; ++i)
-          rows[i].v = _mm512_castsi512_ps(
-              key + i < count ? load_halves(keys + (key + i) * row_stride + d * column_stride, column_stride, n)
-                              : _mm512_setzero_si512());
+          rows[i].v =
+              _mm512_castsi512_ps(key + i < count ? load_halves(keys[key + i] + d * column_stride, column_stride, n)
+                                                  : _mm512_setzero_si512());
         Vec::transpose(rows);
         for (int i = 0; i < (n + 1) / 2; ++i) _mm512_storeu_ps(columns + (d / 2 + i) * panel, rows[i].v);
       }
     }
   }
 
-  void pack_values(void* packed, const Input* values, int64_t row_stride, int64_t column_stride, int64_t count) const {
+  template <class Rows>
+  void pack_values(void* packed, const Rows& values, int64_t column_stride, int64_t count) const {
     const int64_t filled = round_up(count, key_granule);
     for (int64_t row = 0; row < filled; row += 2)
       for (int64_t d = 0; d < value_columns; d += 32) {
         const int n = int(value_width - d < 32 ? value_width - d : 32);
-        const Input* pair = values + row * row_stride + d * column_stride;
-        const __m512i even = row < count ? load_halves(pair, column_stride, n) : _mm512_setzero_si512();
-        const __m512i odd = row + 1 < count ? load_halves(pair + row_stride, column_stride, n) : _mm512_setzero_si512();
+        const auto load = [&](int64_t r) {
+          return r < count ? load_halves(values[r] + d * column_stride, column_stride, n) : _mm512_setzero_si512();
+        };
+        const __m512i even = load(row), odd = load(row + 1);
         __m512i low, high;
         interleave(even, odd, low, high);
         Element* out = static_cast<Element*>(packed) + (d / panel * (block_keys / parts) + row / 2) * panel + d % panel;

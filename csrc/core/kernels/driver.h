@@ -126,5 +126,17 @@ bool all_finite(const T* rows, int64_t row_stride, int64_t column_stride, int64_
   return test.sum() + rest == 0.0f;
 }
 
+// Of the rows [key, key + count) of a key head.
+template <class T>
+bool all_finite(const KeyRows& operand, int64_t batch, int64_t key_head, int64_t key, int64_t count, int64_t width) {
+  for (int64_t at = 0, run; at < count; at += run) {
+    run = operand.run(key + at, count - at);
+    if (!all_finite(operand.template row<T>(batch, key_head, key + at), operand.row_stride(), operand.column_stride(),
+                    run, width))
+      return false;
+  }
+  return true;
+}
+
 }  // namespace ATTNRB_ISA
 }  // namespace attnrb

@@ -36,7 +36,8 @@ struct FloatEngine : PanelEngine<FloatProduct>, FloatProbabilities {
   using PanelEngine::PanelEngine;
 
   // Keys [count, width] become panels [block_keys / panel][width][panel]; the last panel is filled with zeros.
-  void pack_keys(void* packed, const T* keys, int64_t row_stride, int64_t column_stride, int64_t count) const {
+  template <class Rows>
+  void pack_keys(void* packed, const Rows& keys, int64_t column_stride, int64_t count) const {
     constexpr int W = Vec::width;
     float* out = static_cast<float*>(packed);
     for (int64_t key = 0; key < round_up(count, panel); key += W) {
@@ -45,8 +46,7 @@ struct FloatEngine : PanelEngine<FloatProduct>, FloatProbabilities {
         const int n = int(width - d < W ? width - d : W);
         Vec rows[W];
         for (int i = 0; i < W; ++i)
-          rows[i] = key + i < count ? load_strided(keys + (key + i) * row_stride + d * column_stride, column_stride, n)
-                                    : Vec::zero();
+          rows[i] = key + i < count ? load_strided(keys[key + i] + d * column_stride, column_stride, n) : Vec::zero();
         Vec::transpose(rows);
         for (int i = 0; i < n; ++i) rows[i].store(columns + (d + i) * panel);
       }
@@ -54,14 +54,14 @@ struct FloatEngine : PanelEngine<FloatProduct>, FloatProbabilities {
   }
 
   // Values [count, value_width] become panels [value_columns / panel][block_keys][panel]; the rest is zeros.
-  void pack_values(void* packed, const T* values, int64_t row_stride, int64_t column_stride, int64_t count) const {
+  template <class Rows>
+  void pack_values(void* packed, const Rows& values, int64_t column_stride, int64_t count) const {
     float* out = static_cast<float*>(packed);
     const int64_t filled = round_up(count, key_granule);
     for (int64_t row = 0; row < filled; ++row)
       for (int64_t d = 0; d < value_columns; d += Vec::width) {
         const int n = int(value_width - d < Vec::width ? value_width - d : Vec::width);
-        const Vec x =
-            row < count ? load_strided(values + row * row_stride + d * column_stride, column_stride, n) : Vec::zero();
+        const Vec x = row < count ? load_strided(values[row] + d * column_stride, column_stride, n) : Vec::zero();
         x.store(out + (d / panel * block_keys + row) * panel + d % panel);
       }
   }

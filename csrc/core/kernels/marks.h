@@ -79,7 +79,7 @@ class MarkRules {
     if (!edits()) return Status::ok;
     const Edit& edit = problem_.edit;
     const int64_t index = list(batch, head, query);
-    marks.gain = edit.gain[head];
+    marks.gain = edit.gain[batch * edit.gain_stride + head];
     marks.slots = edit.indices + index * edit.capacity;
     const int32_t count = edit.counts[index];
     if (count < 0 || count > edit.capacity) return Status::outlier_count;
@@ -181,7 +181,9 @@ class MarkRules {
 
  private:
   int64_t list(int64_t batch, int64_t head, int64_t query) const {
-    return problem_.edit.list(problem_.shape.heads, problem_.shape.queries, batch, head, query);
+    const Shape& shape = problem_.shape;
+    return shape.ragged() ? shape.row(batch, head, query)
+                          : problem_.edit.list(shape.heads, shape.queries, batch, head, query);
   }
 
   // Calls each(place) for the row's outliers among the keys [key, end).

@@ -3,6 +3,7 @@
 
 #include "driver.h"
 #include "rows.h"
+#include "sequences.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
@@ -21,44 +22,89 @@ class Prefill : Driver<Prefill<Engine>> {
 
  public:
   Prefill(const AttentionProblem& problem, const ThreadPool& pool, Scratch& scratch)
-      : Base(pool, scratch), problem_(problem), shape_(problem.shape), engine_(problem.shape), rules_(problem) {
-    // A block of rows holds many queries of one head, or all queries of several heads where queries are few.
-    if (shape_.queries * 2 > Engine::block_rows) {
-      queries_per_block_ = shape_.queries < Engine::block_rows ? shape_.queries : Engine::block_rows;
-      heads_per_block_ = 1;
-    } else {
-      const int64_t group = shape_.heads / shape_.key_heads, fitting = Engine::block_rows / shape_.queries;
-      queries_per_block_ = shape_.queries;
-      heads_per_block_ = fitting < group ? fitting : group;
-    }
-    query_blocks_ = (shape_.queries + queries_per_block_ - 1) / queries_per_block_;
-    head_blocks_ = (shape_.heads / shape_.key_heads + heads_per_block_ - 1) / heads_per_block_;
-    key_blocks_ = (shape_.keys + Engine::block_keys - 1) / Engine::block_keys;
-  }
+      : Base(pool, scratch), problem_(problem), shape_(problem.shape), engine_(problem.shape), rules_(problem) {}
 
+  // Of a ragged problem: the sequences that decode leaves.
   Status run() {
+    list_sequences(nullptr);
+    if (count_ == 0) return Status::ok;
     const int64_t block_bytes = engine_.key_block_bytes() + engine_.value_block_bytes();
-    const int64_t element_bytes = shape_.key_heads * key_blocks_ * block_bytes;
-    int64_t group = kPackedBudget / (element_bytes > 0 ? element_bytes : 1);
-    group = group < 1 ? 1 : group > shape_.batch ? shape_.batch : group;
-
     this->reserve_shared([&](Carver& carver) {
-      packed_ = carver.take<char>(group * element_bytes);
-      finite_ = carver.take<uint8_t>(group * shape_.key_heads * key_blocks_);
+      sequences_ = carver.take<Sequence>(count_);
+      packed_ = carver.take<char>(most_packed_ * block_bytes);
+      finite_ = carver.take<uint8_t>(most_packed_);
     });
+    list_sequences(sequences_);
     this->reserve_workers();
 
-    for (int64_t first = 0; first < shape_.batch; first += group) {
-      const int64_t count = first + group < shape_.batch ? group : shape_.batch - first;
-      for_each_task(pool_, count * shape_.key_heads * key_blocks_,
-                    [&](int64_t worker, int64_t task) { pack(first, worker, task); });
-      for_each_task(pool_, count * shape_.key_heads * query_blocks_ * head_blocks_,
-                    [&](int64_t worker, int64_t task) { attend(first, worker, task); });
+    for (int64_t first = 0, last; first < count_; first = last) {
+      for (last = first + 1; last < count_ && sequences_[last].group == sequences_[first].group;) ++last;
+      const Sequence* group = sequences_ + first;
+      const auto of_task = [&](int64_t Sequence::* end, int64_t task) -> const Sequence& {
+        return entry_of(group, last - first, end, task);
+      };
+      for_each_task(pool_, group[last - first - 1].packing_end,
+                    [&](int64_t worker, int64_t task) { pack(of_task(&Sequence::packing_end, task), worker, task); });
+      for_each_task(pool_, group[last - first - 1].attending_end, [&](int64_t worker, int64_t task) {
+        attend(of_task(&Sequence::attending_end, task), worker, task);
+      });
     }
     return this->status();
   }
 
  private:
+  struct Sequence {
+    int64_t batch, first_query, queries, keys;
+    // A block of rows holds many queries of one head, or all queries of several heads where queries are few.
+    int64_t queries_per_block, heads_per_block, query_blocks, head_blocks, key_blocks;
+    int64_t group;   // sequences whose packed keys and values are in memory together
+    int64_t packed;  // blocks that those before it in its group have packed: its own follow
+    // One past its last task in its group.
+    int64_t packing_end, attending_end;
+
+    int64_t attending(int64_t key_heads) const { return key_heads * query_blocks * head_blocks; }
+  };
+
+  // Fills `sequences`, or only counts them and what they need.
+  void list_sequences(Sequence* sequences) {
+    const int64_t group_heads = shape_.heads / shape_.key_heads;
+    const int64_t block_bytes = engine_.key_block_bytes() + engine_.value_block_bytes();
+    int64_t count = 0, group = 0, packed = 0, attending = 0;
+    most_packed_ = 0;
+    most_heads_ = 1;
+    each_sequence(shape_, false, [&](int64_t batch, int64_t first_query, int64_t queries, int64_t keys) {
+      Sequence each;
+      each.batch = batch;
+      each.first_query = first_query;
+      each.queries = queries;
+      each.keys = keys;
+      if (queries * 2 > Engine::block_rows) {
+        each.queries_per_block = smaller(queries, int64_t(Engine::block_rows));
+        each.heads_per_block = 1;
+      } else {
+        each.queries_per_block = queries;
+        each.heads_per_block = smaller(Engine::block_rows / queries, group_heads);
+      }
+      each.query_blocks = (queries + each.queries_per_block - 1) / each.queries_per_block;
+      each.head_blocks = (group_heads + each.heads_per_block - 1) / each.heads_per_block;
+      each.key_blocks = (keys + Engine::block_keys - 1) / Engine::block_keys;
+      const int64_t own = shape_.key_heads * each.key_blocks;
+      if (packed > 0 && (packed + own) * block_bytes > kPackedBudget) {
+        ++group;
+        packed = attending = 0;
+      }
+      each.group = group;
+      each.packed = packed;
+      each.packing_end = packed += own;
+      each.attending_end = attending += each.attending(shape_.key_heads);
+      most_packed_ = larger(most_packed_, packed);
+      most_heads_ = larger(most_heads_, each.heads_per_block);
+      if (sequences != nullptr) sequences[count] = each;
+      ++count;
+    });
+    count_ = count;
+  }
+
   struct Worker {
     void* queries;
     float* scores;
@@ -71,6 +117,7 @@ class Prefill : Driver<Prefill<Engine>> {
     float* candidate_scores;
     int32_t* candidates;
     Input* finite_values;
+    const Input** places;  // of keys, then of values, that lie in blocks
   };
 
   Worker carve(Carver& carver) const {
@@ -81,61 +128,93 @@ class Prefill : Driver<Prefill<Engine>> {
     worker.sums = carver.take<float>(Engine::block_rows * engine_.value_columns);
     worker.marked = carver.take<float>(rules_.marks.parts() ? Engine::block_rows * engine_.value_columns : 0);
     worker.rows = carver.take<Row>(Engine::block_rows);
-    worker.bias = carver.take<BiasBlock>(heads_per_block_);
-    worker.bias_values = carver.take<float>(rules_.bias.any() ? heads_per_block_ * Engine::block_keys : 0);
+    worker.bias = carver.take<BiasBlock>(most_heads_);
+    worker.bias_values = carver.take<float>(rules_.bias.any() ? most_heads_ * Engine::block_keys : 0);
     const int64_t candidates = Engine::block_rows * rules_.marks.candidate_capacity(Engine::block_keys);
     worker.candidate_scores = carver.take<float>(candidates);
     worker.candidates = carver.take<int32_t>(candidates);
     worker.finite_values = carver.take<Input>(Engine::block_keys * shape_.value_width);
+    worker.places = carver.take<const Input*>(problem_.key.in_blocks() ? 2 * Engine::block_keys : 0);
     return worker;
   }
 
-  char* packed_keys(int64_t element, int64_t key_head, int64_t block) const {
-    const int64_t index = (element * shape_.key_heads + key_head) * key_blocks_ + block;
-    return packed_ + index * (engine_.key_block_bytes() + engine_.value_block_bytes());
+  int64_t packed_block(const Sequence& sequence, int64_t key_head, int64_t block) const {
+    return sequence.packed + key_head * sequence.key_blocks + block;
+  }
+  char* packed_keys(int64_t packed_block) const {
+    return packed_ + packed_block * (engine_.key_block_bytes() + engine_.value_block_bytes());
   }
 
-  void pack(int64_t first_batch, int64_t worker_index, int64_t task) {
-    const int64_t block = task % key_blocks_, key_head = task / key_blocks_ % shape_.key_heads;
-    const int64_t element = task / key_blocks_ / shape_.key_heads, batch = first_batch + element;
+  void pack(const Sequence& sequence, int64_t worker_index, int64_t task) {
+    const int64_t own = task - sequence.packed, batch = sequence.batch;
+    const int64_t block = own % sequence.key_blocks, key_head = own / sequence.key_blocks;
     const int64_t key = block * Engine::block_keys;
-    const int64_t count = shape_.keys - key < Engine::block_keys ? shape_.keys - key : Engine::block_keys;
-    const Interval seen = visible_interval(problem_.visibility, batch, 0, shape_.queries, shape_.keys);
+    const int64_t count = smaller(sequence.keys - key, int64_t(Engine::block_keys));
+    const Interval seen = visible_interval(problem_.visibility, batch, sequence.first_query,
+                                           sequence.first_query + sequence.queries, sequence.keys);
     if (key >= seen.high || key + count <= seen.low) return;
 
-    char* packed = packed_keys(element, key_head, block);
-    engine_.pack_keys(packed, problem_.key.template row<Input>(batch, key_head, key), problem_.key.row_stride(),
-                      problem_.key.column_stride(), count);
+    const KeyRows &keys = problem_.key, &values = problem_.value;
+    const Worker worker = this->worker(worker_index);
+    if (!keys.in_blocks()) {
+      pack_keys(task, keys.template rows<Input>(batch, key_head, key), count);
+      if (shape_.value_width > 0)
+        pack_values(task, worker, batch, key_head, key, values.template rows<Input>(batch, key_head, key), count);
+      return;
+    }
+    const Input **key_rows = worker.places, **value_rows = worker.places + Engine::block_keys;
+    list_rows(keys, batch, key_head, key, count, key_rows);
+    pack_keys(task, key_rows, count);
     if (shape_.value_width == 0) return;
-    const Input* values = problem_.value.template row<Input>(batch, key_head, key);
-    const int64_t row_stride = problem_.value.row_stride(), column_stride = problem_.value.column_stride();
-    char* packed_values = packed + engine_.key_block_bytes();
-    finite_[task] = all_finite(values, row_stride, column_stride, count, shape_.value_width);
-    if (finite_[task]) {
-      engine_.pack_values(packed_values, values, row_stride, column_stride, count);
+    list_rows(values, batch, key_head, key, count, value_rows);
+    pack_values(task, worker, batch, key_head, key, value_rows, count);
+  }
+
+  static void list_rows(const KeyRows& operand, int64_t batch, int64_t key_head, int64_t key, int64_t count,
+                        const Input** rows) {
+    for (int64_t at = 0, run; at < count; at += run) {
+      run = operand.run(key + at, count - at);
+      const EvenRows<Input> even = operand.template rows<Input>(batch, key_head, key + at);
+      for (int64_t j = 0; j < run; ++j) rows[at + j] = even[j];
+    }
+  }
+
+  template <class Rows>
+  void pack_keys(int64_t packed_block, const Rows& keys, int64_t count) const {
+    engine_.pack_keys(packed_keys(packed_block), keys, problem_.key.column_stride(), count);
+  }
+
+  template <class Rows>
+  void pack_values(int64_t packed_block, const Worker& worker, int64_t batch, int64_t key_head, int64_t key,
+                   const Rows& values, int64_t count) {
+    const int64_t column_stride = problem_.value.column_stride();
+    char* packed = packed_keys(packed_block) + engine_.key_block_bytes();
+    finite_[packed_block] = all_finite<Input>(problem_.value, batch, key_head, key, count, shape_.value_width);
+    if (finite_[packed_block]) {
+      engine_.pack_values(packed, values, column_stride, count);
       return;
     }
     // A masked value of NaN or infinity must not meet a probability of zero, since their product is NaN: such values
     // are packed as zeros, and added where they are seen.
-    Input* copy = this->worker(worker_index).finite_values;
+    Input* copy = worker.finite_values;
     for (int64_t r = 0; r < count; ++r)
       for (int64_t d = 0; d < shape_.value_width; ++d) {
-        const Input value = values[r * row_stride + d * column_stride];
+        const Input value = values[r][d * column_stride];
         copy[r * shape_.value_width + d] = is_finite(to_float(value)) ? value : from_float<Input>(0.0f);
       }
-    engine_.pack_values(packed_values, copy, shape_.value_width, 1, count);
+    engine_.pack_values(packed, EvenRows<Input>{copy, shape_.value_width}, 1, count);
   }
 
-  void attend(int64_t first_batch, int64_t worker_index, int64_t task) {
+  void attend(const Sequence& sequence, int64_t worker_index, int64_t task) {
     // Heads of one key head follow each other and share its packed keys; within it, long (late) queries come first.
-    const int64_t head_block = task % head_blocks_,
-                  query_block = query_blocks_ - 1 - task / head_blocks_ % query_blocks_;
-    const int64_t key_head = task / head_blocks_ / query_blocks_ % shape_.key_heads;
-    const int64_t element = task / head_blocks_ / query_blocks_ / shape_.key_heads, batch = first_batch + element;
-    const int64_t group = shape_.heads / shape_.key_heads, first_head = head_block * heads_per_block_;
-    const int64_t heads = group - first_head < heads_per_block_ ? group - first_head : heads_per_block_;
-    const int64_t first_query = query_block * queries_per_block_, left = shape_.queries - first_query;
-    const int64_t queries = left < queries_per_block_ ? left : queries_per_block_;
+    const int64_t own = task - (sequence.attending_end - sequence.attending(shape_.key_heads));
+    const int64_t head_block = own % sequence.head_blocks,
+                  query_block = sequence.query_blocks - 1 - own / sequence.head_blocks % sequence.query_blocks;
+    const int64_t key_head = own / sequence.head_blocks / sequence.query_blocks, batch = sequence.batch;
+    const int64_t group = shape_.heads / shape_.key_heads, first_head = head_block * sequence.heads_per_block;
+    const int64_t heads = smaller(group - first_head, sequence.heads_per_block);
+    const int64_t passed = query_block * sequence.queries_per_block, first_query = sequence.first_query + passed;
+    const int64_t queries = smaller(sequence.queries - passed, sequence.queries_per_block);
     const int64_t row_count = heads * queries;
 
     const Worker worker = this->worker(worker_index);
@@ -164,24 +243,24 @@ class Prefill : Driver<Prefill<Engine>> {
     if (rules_.marks.parts())
       for (int64_t i = 0; i < padded_rows * engine_.value_columns; ++i) worker.marked[i] = 0.0f;
 
-    const Interval seen = visible_interval(problem_.visibility, batch, first_query, first_query + queries, shape_.keys);
+    const Interval seen =
+        visible_interval(problem_.visibility, batch, first_query, first_query + queries, sequence.keys);
     for (int64_t block = seen.low / Engine::block_keys; block * Engine::block_keys < seen.high; ++block) {
       if (rules_.bias.any())
         for (int64_t h = 0; h < heads; ++h)
           worker.bias[h] = rules_.bias.block(batch, head_of(h * queries), block * Engine::block_keys,
                                              Engine::block_keys, worker.bias_values + h * Engine::block_keys);
       for (int64_t r = 0; r < row_count; r += Engine::strip)
-        attend_strip(worker, batch, element, key_head, block, r,
-                     row_count - r < Engine::strip ? row_count - r : Engine::strip);
+        attend_strip(worker, sequence, key_head, block, r, smaller(row_count - r, int64_t(Engine::strip)));
     }
 
     for (int64_t r = 0; r < row_count; ++r) finish(worker, r, batch, head_of(r), query_of(r));
     engine_.stop_worker();
   }
 
-  void attend_strip(const Worker& worker, int64_t batch, int64_t element, int64_t key_head, int64_t block,
-                    int64_t first_row, int64_t rows) {
-    const int64_t key = block * Engine::block_keys;
+  void attend_strip(const Worker& worker, const Sequence& sequence, int64_t key_head, int64_t block, int64_t first_row,
+                    int64_t rows) {
+    const int64_t key = block * Engine::block_keys, batch = sequence.batch;
     Row* row = worker.rows + first_row;
     int64_t low = row[0].low, high = row[0].high, all_low = low, all_high = high;
     for (int64_t r = 1; r < rows; ++r) {
@@ -196,7 +275,7 @@ class Prefill : Driver<Prefill<Engine>> {
     // Where no row sees anything, the block may never have been packed.
     if (low >= high || first >= last || high <= key) return;
 
-    char* keys = packed_keys(element, key_head, block);
+    char* keys = packed_keys(packed_block(sequence, key_head, block));
     engine_.scores(worker.queries, first_row, rows, keys, first, last, worker.scores);
     const bool partial = all_low > key + first || all_high < key + last || problem_.visibility.mask != nullptr;
     for (int64_t r = 0; r < rows; ++r) {
@@ -217,7 +296,7 @@ class Prefill : Driver<Prefill<Engine>> {
     if (shape_.value_width == 0) return;
     float* sums = worker.sums + first_row * engine_.value_columns;
     engine_.accumulate(worker.probabilities, rows, keys + engine_.key_block_bytes(), first, last, sums);
-    if (finite_[(element * shape_.key_heads + key_head) * key_blocks_ + block]) return;
+    if (finite_[packed_block(sequence, key_head, block)]) return;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t j = first; j < last; ++j)
         if (rules_.visible(row[r], key + j)) add_not_finite(worker, r, j, batch, key_head, key, sums);
@@ -236,7 +315,7 @@ class Prefill : Driver<Prefill<Engine>> {
   void finish(const Worker& worker, int64_t r, int64_t batch, int64_t head, int64_t query) {
     const Row& row = worker.rows[r];
     note(MarkRules::finish(row.marks));
-    const int64_t index = (batch * shape_.heads + head) * shape_.queries + query;
+    const int64_t index = shape_.row(batch, head, query);
     rules_.report(row, index);
     if (rules_.marks.emits())
       rules_.marks.emit(row.found.scores, row.found.positions, row.found.count, row.max, rules_.mass(row), row.own,
@@ -251,7 +330,8 @@ class Prefill : Driver<Prefill<Engine>> {
   const Shape& shape_;
   const Engine engine_;
   const RowRules rules_;
-  int64_t queries_per_block_, heads_per_block_, query_blocks_, head_blocks_, key_blocks_;
+  Sequence* sequences_ = nullptr;
+  int64_t count_ = 0, most_packed_ = 0, most_heads_ = 1;
   char* packed_ = nullptr;
   uint8_t* finite_ = nullptr;
 };

@@ -62,9 +62,9 @@ class Received : Driver<Received<Engine>> {
     const FlushSubnormals flush;
     const Worker worker = this->worker(worker_index);
     const int64_t count = shape_.keys - key < Engine::block_keys ? shape_.keys - key : Engine::block_keys;
-    const Input* keys = problem_.key.template row<Input>(batch, head / (shape_.heads / shape_.key_heads), key);
+    const auto keys = problem_.key.template rows<Input>(batch, head / (shape_.heads / shape_.key_heads), key);
     engine_.start_worker();
-    engine_.pack_keys(worker.keys, keys, problem_.key.row_stride(), problem_.key.column_stride(), count);
+    engine_.pack_keys(worker.keys, keys, problem_.key.column_stride(), count);
     if (rules_.bias.any()) *worker.bias = rules_.bias.block(batch, head, key, Engine::block_keys, worker.bias_values);
     for (int64_t j = 0; j < Engine::block_keys; ++j) worker.sums[j] = 0.0;
     for (int64_t j = 0; j <= Engine::block_keys; ++j) worker.seen[j] = 0;

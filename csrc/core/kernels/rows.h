@@ -57,7 +57,7 @@ class RowRules {
   // `block` is where the bias of the row's head will stand, block by block.
   Status start(Row& row, int64_t batch, int64_t head, int64_t query, const BiasBlock* block) const {
     const Visibility& visibility = problem_.visibility;
-    const Interval interval = visible_interval(visibility, batch, query, problem_.shape.keys);
+    const Interval interval = visible_interval(visibility, batch, query, problem_.shape.keys_of(batch));
     row.low = int32_t(interval.low);
     row.high = int32_t(interval.high);
     row.own = query_slot(visibility, batch, query) - visibility.key_offset;

@@ -36,6 +36,11 @@ Status run_attention(const AttentionProblem& problem, const ThreadPool& pool, Sc
   if (shape.batch == 0 || shape.heads == 0 || shape.queries == 0) return Status::ok;
   return with_element_type(problem.dtype, [&](auto element) {
     using T = decltype(element);
+    if (shape.ragged()) {
+      const Status few = Decode<typename Choice<T>::Dot>(problem, pool, scratch).run();
+      const Status many = Prefill<typename Choice<T>::Engine>(problem, pool, scratch).run();
+      return few != Status::ok ? few : many;
+    }
     if (Decode<typename Choice<T>::Dot>::suits(problem))
       return Decode<typename Choice<T>::Dot>(problem, pool, scratch).run();
     return Prefill<typename Choice<T>::Engine>(problem, pool, scratch).run();

@@ -18,6 +18,7 @@ from attnrb.ops.operands import (
     check_one_device,
     check_shapes,
     check_threshold,
+    given,
     native,
     operands,
     records_gradient,
@@ -165,8 +166,8 @@ def attend_unchecked(
     """
     if emit is None:
         return _attention_output(query, key, value, *edit, None, *visibility, scale, softcap or 0.0, sinks), None
-    given = _given(edit, emit, visibility, Scores(scale, softcap or 0.0, sinks))
-    output, _, indices, counts = _attention(query, key, value, **given)
+    options = given(edit, emit, visibility, Scores(scale, softcap or 0.0, sinks))
+    output, _, indices, counts = _attention(query, key, value, **options)
     return output.transpose(1, 2), Outliers(indices, counts)
 
 
@@ -204,19 +205,8 @@ def dispatch(
     if records_gradient(query, key, value, edit.gain, edit.key_bias, scores.sinks):
         output, lse, indices, counts = _attention_training(query, key, value, *edit, emit, *visibility, *scores)
     else:
-        output, lse, indices, counts = _attention(query, key, value, **_given(edit, emit, visibility, scores))
+        output, lse, indices, counts = _attention(query, key, value, **given(edit, emit, visibility, scores))
     return Attended(output, lse, None if emit is None else Outliers(indices, counts))
-
-
-def _given(edit: EditArguments, emit: float | None, visibility: VisibilityArguments, scores: Scores) -> dict[str, Any]:
-    """The options that are not at their defaults: each that is passed costs a call a quarter of a microsecond."""
-    given: dict[str, Any] = {} if emit is None else {"emit": emit}
-    for options, nothing in ((edit, NO_EDIT), (visibility, DEFAULT_VISIBILITY), (scores, DEFAULT_SCORES)):
-        if options is not nothing:
-            for name, option, default in zip(options._fields, options, nothing, strict=True):
-                if option is not default:
-                    given[name] = option
-    return given
 
 
 def _strengthen_everything(attended: Attended, edit: EditArguments, sinks: Tensor | None) -> Attended:
@@ -277,12 +267,15 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
     """What the op returns, of the right shapes, dtypes and strides."""
     options = _named(positional, keywords)
     check_one_device(query=query, key=key, value=value, **options)
-    rows, emit = query.shape[:3], options["emit"]
+    table = options.get("block_table")
+    rows = query.shape[:-1]
+    emit, keys = options["emit"], key.shape[2] if table is None else table.shape[1] * key.shape[2]
     capacity = 0
     if emit is not None:
-        capacity = torch.sym_min(_C.outlier_capacity(emit), key.shape[2])  # type: ignore[no-untyped-call]
+        capacity = torch.sym_min(_C.outlier_capacity(emit), keys)  # type: ignore[no-untyped-call]
+    output = training.like_rows(query, value.shape[3]) if table is None else query.new_empty((*rows, value.shape[3]))
     return (
-        training.like_rows(query, value.shape[3]),
+        output,
         query.new_empty(rows, dtype=torch.float32),
         query.new_empty((*rows, capacity), dtype=torch.int32),
         query.new_empty(rows, dtype=torch.int32),
@@ -290,8 +283,19 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
 
 
 def _output_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> Tensor:
-    """The output of `attention_fake`, ``[B, M, H, Dv]``."""
-    return attention_fake(query, key, value, *positional, **keywords)[0].transpose(1, 2)
+    """The output of `attention_fake`, ``[B, M, H, Dv]`` or ``[T, H, Dv]``."""
+    output = attention_fake(query, key, value, *positional, **keywords)[0]
+    return output.transpose(1, 2) if output.dim() == 4 else output
+
+
+def _into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
+    """The rest of them."""
+    return attention_fake(query, key, value, **keywords)[1:]
+
+
+def _output_into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> None:
+    """Nothing: the output was there before."""
+    attention_fake(query, key, value, **keywords)
 
 
 def _backward_fake(
@@ -361,6 +365,8 @@ def gradients(
 
 torch.library.register_fake("attnrb::attention", attention_fake)
 torch.library.register_fake("attnrb::attention.output", _output_fake)
+torch.library.register_fake("attnrb::attention.into", _into_fake)
+torch.library.register_fake("attnrb::attention.output_into", _output_into_fake)
 torch.library.register_fake("attnrb::attention_training", attention_fake)
 torch.library.register_autograd("attnrb::attention_training", _gradient, setup_context=_setup)
 training.register_backward("attnrb::attention_backward", _backward_fake)

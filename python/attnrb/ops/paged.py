@@ -10,12 +10,31 @@ from torch import Tensor
 from attnrb.ops import dense_paging
 from attnrb.ops.edit import RULES, Attended, EditArguments
 from attnrb.ops.everything import strengthened
-from attnrb.ops.operands import check_gain_values, check_operand, records_gradient, transformed
+from attnrb.ops.operands import (
+    check_gain_values,
+    check_one_device,
+    check_operand,
+    given,
+    native,
+    records_gradient,
+    transformed,
+)
+from attnrb.ops.outliers import Outliers
 from attnrb.ops.paging import PagingArguments, check_seeing
 from attnrb.ops.scores import Scores
 from attnrb.ops.visibility import VisibilityArguments, describe
 
 __all__ = ["attend_paged", "write_keys"]
+
+# Looked up once: torch.ops resolves overloads at every call.
+_attention = torch.ops.attnrb.attention.default
+_attention_into = torch.ops.attnrb.attention.into
+_write_keys = torch.ops.attnrb.write_keys.default
+
+
+def _native(query: Tensor) -> bool:
+    """Whether a native op serves blocks of this dtype and device; `attnrb.ops.dense_paging` serves all others."""
+    return native(query) and query.device.type in ("cpu", "meta")
 
 
 def attend_paged(
@@ -41,6 +60,14 @@ def attend_paged(
         _check_out(out, query, shape)
     if edit.gain is not None and edit.indices is None:
         return _every_key(query, key, value, paging, edit, emit, visibility, scores, out)
+    if _native(query):
+        options = given(edit, emit, visibility, scores) | paging._asdict()
+        if out is None:
+            output, lse, indices, counts = _attention(query, key, value, **options)
+        else:
+            output = out
+            lse, indices, counts = _attention_into(query, key, value, out=out, **options)
+        return Attended(output, lse, None if emit is None else Outliers(indices, counts))
     output = query.new_zeros(shape) if out is None else out
     lse, outliers = dense_paging.attention(query, key, value, paging, edit, emit, visibility, scores, output)
     return Attended(output, lse, outliers)
@@ -103,7 +130,17 @@ def write_keys(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor,
     if records_gradient(key, value, key_pool, value_pool):
         raise RuntimeError("write_keys has no gradient, and one would be recorded: call it under torch.no_grad()")
     _check_pools(key, value, key_pool, value_pool, slot_mapping)
-    dense_paging.write_keys(key, value, key_pool, value_pool, slot_mapping)
+    if _native(key):
+        _write_keys(key, value, key_pool, value_pool, slot_mapping)
+    else:
+        dense_paging.write_keys(key, value, key_pool, value_pool, slot_mapping)
+
+
+def _write_keys_fake(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor) -> None:
+    check_one_device(key=key, value=value, key_pool=key_pool, value_pool=value_pool, slot_mapping=slot_mapping)
+
+
+torch.library.register_fake("attnrb::write_keys", _write_keys_fake)
 
 
 def _check_pools(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor) -> None:
