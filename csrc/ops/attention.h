@@ -106,15 +106,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_training(Arguments& argumen
           std::move(*attended.counts)};
 }
 
-template <class Device>
-Tensor attention_output(Arguments& arguments) {
-  const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>();
-  const Options options = read_options(arguments);
-  arguments.finish();
-  if (options.emit) refuse("emit", "expected none where only the output is returned, got ", *options.emit);
-  return *attend<Device>({query, key, value, true}, options, false).output;
-}
-
 // At the source layer of re-balancing: plain attention, and the outliers of every row.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> source_attention(Arguments& arguments) {

@@ -66,9 +66,10 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
   // The output alone, [B, M, H, Dv] as a model's next projection takes it, for layers that decode a token at a time.
   // What nobody reads costs two microseconds to allocate, to look for options by name and to transpose one each, so
   // options may stand by position here.
-  library.def("attention.output(Tensor query, Tensor key, Tensor value, " ATTNRB_OPTIONS ") -> Tensor");
-  // `attention` with a block_table, into `out` [T, H, Dv], whose last axis is contiguous: rows of skipped sequences are
-  // left as they are.
+  library.def("attention.output(Tensor query, Tensor key, Tensor value, " ATTNRB_OPTIONS ", *, " ATTNRB_PAGING
+              ") -> Tensor");
+  // Both with a block_table, into `out` [T, H, Dv], whose last axis is contiguous: rows of skipped sequences are left
+  // as they are.
   library.def("attention.into(Tensor query, Tensor key, Tensor value, *, " ATTNRB_OPTIONS ", " ATTNRB_PAGING
               ", Tensor(a!) out) -> (Tensor lse, Tensor indices, Tensor counts)");
   library.def("attention.output_into(Tensor query, Tensor key, Tensor value, *, " ATTNRB_OPTIONS ", " ATTNRB_PAGING

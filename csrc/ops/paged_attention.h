@@ -94,7 +94,7 @@ Attended attend_anywhere(Arguments& arguments, bool with_out, bool with_lse) {
   if (options.emit && !with_lse) refuse("emit", "expected none where only the output is returned, got ", *options.emit);
   if (!options.paging.given()) {
     if (with_out) refuse("block_table", "expected a tensor where there is out, got None");
-    Attended attended = attend<Device>({query, key, value}, options, with_lse);
+    Attended attended = attend<Device>({query, key, value, !with_lse}, options, with_lse);
     if (with_lse && !options.emit) emit_nothing<Device>(attended, Operand("query", query));
     return attended;
   }
@@ -108,6 +108,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Arguments& arguments) {
   Attended attended = attend_anywhere<Device>(arguments, false, true);
   return {std::move(*attended.output), std::move(*attended.lse), std::move(*attended.indices),
           std::move(*attended.counts)};
+}
+
+// Rows first: [B, M, H, Dv] or [T, H, Dv].
+template <class Device>
+Tensor attention_output(Arguments& arguments) {
+  return *attend_anywhere<Device>(arguments, false, false).output;
 }
 
 template <class Device>

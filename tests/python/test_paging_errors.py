@@ -257,6 +257,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.attention.default, given, tables())
     torch.library.opcheck(ops.attention.into, given, {**options, "out": out})
     del options["emit"]
+    torch.library.opcheck(ops.attention.output, given, options)
     torch.library.opcheck(ops.attention.output_into, given, {**options, "out": out})
     key, value = torch.randn(3, KEY_HEADS, WIDTH).to(dtype), torch.randn(3, KEY_HEADS, VALUE_WIDTH).to(dtype)
     torch.library.opcheck(ops.write_keys.default, (key, value, *given[1:], torch.tensor([0, -1, 23])))
@@ -281,11 +282,12 @@ def test_overloads_agree() -> None:
     served = [0, 1, 2, 3]
     assert torch.equal(out[served], output[served]) and bool((out[4:] == 5).all())
     del options["emit"]
+    assert torch.equal(ops.attention.output(*given, **options), output)
     out.fill_(5)
     assert ops.attention.output_into(*given, **options, out=out) is None
     assert torch.equal(out[served], output[served]) and bool((out[4:] == 5).all())
     with pytest.raises(ValueError, match="emit: expected none where only the output is returned"):
-        ops.attention.output_into(*given, **options, emit=0.1, out=out)
+        ops.attention.output(*given, **options, emit=0.1)
 
 
 def test_compiles() -> None:

@@ -26,8 +26,8 @@ class Decode : Driver<Decode<Dot>> {
   static constexpr int kMaxRowBlock = Vec::width < 4 ? Vec::width : 4;
 
  public:
-  // Of a batch; of ragged sequences it serves those with few queries. Where operands lie has no say in it: the same
-  // numbers give the same bits in any layout.
+  // Where operands lie has no say in it: the same numbers give the same bits in any layout. Of ragged sequences this
+  // driver serves those with few queries.
   static bool suits(const AttentionProblem& problem) { return few_queries(problem.shape, problem.shape.queries); }
 
   Decode(const AttentionProblem& problem, const ThreadPool& pool, Scratch& scratch)
@@ -293,14 +293,24 @@ class Decode : Driver<Decode<Dot>> {
         Dot::template dot<Rows>(queries, query_columns_, keys + j * stride, stride, shape_.width, scores + j,
                                 kBlockKeys);
       } else {
-        for (; j < count; ++j)
-          for (int i = 0; i < Rows; ++i) {
-            float one[Vec::width];
-            Dot::template dot<1>(queries + i * query_columns_, query_columns_, keys + j * stride, 0, shape_.width, one,
-                                 0);
-            scores[i * kBlockKeys + j] = one[0];
-          }
+        dot_few<Rows, int(kKeys) / 2>(queries, keys, stride, 0, count, scores);
       }
+    }
+  }
+
+  // Fewer keys than one product takes: half as many, then half of that, with copies of a query in the place of others.
+  template <int Rows, int Keys>
+  void dot_few(const typename Dot::Query* queries, const Input* keys, int64_t stride, int64_t j, int64_t count,
+               float* scores) const {
+    if constexpr (Keys >= 1) {
+      for (; j + Keys <= count; j += Keys)
+        for (int64_t i = 0; i < Rows; ++i) {
+          float few[Vec::width];
+          Dot::template dot<Vec::width / Keys>(queries + i * query_columns_, 0, keys + j * stride, stride, shape_.width,
+                                               few, Keys);
+          std::memcpy(scores + i * kBlockKeys + j, few, Keys * sizeof(float));
+        }
+      dot_few<Rows, Keys / 2>(queries, keys, stride, j, count, scores);
     }
   }
 

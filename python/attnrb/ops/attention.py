@@ -283,8 +283,19 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
 
 
 def _output_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> Tensor:
-    """The output of `attention_fake`, ``[B, M, H, Dv]``."""
-    return attention_fake(query, key, value, *positional, **keywords)[0].transpose(1, 2)
+    """The output of `attention_fake`, ``[B, M, H, Dv]`` or ``[T, H, Dv]``."""
+    output = attention_fake(query, key, value, *positional, **keywords)[0]
+    return output.transpose(1, 2) if output.dim() == 4 else output
+
+
+def _into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
+    """The rest of them."""
+    return attention_fake(query, key, value, **keywords)[1:]
+
+
+def _output_into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> None:
+    """Nothing: the output was there before."""
+    attention_fake(query, key, value, **keywords)
 
 
 def _into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
