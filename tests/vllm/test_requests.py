@@ -153,13 +153,10 @@ def test_sinks_are_found_in_whole_prompts(folder: Path, model: Any) -> None:
 
 
 def test_an_engine_that_asks_for_nothing_is_vllms_own(folder: Path, model: Any) -> None:
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
-
     prompts = engines.tiny_prompts()
     with engines.engine(folder) as plain:
         assert engines.differences(engines.asked(plain, prompts), engines.reference(model, None, prompts)) <= (0, MOST)
         layers = plain.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-        assert not any(layer.impl.attnrb for layer in layers)
-        assert CPUAttentionMetadata.__module__.startswith("vllm.")
+        assert all(layer.impl.attnrb is None for layer in layers)
         with pytest.raises(ValueError, match="was started without attnrb"):
             engines.asked(plain, prompts[:1], {"alpha": 1.0})

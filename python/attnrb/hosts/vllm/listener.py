@@ -80,8 +80,8 @@ def check_layers(config: VllmConfig, rows: Rows) -> None:
     """
     shape, found = rows.shape, {}
     for name, layer in config.compilation_config.static_forward_context.items():
-        impl = getattr(layer, "impl", None)
-        if impl is not None and getattr(impl, "attnrb", False):
+        impl: Any = getattr(layer, "impl", None)
+        if getattr(impl, "attnrb", None) is not None:
             found[extract_layer_index(name)] = impl
     if missing := sorted(set(range(shape.layers)) - set(found)):
         raise NotImplementedError(

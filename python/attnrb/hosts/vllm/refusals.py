@@ -10,7 +10,7 @@ from attnrb.policies.base import ModelShape
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["refuse", "shape_of"]
+__all__ = ["refuse", "refuse_layer", "shape_of"]
 
 
 def shape_of(config: VllmConfig, rank: int = 0, ranks: int = 1) -> ModelShape:
@@ -35,6 +35,26 @@ def refuse(config: VllmConfig) -> None:
     found = list(_refused(config))
     if found:
         raise ValueError(f"attnrb does not serve {', nor '.join(found)}; take 'attnrb' out of additional_config")
+
+
+def refuse_layer(*, alibi: bool, cache_dtype: str | None, other_type: str | None) -> None:
+    """Raise for a layer that attnrb does not serve, which shows only where the model is made.
+
+    Args:
+        alibi: it has position biases.
+        cache_dtype: of a quantised cache.
+        other_type: of attention, where it is not a decoder's.
+
+    Raises:
+        ValueError: naming what it has.
+    """
+    for refused, name in (
+        (alibi, "position biases (alibi)"),
+        (cache_dtype is not None, f"quantised caches ({cache_dtype})"),
+        (other_type is not None, f"attention of the type {other_type}"),
+    ):
+        if refused:
+            raise ValueError(f"attnrb does not serve {name}; take 'attnrb' out of additional_config")
 
 
 def _refused(config: VllmConfig) -> Iterator[str]:
