@@ -97,8 +97,9 @@ def register() -> None:
 
     if getattr(EngineArgs.create_engine_config, "attnrb", False):
         return
-    register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND)
-    register_backend(AttentionBackendEnum.CUSTOM, _CUDA_BACKEND)
+    for backend, ours in ((AttentionBackendEnum.CPU_ATTN, _BACKEND), (AttentionBackendEnum.CUSTOM, _CUDA_BACKEND)):
+        if not backend.is_overridden():  # else by another plugin: an engine that asks for attnrb finds that out
+            register_backend(backend, ours)
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap(InputProcessor, "process_inputs", _process_inputs)
 
