@@ -163,7 +163,7 @@ def test_each_way_of_asking(server: Server) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "said"),
     [
-        ("/v1/completions", {"prompt": "((open"}, "prompt"),
+        ("/v1/completions", {"prompt": "((open"}, "opens a span that no"),
         ("/v1/completions", {"prompt": TEXT, "attnrb": {"strength": "much"}}, "strength: expected a number"),
         ("/v1/completions", {"prompt": TEXT, "attnrb": {"strenght": 2}}, "unknown 'strenght'"),
         ("/v1/completions", {"prompt": TEXT, "attnrb": "louder"}, "expected 'off'"),

@@ -30,6 +30,7 @@ INTERFACE: dict[str, tuple[str, ...]] = {
         "get_tensor_model_parallel_world_size",
     ),
     "vllm.engine.arg_utils": ("EngineArgs.create_engine_config",),
+    "vllm.exceptions": ("VLLMValidationError",),
     "vllm.forward_context": ("get_forward_context", "ForwardContext"),
     "vllm.model_executor.layers.attention": ("Attention",),
     "vllm.model_executor.models.utils": ("extract_layer_index",),
@@ -137,8 +138,19 @@ def _process_inputs(original: Any, processor: Any, *args: Any, **kwargs: Any) ->
     from attnrb.hosts.vllm.admission import admit
 
     request = original(processor, *args, **kwargs)
-    admit(processor.vllm_config, request)
+    try:
+        admit(processor.vllm_config, request)
+    except ValueError as error:
+        raise _refusal()(str(error)) from error
     return request
+
+
+@functools.cache
+def _refusal() -> type[ValueError]:
+    """A ValueError of which vLLM's server makes HTTP 400; of any other it makes 500 and an empty message."""
+    from vllm.exceptions import VLLMValidationError
+
+    return type("RequestRefused", (VLLMValidationError, ValueError), {"__module__": __name__})
 
 
 def _check_version() -> None:
