@@ -5,7 +5,7 @@ include tools/environment.mk tools/native.mk
 .DEFAULT_GOAL := help
 # Stages follow each other, whatever -j says; each uses all cores by itself.
 .NOTPARALLEL:
-.PHONY: help demo check test test-long bench docs install setup-system lint test-quick test-python test-oldest test-cpp \
+.PHONY: help demo check test test-long bench docs install setup-system lint test-quick test-python test-oldest test-vllm test-cpp \
   cpp-verdict test-cuda cuda test-cuda-mutations test-gpu bench-gpu bench-history test-aarch64 clean
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo 'make setup-system  GoogleTest, Google Benchmark and Chromium by apt-get, for tests that are skipped without'
 	@echo 'make test-long     every generated case, real models on 4,000 tokens, inductor on many architectures'
 	@echo 'make test-python   the Python tests alone; make test-oldest: with the oldest transformers that is served'
+	@echo 'make test-vllm     attnrb inside vLLM, in an environment of its own in build (about 4 GB)'
 	@echo 'make test-cpp      the C++ tests, plain and under sanitizers; make test-aarch64: for ARM, under qemu'
 	@echo 'make test-cuda     the CUDA kernels without a GPU: emulated device, nvcc, registers'
 	@echo 'make test-gpu      C++ and op tests on the GPU at hand; make bench-gpu: its times beside PyTorch'
@@ -53,6 +54,10 @@ test-python: $(DONE)/test $(DONE)/model $(DONE)/gemma
 
 test-oldest: $(DONE)/test $(DONE)/oldest
 	PYTHONPATH=$(OLDEST) $(PYTEST) -m oldest
+
+# One process for each file: an engine keeps much of what it made.
+test-vllm: $(DONE)/vllm-$(VLLM_VERSION)
+	for each in $(VLLM_TESTS); do $(VLLM)/bin/python -m pytest -c tests/vllm/pytest.ini -q tests/vllm/test_$$each.py || exit 1; done
 
 test-long: $(DONE)/test $(DONE)/model $(DONE)/gemma
 	ATTNRB_TEST_CASES=10000 $(MAKE) --no-print-directory test-cpp

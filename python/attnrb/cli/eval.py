@@ -72,6 +72,7 @@ def evaluate(
     allow_missing: options.AllowMissing = False,
     seed: running.Seed = 0,
     batch_size: running.BatchSize = "auto",
+    engine: running.Engine = "transformers",
     run: running.RunOption = None,
     json: files.JsonFile = None,
     csv: Annotated[
@@ -109,11 +110,12 @@ def evaluate(
             chat=chat,
         )
         rows = running.batch_size(batch_size)
+        running.check_engine(engine, generates=generated or prompting != "direct")
         files.check_outputs(run=run, json=json, csv=csv, html=html)
         if html is not None:
             check_installed()
         place.append(running.run_file(run, json, plan, model))
-        lm, selected = running.start(plan, model, dtype, threads, rows, allow_missing=allow_missing)
+        lm, selected = running.start(plan, model, dtype, threads, rows, allow_missing=allow_missing, engine=engine)
         with running.progress() as progress:
             report = go(lm, plan, place[0], model=running.model_name(model), selected=selected, progress=progress)
     if report is None:

@@ -72,6 +72,10 @@ Shots = Annotated[
 ]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template.", rich_help_panel=ASKING)]
 BatchSize = Annotated[str, typer.Option(help="Questions at a time, or auto.", rich_help_panel="Model and run")]
+_ENGINES = ("transformers", "vllm")
+Engine = Annotated[
+    str, typer.Option(help="What scores the choices: transformers, or vllm.", rich_help_panel="Model and run")
+]
 RunOption = Annotated[
     Path | None,
     typer.Option(
@@ -108,8 +112,23 @@ def model_name(model: str | None) -> str:
     return model or DEFAULT_MODEL_NAME
 
 
+def check_engine(engine: str, *, generates: bool) -> None:
+    """Raises ValueError for an engine that is unknown, or cannot do what is asked for."""
+    if engine not in _ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(_ENGINES)}, got {engine!r}")
+    if engine == "vllm" and generates:
+        raise ValueError("engine: vllm scores choices and writes no text; take --engine transformers")
+
+
 def start(
-    plan: TaskPlan, model: str | None, dtype: str, threads: int | None, rows: int | str, *, allow_missing: bool
+    plan: TaskPlan,
+    model: str | None,
+    dtype: str,
+    threads: int | None,
+    rows: int | str,
+    *,
+    allow_missing: bool,
+    engine: str = "transformers",
 ) -> tuple[Any, tuple[Selected, ...]]:
     """The harness' model, plain, and the tasks, which are read first: what is wrong with a file is known at once."""
     with steps() as step:
@@ -121,10 +140,13 @@ def start(
         step("Starting")
         set_threads(threads)
         quiet_transformers()
-        from attnrb.hosts.lm_eval.model import AttnrbLM
-
         step(f"Loading {model or 'the embedded model'}")
-        return AttnrbLM(model, plain=True, dtype=dtype, batch_size=rows, allow_missing=allow_missing), selected
+        loaded: Any
+        if engine == "vllm":
+            from attnrb.hosts.lm_eval.vllm import VllmLM as loaded  # noqa: N813 (either class)
+        else:
+            from attnrb.hosts.lm_eval.model import AttnrbLM as loaded  # noqa: N813
+        return loaded(model, plain=True, dtype=dtype, batch_size=rows, allow_missing=allow_missing), selected
 
 
 def write(reports: Mapping[Path | None, Callable[[], str]]) -> None:

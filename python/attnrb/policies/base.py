@@ -234,6 +234,8 @@ class LayerPlan:
         source_layer: the layer whose outliers decide what is edited; None in a policy without one.
         wants_spans: whether the policy edits marked text, and so does nothing without spans.
         keeps: whether it keeps something of a text in `Request.sequence` from one forward to the next.
+        reads_keys: whether its sessions look at more of a `LayerView` than which layer, how many heads and rows, and
+            where: at queries, keys or scores. Where not, one session may serve texts of different lengths at once.
     """
 
     def __init__(
@@ -245,6 +247,7 @@ class LayerPlan:
         source_layer: int | None = None,
         wants_spans: bool = False,
         keeps: bool = False,
+        reads_keys: bool = True,
     ) -> None:
         self.shape = shape
         self.emits = dict(emits or {})
@@ -252,6 +255,7 @@ class LayerPlan:
         self.source_layer = source_layer
         self.wants_spans = wants_spans
         self.keeps = keeps
+        self.reads_keys = reads_keys
         self._steps: tuple[LayerStep | None, ...] | None = None
         self.required = frozenset(self.emits) | edited | ({source_layer} if source_layer is not None else frozenset())
 

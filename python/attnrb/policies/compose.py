@@ -83,6 +83,7 @@ class _ComposedPlan(LayerPlan):
             source_layer=sources[0] if sources else None,
             wants_spans=any(plan.wants_spans for plan in plans),
             keeps=any(plan.keeps for plan in plans),
+            reads_keys=any(plan.reads_keys for plan in plans),
         )
         self.required |= frozenset().union(*(plan.required for plan in plans))
 

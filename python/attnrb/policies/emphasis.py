@@ -118,7 +118,7 @@ class EmphasisPlan(LayerPlan):
 
     def __init__(self, policy: Emphasis, shape: ModelShape, chosen: dict[int, tuple[int, ...] | None]) -> None:
         """``chosen``: the heads of each layer that heed it; None: all of them."""
-        super().__init__(shape, edited=frozenset(chosen), wants_spans=True)
+        super().__init__(shape, edited=frozenset(chosen), wants_spans=True, reads_keys=False)
         self.policy = policy
         self.chosen = chosen
 
@@ -157,7 +157,7 @@ class _Prepared:
         heads = self.plan.chosen[view.layer]
         if torch.compiler.is_compiling() or (state := self.plan.state(view)) is None:
             return self._make(heads, view)
-        key = (heads, view.query.shape[1], view.rows, view.device, state)
+        key = (heads, view.heads, view.rows, view.device, state)
         if key not in self._edits:
             self._edits[key] = self._make(heads, view)
         return self._edits[key]
@@ -175,7 +175,7 @@ class _Prepared:
         shape = self.plan.shape
         heed = torch.zeros(shape.heads, dtype=torch.bool, device="cpu")
         heed[list(heads)] = True
-        return (heed if view.query.shape[1] == shape.heads else shape.own(heed)).to(view.device)
+        return (heed if view.heads == shape.heads else shape.own(heed)).to(view.device)
 
     def _bias(self, view: LayerView, heed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """float32 ``[B, 1 or H, N']`` and the first queries int64 ``[B]``, None: all."""

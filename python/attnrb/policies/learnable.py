@@ -72,7 +72,7 @@ class LearnedPerHead(torch.nn.Module, Policy):
     def gain_of(self, view: LayerView, shape: ModelShape) -> torch.Tensor:
         """`gain` of a layer, for the heads that it has on this rank, on its device."""
         gain = self.gain(view.layer)
-        return (gain if view.query.shape[1] == shape.heads else shape.own(gain)).to(view.device)
+        return (gain if view.heads == shape.heads else shape.own(gain)).to(view.device)
 
     def matrix(self) -> torch.Tensor:
         """All gains as float32 ``[L, H]``, 0 where a layer or head has none; without gradient."""

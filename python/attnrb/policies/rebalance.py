@@ -219,6 +219,7 @@ class RebalancePlan(LayerPlan):
             emits={source: policy.threshold} if self.finds else {},
             edited=frozenset(self.gains),
             source_layer=source,
+            reads_keys=False,
         )
         # float32 [H] by layer, where all layers are on one device and no layer's heads are split.
         whole = shape.local_heads == shape.heads and len(set(shape.devices or ())) <= 1

