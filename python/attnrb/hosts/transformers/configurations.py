@@ -50,14 +50,14 @@ class Configurations:
         renamed = {id(plain(each)) for module, held in everywhere if id(module) in within for each in held.values()}
         renamed.add(id(plain(decoder.config.get_text_config(decoder=True))))
         stand_ins = _StandIns(renamed)
-        headed = whole is not decoder and whole.base_model is not whole
+        headed = whole.base_model is not whole or whole.get_output_embeddings() is not None
         # (holder, attribute, what it held, what it holds)
         self._places: list[tuple[Any, str, Any, Any]] = []
         self.around: list[Any] = []
         """The models that hold the decoder and may make its masks."""
         for module, configurations in everywhere:
             is_model = isinstance(module, PreTrainedModel)
-            if module is whole and headed:
+            if module is whole and headed and whole is not decoder:
                 continue
             for name, held in configurations.items():
                 stand_in = stand_ins.of(plain(held), always=not is_model)
