@@ -29,7 +29,7 @@ SANITIZED_CASES := 300
 .DEFAULT_GOAL := help
 # Stages follow each other, whatever -j says; each uses JOBS cores by itself.
 .NOTPARALLEL:
-.PHONY: help demo test bench docs install lint test-cpp cpp-verdict test-cuda cuda test-cuda-mutations test-gpu bench-gpu \
+.PHONY: help demo test bench docs install lint scorecard test-cpp cpp-verdict test-cuda cuda test-cuda-mutations test-gpu bench-gpu \
   test-python test-long test-oldest test-aarch64 clean
 
 help:
@@ -44,6 +44,7 @@ help:
 	@echo 'make cuda          the CUDA ops for every architecture, in build/cuda-all (needs nvcc 12 or newer)'
 	@echo 'make test-cuda     the tests of the CUDA kernels that need no GPU: emulated device, nvcc, resources'
 	@echo 'make test-gpu      C++ and op tests on the GPU at hand; make bench-gpu: its times beside PyTorch'
+	@echo 'make scorecard     fuzz, sanitizers, planted faults, kills, pages: writes docs/reliability.md, in 40 minutes'
 	@echo 'make clean         remove .venv and build'
 
 demo: $(DONE)/cli $(DONE)/model
@@ -201,6 +202,10 @@ test-cuda-mutations: $(DONE)/test-cuda-host
 test-gpu: $(DONE)/test $(DONE)/google
 	tools/test-gpu $(CMAKE) $(JOBS) $(CORE_BUILD)
 	ATTNRB_TEST_DEVICE=cuda $(BIN)/python -m pytest $(EMULATED_TESTS) tests/python/test_gpu.py tests/python/test_gpu_offsets.py
+
+# Rows of two processes at a time; one row again: .venv/bin/python tests/scorecard/run.py --rows NAME.
+scorecard: $(DONE)/test $(DONE)/google $(DONE)/browser
+	$(BIN)/python tests/scorecard/run.py
 
 bench-gpu: $(DONE)/test
 	$(BIN)/python bench/python/bench_gpu.py --json build/bench/gpu.json
