@@ -5,7 +5,7 @@ include tools/environment.mk tools/native.mk
 .DEFAULT_GOAL := help
 # Stages follow each other, whatever -j says; each uses all cores by itself.
 .NOTPARALLEL:
-.PHONY: help demo check test test-long bench docs install setup-system lint test-quick test-python test-oldest test-vllm test-cpp \
+.PHONY: help demo check test test-long bench docs install scorecard setup-system lint test-quick test-python test-oldest test-vllm test-cpp \
   cpp-verdict test-cuda cuda test-cuda-mutations test-gpu bench-gpu bench-history test-aarch64 clean
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make test-gpu      C++ and op tests on the GPU at hand; make bench-gpu: its times beside PyTorch'
 	@echo 'make cuda          the CUDA ops for every architecture, in build/cuda-all (needs nvcc 12 or newer)'
 	@echo 'make bench         C++ and Python benches; JSON in build/bench; make bench-history compares and keeps it'
+	@echo 'make scorecard     fuzz, sanitizers, planted faults, kills, pages: writes docs/reliability.md, in 40 minutes'
 	@echo 'make clean         remove .venv and build'
 
 demo: $(DONE)/cli $(DONE)/model
@@ -73,6 +74,10 @@ bench: $(DONE)/test $(DONE)/model
 
 bench-history: $(DONE)/native
 	$(BIN)/python bench/python/history.py add build/bench
+
+# Rows of two processes at a time; one row again: .venv/bin/python tests/scorecard/run.py --rows NAME.
+scorecard: $(DONE)/test $(DONE)/google $(DONE)/browser
+	$(BIN)/python tests/scorecard/run.py
 
 bench-gpu: $(DONE)/test
 	$(BIN)/python bench/python/bench_gpu.py --json build/bench/gpu.json

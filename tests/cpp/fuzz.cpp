@@ -237,8 +237,8 @@ void hidden(Fuzz& fuzz) {
       const bool forward = poisoned.forward() == forwards[t], columns = same(poisoned.received(), received[t]),
                  backward = poisoned.backward() == backwards[t];
       if (!forward || !columns || !backward)
-        fuzz.fault(std::string(forward ? "" : "forward ") + (columns ? "" : "received ") + (backward ? "" : "backward ") +
-                   place(*tables[t], seed, drawn.attention));
+        fuzz.fault(std::string(forward ? "" : "forward ") + (columns ? "" : "received ") +
+                   (backward ? "" : "backward ") + place(*tables[t], seed, drawn.attention));
     }
   });
 }

@@ -45,7 +45,9 @@ def draw(faults: Iterable[Planted], count: int, seed: int) -> list[Planted]:
     return found
 
 
-def try_all(tally: Tally, faults: list[Planted], attempt: Callable[[Planted], tuple[bool, str]], arguments: Path) -> None:
+def try_all(
+    tally: Tally, faults: list[Planted], attempt: Callable[[Planted], tuple[bool, str]], arguments: Path
+) -> None:
     """Plant one after the other; a survivor without an argument is a fault of the tests.
 
     `arguments` is a JSON file of survivors by their name, with the sentence why no test could or should find them.

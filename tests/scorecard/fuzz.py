@@ -4,9 +4,10 @@
     python tests/scorecard/fuzz.py --gradients 1 --count 1000     # and all gradients
 
 The draws are those of ``tests/python/edited_problems.py``: rules, key bias, first query, emission, windows, chunks,
-softcap, sinks, groups of heads, other widths of values, padding, masks, dtypes, layouts, decoding. Nothing may be off by
-more than ``2 e(PyTorch) + u``: Note: [Earned tolerance of edits]. A draw that exceeds it is tried again with PyTorch's
-errors taken over more draws of the same shapes, since the largest of a few rows is a matter of luck; it is counted.
+softcap, sinks, groups of heads, other widths of values, padding, masks, dtypes, layouts, decoding. Nothing may be off
+by more than ``2 e(PyTorch) + u``: Note: [Earned tolerance of edits]. A draw that exceeds it is tried again with
+PyTorch's errors taken over more draws of the same shapes, since the largest of a few rows is a matter of luck; it is
+counted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import numpy as np
 import torch
 from attnrb import reference
 from edited_problems import EditedProblem, random_problem
-from test_attention_accuracy import check, check_outliers, earned, lse_magnitude, run as call
+from test_attention_accuracy import check, check_outliers, earned, lse_magnitude
+from test_attention_accuracy import run as call
 from tolerance import error, one_rounding
 
 _DRAWS = 3  # over which the suite takes PyTorch's errors; one will do where its error is enough
@@ -99,7 +101,8 @@ def gradients(tally: Tally, seed: int) -> None:
         if repeats == _MORE:
             tally.counts["configurations that needed more draws of PyTorch's error"] += 1
         try:
-            return check(random_problem(seed), earned(seed, repeats))
+            check(random_problem(seed), earned(seed, repeats))
+            return
         except AssertionError as first:
             if "allowed" not in str(first) or repeats == _MORE:
                 raise
@@ -113,7 +116,7 @@ def work(tally: Tally) -> None:
         tally.counts["configurations"] += 1
         try:
             attempt(tally, _FIRST + seed)
-        except Exception as error:  # noqa: BLE001  (a crash of one configuration is a fault like any other)
+        except Exception as error:
             tally.fault(f"seed {_FIRST + seed}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 

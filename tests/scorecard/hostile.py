@@ -1,4 +1,4 @@
-"""Texts that try to be more than text, drawn at random: markup, scripts, styles, commands of a terminal, odd Unicode."""
+"""Texts that try to be more than text, drawn at random: markup, scripts, styles, commands of a terminal, Unicode."""
 
 from __future__ import annotations
 

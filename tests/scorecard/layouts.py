@@ -147,6 +147,15 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.dtype, flat.view(torch.uint8).numpy().tobytes()
 
 
+def refusal(name: str, arguments: dict[str, Any]) -> str | None:
+    """What a call raises."""
+    try:
+        invoke(name, arguments)
+    except Exception as error:
+        return str(error)
+    return None
+
+
 def attempt(tally: Tally, seed: int) -> None:
     """One call in an odd layout and one of contiguous copies."""
     rng = random.Random(seed)
@@ -156,18 +165,18 @@ def attempt(tally: Tally, seed: int) -> None:
         tally.counts["calls with an empty axis"] += 1
         arguments = emptied(name, arguments, rng.choice("BMNV"))
     odd = lay_out(arguments, rng, tally)
-    plain = {name: x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x for name, x in odd.items()}
+    plain = {
+        name: x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x for name, x in odd.items()
+    }
     tally.counts["calls"] += 1
     try:
         expected = bits(invoke(name, plain))
-    except Exception as refused:  # noqa: BLE001  (what a copy is refused for, the odd one must be refused for too)
-        try:
-            invoke(name, odd)
-        except Exception as also:  # noqa: BLE001
-            assert str(also) == str(refused), f"{also} and not {refused}"
-            tally.counts["of these refused alike"] += 1
-            return
-        raise AssertionError(f"only the copies are refused: {refused}") from None
+    except Exception as refused:
+        also = refusal(name, odd)
+        if also != str(refused):
+            raise AssertionError(f"copies are refused with: {refused}; the odd ones with: {also}") from None
+        tally.counts["of these refused alike"] += 1
+        return
     found = bits(invoke(name, odd))
     assert len(found) == len(expected)
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
@@ -183,7 +192,7 @@ def work(tally: Tally) -> None:
     for seed in tally.seeds():
         try:
             attempt(tally, seed)
-        except Exception as error:  # noqa: BLE001  (one call's failure is a fault like any other)
+        except Exception as error:
             tally.fault(f"seed {seed}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 

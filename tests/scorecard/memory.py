@@ -3,8 +3,8 @@
     python tests/scorecard/memory.py
 
 Each length runs in a process of its own, on one thread: the peak of the resident set (Linux) while the call runs, less
-what there was before it. The exponent is the slope of a line through the logarithms: 1 is linear, 2 would be a matrix of
-all queries and keys.
+what there was before it. The exponent is the slope of a line through the logarithms: 1 is linear, 2 would be a matrix
+of all queries and keys.
 """
 
 from __future__ import annotations

@@ -72,8 +72,14 @@ def section(row: Row, result: dict[str, Any]) -> str:
 
 def machines(results: dict[str, dict[str, Any]]) -> str:
     """Where and with what it ran."""
-    found = {(each["processor"], ", ".join(" ".join(pair) for pair in each["versions"].items())) for each in results.values()}
-    return "## Machine and versions\n\n" + "\n".join(f"- {processor}; {names}" for processor, names in sorted(found)) + "\n"
+    found = {
+        (each["processor"], ", ".join(" ".join(pair) for pair in each["versions"].items())) for each in results.values()
+    }
+    return (
+        "## Machine and versions\n\n"
+        + "\n".join(f"- {processor}; {names}" for processor, names in sorted(found))
+        + "\n"
+    )
 
 
 def _anchor(title: str) -> str:

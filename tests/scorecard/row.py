@@ -126,7 +126,9 @@ def run(name: str, doc: str | None, work: Callable[[Tally], None], *, count: int
     work(tally)
     result = {
         "row": name,
-        "command": " ".join(["python", f"tests/scorecard/{Path(sys.argv[0]).name}", *map(shlex.quote, _shown_options())]),
+        "command": " ".join(
+            ["python", f"tests/scorecard/{Path(sys.argv[0]).name}", *map(shlex.quote, _shown_options())]
+        ),
         "date": started.strftime("%Y-%m-%d %H:%M UTC"),
         "seconds": round(time.monotonic() - tally._start, 1),
         "processor": processor(),

@@ -52,8 +52,8 @@ ROWS: tuple[Row, ...] = (
     Row(
         "invalid",
         "Invalid calls",
-        "Valid calls of every native op with one argument made invalid, drawn from the schemas. Each must raise; none "
-        "may crash or give a result.",
+        "Valid calls of every native op with one argument made invalid, drawn from the schemas. Each must raise; "
+        "none may crash or give a result.",
         ("invalid_calls.py", "--count", "5000"),
         ("--count", "20"),
         ("calls", 5000),
@@ -61,9 +61,9 @@ ROWS: tuple[Row, ...] = (
     Row(
         "layouts",
         "Odd layouts",
-        "Every tensor of a call laid out anew: transposed, expanded, sliced, at an odd offset, rows that overlap, sizes "
-        "of zero, a storage that others share. Results must have the bits that contiguous copies give, and nothing that "
-        "was passed may be written.",
+        "Every tensor of a call laid out anew: transposed, expanded, sliced, at an odd offset, rows that overlap, "
+        "sizes of zero, a storage that others share. Results must have the bits that contiguous copies give, and "
+        "nothing that was passed may be written.",
         ("layouts.py", "--count", "5000"),
         ("--count", "40"),
         ("calls", 5000),
@@ -73,7 +73,7 @@ ROWS: tuple[Row, ...] = (
         "Instruction sets against each other",
         "The same generated cases by every instruction set, each held to the oracle in float64 with bounds that are "
         "derived, not chosen (`tests/cpp/oracle.h`).",
-        ("kernels.py", "--mode", "differential", "--count", "10000"),
+        ("core.py", "--mode", "differential", "--count", "10000"),
         ("--mode", "differential", "--count", "20"),
         ("cases", 10_000),
     ),
@@ -82,7 +82,7 @@ ROWS: tuple[Row, ...] = (
         "AddressSanitizer and UndefinedBehaviorSanitizer",
         "Small cases and some large ones under both sanitizers. A kernel call is one call of an entry of a kernel "
         "table: attention, received attention, their gradients, and the three operations on weights in memory.",
-        ("kernels.py", "--mode", "calls", "--count", "1000000"),
+        ("core.py", "--mode", "calls", "--count", "1000000"),
         ("--mode", "calls", "--count", "50"),
         ("kernel calls", 1_000_000),
     ),
@@ -91,7 +91,7 @@ ROWS: tuple[Row, ...] = (
         "ThreadSanitizer with 8 callers",
         "Eight threads call kernels at once, half of the calls with a pool of two threads of their own. Results must "
         "have the bits of a call alone.",
-        ("kernels.py", "--mode", "callers", "--count", "20000"),
+        ("core.py", "--mode", "callers", "--count", "20000"),
         ("--mode", "callers", "--count", "50"),
         ("callers at once", 8),
     ),
@@ -101,23 +101,24 @@ ROWS: tuple[Row, ...] = (
         "Keys and values that no query sees, the bias of such slots and of slots that a layer does not hold become NaN "
         "or infinite, and what lies in outlier lists behind the last entry becomes any number. No bit of a forward, of "
         "received attention or of a backward may change.",
-        ("kernels.py", "--mode", "hidden", "--count", "5000"),
+        ("core.py", "--mode", "hidden", "--count", "5000"),
         ("--mode", "hidden", "--count", "20"),
         ("cases with something hidden", 2000),
     ),
     Row(
         "threads",
         "The same bits on 1 to 4 threads",
-        "A forward, received attention and a backward on 1, 2, 3, 4 threads and once more on 1, by every instruction set.",
-        ("kernels.py", "--mode", "threads", "--count", "2000"),
+        "A forward, received attention and a backward on 1, 2, 3, 4 threads and once more on 1, by every "
+        "instruction set.",
+        ("core.py", "--mode", "threads", "--count", "2000"),
         ("--mode", "threads", "--count", "20"),
         ("cases", 2000),
     ),
     Row(
         "memory",
         "Memory",
-        "The largest resident memory above the operands, over lengths that double, and the exponent of its growth. 1 is "
-        "linear; a matrix of all queries and keys would show as 2. A fault is an exponent above 1.1.",
+        "The largest resident memory above the operands, over lengths that double, and the exponent of its growth. 1 "
+        "is linear; a matrix of all queries and keys would show as 2. A fault is an exponent above 1.1.",
         ("memory.py",),
         ("--count", "1", "--shortest", "256"),
         ("measurements", 12),
@@ -135,8 +136,9 @@ ROWS: tuple[Row, ...] = (
     Row(
         "killed",
         "kill -9",
-        "An evaluation, a search, a training and a conversion of a GGUF file, each killed at a random moment and started "
-        "again until it is done. Nothing may be lost or done twice, and nothing half-written may be taken for whole.",
+        "An evaluation, a search, a training and a conversion of a GGUF file, each killed at a random moment and "
+        "started again until it is done. Nothing may be lost or done twice, and nothing half-written may be taken "
+        "for whole.",
         ("killed.py", "--count", "40"),
         ("--count", "0"),
         ("kills", 40),

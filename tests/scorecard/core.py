@@ -1,10 +1,10 @@
 """Rows of the scorecard that run on the kernels alone, without torch: builds tests/cpp/fuzz.cpp and runs it.
 
-    python tests/scorecard/kernels.py --mode differential --count 10000    # every instruction set against the oracle
-    python tests/scorecard/kernels.py --mode threads --count 5000          # the same bits on 1 to 4 threads
-    python tests/scorecard/kernels.py --mode hidden --count 5000           # NaN in everything hidden
-    python tests/scorecard/kernels.py --mode calls --count 1000000         # under ASan and UBSan
-    python tests/scorecard/kernels.py --mode callers --count 20000         # 8 callers under TSan
+    python tests/scorecard/core.py --mode differential --count 10000    # every instruction set against the oracle
+    python tests/scorecard/core.py --mode threads --count 5000          # the same bits on 1 to 4 threads
+    python tests/scorecard/core.py --mode hidden --count 5000           # NaN in everything hidden
+    python tests/scorecard/core.py --mode calls --count 1000000         # under ASan and UBSan
+    python tests/scorecard/core.py --mode callers --count 20000         # 8 callers under TSan
 
 A kernel call is one call of an entry of a kernel table: attention, received attention, the gradient of either, the
 outlier mask, re-balancing of weights, and its gradient.
@@ -35,7 +35,16 @@ def build(mode: str, target: str = "attnrb_fuzz") -> Path:
     """The program, built where it is not or where something changed since."""
     folder, sanitizers = MODES[mode]
     tools = ROOT / ".venv" / "bin"
-    command = [tools / "cmake", "-S", ROOT, "-B", _BUILD / folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"]
+    command = [
+        tools / "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        _BUILD / folder,
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
+    ]
     command += ["-DATTNRB_BUILD_PACKAGE=OFF", "-DATTNRB_BUILD_TESTS=ON"]
     if sanitizers:
         command += ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", f"-DATTNRB_SANITIZE={sanitizers}"]
