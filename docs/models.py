@@ -2,14 +2,16 @@
 
 .venv/bin/python docs/models.py [--check] [ARCHITECTURE ...]
 
-Each is built tiny, with random weights, and patched. Logits and greedy text must be those of a dense oracle that shares
-no code with attnrb, and with alpha = 0 those of the unpatched model. With names, only these are tried and nothing is
-written. With --check the exit code is 1 if any result is wrong.
+Each is built tiny, with random weights, and patched. Logits and greedy text must be those of dense oracles that share
+no code with attnrb, with re-balancing and with emphasis, and with alpha = 0 those of the unpatched model. With names,
+only these are tried and nothing is written. With --check the exit code is 1 if any result is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +24,7 @@ import attnrb  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from dense_oracle import DenseOracle, linear_gains  # noqa: E402
+from edit_oracle import attached, biased  # noqa: E402
 from every_model import tiny_model, tokens  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
@@ -29,8 +32,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ALPHA, THRESHOLD = 0.5, 0.05
 CONFIG = attnrb.RebalanceConfig(alpha=ALPHA, threshold=THRESHOLD)
 
+STRENGTH = 8.0
+
 # Shares of the largest logit: float32 rounding through a few layers of large random weights, and what alpha = 0 may do.
 ROUNDING, UNPATCHED = 1e-4, 1e-5
+# Or so many times what rounding does to the unpatched model: if attnrb errs as much as PyTorch, each on its own side.
+OWN_ROUNDING = 2.0
 # A weight nearer the threshold than this may fall on either side in float32.
 DECIDABLE = 2e-6
 
@@ -49,12 +56,16 @@ A program tries them one by one and writes the page. You can run it too, also wi
 
     .venv/bin/python docs/models.py
 
-It builds each architecture with random weights and a handful of layers. A model is served if it passes two tests:
+It builds each architecture with random weights and a handful of layers. A model is served if it passes three tests:
 
 - **With re-balancing**, its logits in float32 differ from those of a dense oracle by at most {rounding:g} of the
   largest. Its greedy text equals the oracle's, through the model's own cache, in a batch with padding. The oracle
   builds every matrix in float64 and shares no code with attnrb.
-- **With `alpha=0`**, its logits differ from those of the unpatched model by at most {unpatched:g} of the largest.
+- **With emphasis** of strength {strength:g} on spans, the same holds against an oracle that adds ln {strength:g} to the
+  scores.
+- **With `alpha=0`**, its logits differ from those of the unpatched model by at most {unpatched:g} of the largest, or by
+  at most {own:g} times what rounding does to the unpatched model: how far its logits are from those of the same model
+  in float64. Some architectures round activations to few bits or choose experts, and there a last bit grows.
 
 A refused model is left as it was: nothing runs without re-balancing in silence. Two kinds of attention raise when the
 model is patched or at its first forward: attention that does not go through transformers' interface, and attention
@@ -78,6 +89,7 @@ class Result(NamedTuple):
     verdict: str
     remark: str
     error: float = 0.0
+    emphasised: float = 0.0
     unpatched: float = 0.0
 
 
@@ -147,6 +159,8 @@ def compare(name: str, model: Any, patched: attnrb.Patch) -> Result:
     error = float((logits - expected).abs().max()) / scale
     unpatched = float((zero - plain).abs().max() / plain.abs().max())
     effect = float((expected - plain).abs().max()) / scale
+    allowed = UNPATCHED if unpatched <= UNPATCHED else max(UNPATCHED, OWN_ROUNDING * own_rounding(model, ids, plain))
+    emphasised, emphasis_faults = compare_emphasis(model, ids, plain)
 
     prompt, mask = ids[:, :10], torch.ones(2, 10, dtype=torch.int64)
     mask[1, :4] = 0
@@ -159,16 +173,59 @@ def compare(name: str, model: Any, patched: attnrb.Patch) -> Result:
         fault
         for fault, found in (
             (f"logits differ by {error:.1e}", not error <= ROUNDING),
-            (f"alpha = 0 differs by {unpatched:.1e}", not unpatched <= UNPATCHED),
+            (f"alpha = 0 differs by {unpatched:.1e}", not unpatched <= allowed),
             ("greedy text differs", not same),
             ("re-balancing changes nothing", not effect > 10 * ROUNDING),
         )
         if found
-    ]
+    ] + emphasis_faults
     touched = patched.stats.rebalanced_layers
     some = len(touched) < patched.layers - 2  # the source layer and the last, whose gain is 0, are not among them
     remark = f"layers {', '.join(map(str, touched))} of {patched.layers}; source {patched.source_layer}" if some else ""
-    return Result(name, "WRONG" if faults else "works", "; ".join(faults) or remark, error, unpatched)
+    verdict = "WRONG" if faults else "works"
+    return Result(name, verdict, "; ".join(faults) or remark, error, emphasised, unpatched)
+
+
+def own_rounding(model: Any, ids: torch.Tensor, plain: torch.Tensor) -> float:
+    """How far an unpatched model's logits are from those of the same model in float64, as a share of the largest."""
+    truth = copy.deepcopy(model).double()(ids).logits
+    return float((plain - truth).abs().max() / truth.abs().max())
+
+
+def compare_emphasis(model: Any, ids: torch.Tensor, plain: torch.Tensor) -> tuple[float, list[str]]:
+    """The difference from an oracle that adds biases to the scores, as a share of the largest logit, and faults."""
+    policy = attnrb.Emphasis(strength=STRENGTH)
+
+    def rewrite(spans: attnrb.Spans, slots: int) -> Any:
+        bias = torch.zeros(len(spans), 1, slots)
+        for row, mine in enumerate(spans):
+            for each in mine:
+                bias[row, 0, each.start : each.end] = math.log(STRENGTH if each.strength is None else each.strength)
+        return biased(bias, torch.tensor([max(each.end for each in mine) for mine in spans]))
+
+    spans = attnrb.Spans(((attnrb.Span(3, 8), attnrb.Span(12, 14, 3.0)), (attnrb.Span(5, 9),)))
+    with attached(model, rewrite(spans, ids.shape[1])):
+        expected = model(ids).logits
+    with attnrb.patch(model, policy) as patched, patched.spans(spans):
+        logits = model(ids).logits
+    scale = float(expected.abs().max())
+    error = float((logits - expected).abs().max()) / scale
+    effect = float((expected - plain).abs().max()) / scale
+
+    prompt, mask = ids[:, :10], torch.ones(2, 10, dtype=torch.int64)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    spans = attnrb.Spans(((attnrb.Span(2, 5),), (attnrb.Span(5, 8, 3.0),)))
+    with attached(model, rewrite(spans, 10)):
+        text = model.generate(prompt, **options)
+    with attnrb.patch(model, policy) as patched, patched.spans(spans, prompt=10):
+        same = model.generate(prompt, **options).tolist() == text.tolist()
+    faults = (
+        (f"logits with emphasis differ by {error:.1e}", not error <= ROUNDING),
+        ("greedy text with emphasis differs", not same),
+        ("emphasis changes nothing", not effect > 10 * ROUNDING),
+    )
+    return error, [fault for fault, found in faults if found]
 
 
 def sentence(error: Exception) -> str:
@@ -186,6 +243,8 @@ def page(results: list[Result]) -> str:
             count=len(results),
             rounding=ROUNDING,
             unpatched=UNPATCHED,
+            strength=STRENGTH,
+            own=OWN_ROUNDING,
             works=len(by["works"]),
             refused=len(by["refused"]),
             untried=len(by["untried"]),
@@ -202,15 +261,19 @@ VERDICTS = {"works": "Served", "refused": "Refused", "untried": "Not tried", "WR
 
 
 def served(results: list[Result]) -> str:
-    """A table of what differs from the oracle and from the unpatched model."""
-    rows = [f"| {each.name} | {each.error:.0e} | {each.unpatched:.0e} | {each.remark} |" for each in results]
+    """A table of what differs from the oracles and from the unpatched model."""
+    rows = [
+        f"| {each.name} | {each.error:.0e} | {each.emphasised:.0e} | {each.unpatched:.0e} | {each.remark} |"
+        for each in results
+    ]
     return "\n".join(
         [
             "Differences are shares of the largest logit. The last column names the layers that are re-balanced, where",
             "that is not all of them.",
             "",
-            "| architecture | difference from the oracle | difference with alpha = 0 | layers |",
-            "| --- | --- | --- | --- |",
+            "| architecture | re-balancing, from the oracle | emphasis, from the oracle | alpha = 0, from the "
+            "unpatched model | layers |",
+            "| --- | --- | --- | --- | --- |",
             *rows,
             "",
         ]

@@ -17,10 +17,10 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from figures import Figures, option_parser
+from peak import peak_of
 
 EXPONENT_BAR = 1.1
 EAGER_BAR = 25.0
@@ -44,19 +44,7 @@ def peak_above_inputs(keys: int, threads: int) -> int:
     inputs = [
         torch.empty(1, heads, keys, WIDTH, dtype=torch.bfloat16).normal_() for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     ]
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    kept = run(*inputs)
-    peak = _resident("VmHWM")
-    del kept
-    return peak - before
-
-
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status says nothing of {field}")
+    return peak_of(lambda: run(*inputs))[0]
 
 
 def exponent(lengths: list[int], peaks: list[int]) -> float:

@@ -162,8 +162,11 @@ class TestProfile:
     @pytest.mark.parametrize("columns", [16, 100])
     def test_heat_map(self, run: Run, folder: Path, tmp_path: Path, columns: int) -> None:
         out = tmp_path / "h.json"
-        result = run("profile", "--count", "2", "--model", folder, "--keep", "5", "-o", out, columns=columns)
+        page = tmp_path / "h.html"
+        arguments = ("--count", "2", "--model", folder, "--keep", "5", "-o", out, "--html", page)
+        result = run("profile", *arguments, columns=columns)
         assert result.exit_code == 0, result.output
+        assert page.read_text("utf-8").count("★</td>") == 5
         kept = attnrb.HeadProfile.load(out).chosen
         rows = [line for line in result.stdout.splitlines() if line[:4].strip().isdigit() and line[:3] != "   "]
         drawn = [line.count("★") for line in rows if "★" in line]

@@ -34,6 +34,7 @@ def profile(
     keep: Annotated[int, typer.Option("--keep", min=1, help="How many heads to choose.")] = 32,
     rows: Annotated[str, typer.Option("--rows", help="Queries that heed spans: after, all or last.")] = "after",
     count: Annotated[int, typer.Option("--count", min=1, help="Examples of the built-in task.")] = 12,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write the heat map as a page of its own.")] = None,
     model: options.Model = None,
     dtype: options.DType = "float32",
     threads: options.Threads = None,
@@ -58,6 +59,11 @@ def profile(
         about |= {"model": Path(model).name if model and Path(model).exists() else model or DEFAULT_MODEL_NAME}
         found = replace(found, about=about)
         found.save(out)
+        if html is not None:
+            from attnrb.reports.files import write_whole
+            from attnrb.studies.profile_page import profile_page
+
+            write_whole(html, profile_page(found))
     if json:
         print_json(found.to_dict())
     else:
@@ -66,6 +72,8 @@ def profile(
         console = output()
         console.print(heat_map(found, console))
         console.print(f"Written to {out}: use it by --policy emphasis --set heads={out}", markup=False)
+        if html is not None:
+            console.print(f"The heat map is in {html}", markup=False)
 
 
 def read_examples(tokenizer: Any, path: Path) -> list[tuple[Marked, str]]:

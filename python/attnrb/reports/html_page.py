@@ -1,7 +1,7 @@
 """A report as one HTML page that needs nothing else: styles, scripts, data and the plotting library are in it.
 
 What a page shows that is not its own is escaped, or stands in a block of JSON that no character can end and from which
-the script makes text nodes. A content security policy allows the two scripts by their hashes, and no request at all.
+the script makes text nodes. A content security policy allows its scripts by their hashes, and no request at all.
 """
 
 from __future__ import annotations
@@ -17,34 +17,39 @@ from attnrb.reports.printable import printable
 
 __all__ = ["THEME_BUTTON", "document", "escape", "json_block", "plotly_source"]
 
+_NEWLINE = "\n"  # which no f-string may hold before Python 3.12
+_NEEDS_SCRIPTS = "<noscript>This page draws its pictures with JavaScript, which is turned off here.</noscript>"
 THEME_BUTTON = '<button type="button" id="theme" class="screen">Dark</button>'
 """Switches between light and dark; every page has it once."""
 
 
-def document(title: str, body: str, *, package: str, extra: str, version: str) -> str:
+def document(title: str, body: str, *, package: str, extra: str | None, version: str) -> str:
     """A whole page.
 
     Args:
         title: text.
         body: HTML, with `THEME_BUTTON` in it.
-        package: the package whose ``page.css`` and ``page.js`` are added to what all pages have.
-        extra: the extra of attnrb that brings plotly.
+        package: the package whose ``page.css`` and ``page.js``, if it has them, are added to what all pages have.
+        extra: the extra of attnrb that brings plotly; None: the page draws nothing with it.
         version: of attnrb.
 
     Raises:
         ImportError: plotly is missing.
     """
-    plotly = plotly_source(extra)
+    plotly = None if extra is None else plotly_source(extra)
     folders = [importlib.resources.files(each) for each in (__package__, package)]
     names = ("html_page", "page")
     style, script = (
         "".join(
-            folder.joinpath(f"{name}.{kind}").read_text("utf-8") for folder, name in zip(folders, names, strict=True)
+            file.read_text("utf-8")
+            for folder, name in zip(folders, names, strict=True)
+            if (file := folder.joinpath(f"{name}.{kind}")).is_file()
         )
         for kind in ("css", "js")
     )
+    scripts = [each for each in (plotly, script) if each is not None]
     policy = (
-        f"default-src 'none'; script-src {_hash(plotly)} {_hash(script)}; style-src 'unsafe-inline'; "
+        f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     return f"""<!DOCTYPE html>
@@ -59,12 +64,10 @@ def document(title: str, body: str, *, package: str, extra: str, version: str) -
 <style>{style}</style>
 </head>
 <body>
-<noscript>This page draws its pictures with JavaScript, which is turned off here.</noscript>
+{"" if plotly is None else _NEEDS_SCRIPTS}
 {body}
 <footer class="small soft">Made by attnrb {escape(version)}. This page is complete: it loads nothing.</footer>
-<script>{plotly}</script>
-<script>{script}</script>
-</body>
+{"".join(f"<script>{each}</script>{_NEWLINE}" for each in scripts)}</body>
 </html>
 """
 
