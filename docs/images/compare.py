@@ -9,6 +9,7 @@ import io
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from unittest import mock
 
@@ -40,7 +41,7 @@ def draw(name: str, arguments: list[str]) -> None:
     form = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     form = form.replace("Fira Code, monospace", "ui-monospace, DejaVu Sans Mono, Menlo, Consolas, monospace")
     form = form.replace("<svg ", '<svg xml:space="preserve" ', 1)  # some viewers drop the spaces a line begins with
-    title = shlex.join(["attnrb", "compare", *arguments])
+    title = textwrap.shorten(shlex.join(["attnrb", "compare", *arguments]), 90, placeholder=" …'")
     picture = console.export_svg(title=title, code_format=form, unique_id=name)
     # How fast this machine was while the picture was drawn is not what it shows.
     picture = re.sub(
