@@ -27,9 +27,11 @@ def run(path: Path) -> Any:
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
+    NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
     for cell in notebook.cells:
         cell.metadata.clear()  # times of this run
+        if cell.cell_type == "code":  # progress bars and warnings of libraries, with paths of this machine
+            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
     return notebook
 
 
@@ -57,9 +59,9 @@ def page(notebook: dict[str, Any]) -> str:
 
 
 def shown(output: dict[str, Any]) -> str:
-    """One output as Markdown; what a terminal would colour, and errors of libraries, are left out."""
+    """One output as Markdown."""
     if output["output_type"] == "stream":
-        return "" if output["name"] == "stderr" else _text("".join(output["text"]))
+        return _text("".join(output["text"]))
     data = output.get("data", {})
     if "image/svg+xml" in data:
         picture = base64.b64encode("".join(data["image/svg+xml"]).encode()).decode()
