@@ -76,7 +76,7 @@ bench-history: $(DONE)/native
 	$(BIN)/python bench/python/history.py add build/bench
 
 # Rows of two processes at a time; one row again: .venv/bin/python tests/scorecard/run.py --rows NAME.
-scorecard: $(DONE)/test $(DONE)/google $(DONE)/browser
+scorecard: $(DONE)/test $(DONE)/model
 	$(BIN)/python tests/scorecard/run.py
 
 bench-gpu: $(DONE)/test

@@ -15,6 +15,8 @@ import pytest
 from attnrb import _C
 from conftest import CloseCalls
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 LOWER = [name for name in _C.instruction_sets() if name != _C.instruction_set()]
 

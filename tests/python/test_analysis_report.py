@@ -244,6 +244,7 @@ def test_baseline_of_another_shape(model: Any, tokenizer: Any) -> None:
         analyze(model, _Numbers(), "5 6 7", baseline=tiny("llama"))
 
 
+@pytest.mark.slow
 def test_plots(report: AttentionReport, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     paths = report.save_plots(tmp_path / "plots")

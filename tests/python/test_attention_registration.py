@@ -296,6 +296,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["inference", "training"])
 def test_no_matrix_of_all_queries_and_keys(what: str) -> None:
     """Not even one byte for each pair, in one head."""

@@ -11,18 +11,26 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-_FILE = REPOSITORY / "bench" / "python" / "compare.py"
 
-
-@pytest.fixture(scope="module")
-def compare() -> Any:
-    # The benches are scripts, not a package: loaded from where they are.
-    spec = spec_from_file_location("bench_compare", _FILE)
+def script(path: Path) -> Any:
+    """The benches are scripts, not a package: loaded from where they are."""
+    spec = spec_from_file_location(f"script_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def compare() -> Any:
+    return script(REPOSITORY / "bench" / "python" / "compare.py")
+
+
+@pytest.fixture
+def history(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "bench" / "python"))  # it imports compare, as a script does
+    return script(REPOSITORY / "bench" / "python" / "history.py")
 
 
 def times(median: float, spread: float = 0.0) -> dict[str, Any]:
@@ -84,3 +92,59 @@ def test_command(compare: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == "note: threads differs: 2 and 4\nprefill: slower by 40% (0.5 -> 0.7)\n"
     assert compare.main([str(before), str(after), "--tolerance", "0.5"]) == 0
     assert compare.main([str(before), str(before)]) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- history
+
+
+def measured(**ratios: float) -> dict[str, Any]:
+    machine = {"processor": "Intel(R) Xeon(R) Gold 6530 CPU @ 2.10GHz", "extensions": ["avx2", "avx512_bf16"]}
+    return stored(**ratios) | {"machine": machine, "versions": {"torch": "2.13.0"}}
+
+
+def folder_with(folder: Path, **results: dict[str, Any]) -> Path:
+    folder.mkdir()
+    for name, result in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+    return folder
+
+
+def test_history_keeps_one_folder_a_kind_of_processor_and_names_what_got_slower(
+    history: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = folder_with(tmp_path / "first", attention=measured(prefill=0.5), cpp={"context": {}})
+    second = folder_with(tmp_path / "second", attention=measured(prefill=0.7))
+    kept = tmp_path / "history"
+    assert history.add(first, "aaa", "2026-01-01", 0.1, kept) == 0
+    assert "the first result" in capsys.readouterr().out
+    assert history.add(second, "bbb", "2026-01-02", 0.1, kept) == 1
+    assert "prefill: slower by 40% (0.5 -> 0.7)" in capsys.readouterr().out
+    (kind,) = kept.iterdir()
+    assert kind.name == "intel-xeon-gold-6530-avx512-bf16-2-threads"
+    assert sorted(path.name for path in kind.iterdir()) == [
+        "2026-01-01-aaa-attention.json",
+        "2026-01-02-bbb-attention.json",
+    ]
+    assert history.compare_newest(0.1, kept) == 1
+    assert "2026-01-01 aaa → 2026-01-02 bbb" in capsys.readouterr().out
+    assert history.compare_newest(0.5, kept) == 0
+
+
+def test_history_takes_no_quick_look(history: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = folder_with(tmp_path / "quick", attention=measured(prefill=0.5) | {"quick": True})
+    assert history.add(quick, "aaa", "2026-01-01", 0.1, tmp_path / "history") == 1
+    assert "measured with --quick" in capsys.readouterr().out
+    assert not (tmp_path / "history").exists()
+
+
+def test_history_is_drawn(history: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = script(REPOSITORY / "docs" / "images" / "history.py")
+    assert picture.draw(tmp_path / "none", tmp_path / "none.svg") == 0
+    for day, ratio in (("01", 0.25), ("02", 1.0)):
+        result = measured(prefill=ratio, decode=ratio * 4)
+        history.add(folder_with(tmp_path / day, attention=result), "aaa", f"2026-01-{day}", 9.0, tmp_path / "history")
+    (kind,) = (tmp_path / "history").iterdir()
+    assert [ratio for _, ratio in picture.series(kind)["attention"]] == pytest.approx([0.5, 2.0])
+    assert picture.draw(tmp_path / "history", tmp_path / "history.svg") == 1
+    assert "2026-01-02" in (tmp_path / "history.svg").read_text(encoding="utf-8")

@@ -329,6 +329,7 @@ class TestProcess:
         assert colour.search(process(*arguments, FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="").stdout)
         assert not colour.search(process(*arguments, FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="1").stdout)
 
+    @pytest.mark.slow
     def test_missing_extra(self, tmp_path: Path) -> None:
         script = "import sys; sys.modules['typer'] = None; from attnrb.cli import main; main()"
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -22,7 +22,10 @@ from tolerance import one_rounding
 
 LIBRARY = REPOSITORY / "build" / "cuda-host" / "tests" / "cuda_host" / "libattnrb_cuda_host_ops.so"
 WORKER = Path(__file__).parent / "emulated_worker.py"
-pytestmark = pytest.mark.skipif(not LIBRARY.is_file(), reason="the emulated device was not built: make test-cuda")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not LIBRARY.is_file(), reason="the emulated device was not built: make test-cuda"),
+]
 
 ONE_IN = 24
 CASES = [pytest.param((case, dtype), id=f"{case.name}-{str(dtype)[6:]}") for case in sample(ONE_IN) for dtype in DTYPES]

@@ -71,6 +71,7 @@ def test_the_examples_of_a_page_run_one_after_the_other(
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_policy_gives_a_policy_that_passes_its_own_tests(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     policy, registration, tests = examples(RECIPES / "policy.md")
@@ -106,6 +107,11 @@ def test_a_recipe_names_files_that_exist(page: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- links
 
 
+def is_there(path: Path) -> bool:
+    """Whether it is a file, or the page that docs/notebooks.py makes of one."""
+    return path.exists() or (path.parent.name == "notebooks" and path.with_suffix(".ipynb").exists())
+
+
 @pytest.mark.parametrize(
     "page",
     sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / ".github").rglob("*.md")]),
@@ -114,7 +120,7 @@ def test_a_recipe_names_files_that_exist(page: Path) -> None:
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^(```|    ).*?$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
-    missing = [each for each in targets if each and "://" not in each and not (page.parent / each).exists()]
+    missing = [each for each in targets if each and "://" not in each and not is_there(page.parent / each)]
     assert not missing
 
 
@@ -144,6 +150,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_the_site_shows_every_public_name(name: str, site: Path) -> None:
     module = importlib.import_module(name)
@@ -161,6 +168,7 @@ def test_the_site_shows_every_public_name(name: str, site: Path) -> None:
     assert [each for each in public if not shown(each) and f"{name}.{each}" not in MODULES] == []
 
 
+@pytest.mark.slow
 def test_the_site_asks_no_other_host_for_anything(site: Path) -> None:
     asks = re.compile(
         r'<(?:script|img|iframe)[^>]*\ssrc="?(?:https?:)?//|<link[^>]*\shref="?(?:https?:)?//(?![^>]*canonical)'
@@ -169,6 +177,7 @@ def test_the_site_asks_no_other_host_for_anything(site: Path) -> None:
     assert {page: what for page, what in found.items() if what} == {}
 
 
+@pytest.mark.slow
 def test_the_reference_shows_no_markup_of_another_tool(site: Path) -> None:
     found = {
         page.name: re.findall(r":(?:func|class|mod|meth|attr):", page.read_text("utf-8")) for page in site.glob("api/*")

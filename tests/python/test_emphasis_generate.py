@@ -228,6 +228,7 @@ def test_two_threads_with_spans_of_their_own() -> None:
             assert_close(found, alone[place])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize(
     "policy",

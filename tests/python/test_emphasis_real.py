@@ -19,7 +19,7 @@ from attnrb import Emphasis, Marked
 from attnrb.models import load
 from torch import Tensor
 
-pytestmark = pytest.mark.model
+pytestmark = pytest.mark.real_model
 
 TOLERANCE = 2e-3
 STRENGTH, OWN, NEW = 16.0, 4.0, 12

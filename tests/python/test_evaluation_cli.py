@@ -108,6 +108,7 @@ def test_goes_on_where_it_was(run: Run, data: Path, model: Path, tmp_path: Path)
     assert (tmp_path / "out.items.jsonl").read_bytes().count(b'"task":') == 2 * PAIRS
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing(data: Path, model: Path, tmp_path: Path) -> None:
     script = "from attnrb.cli import main; main()"
     arguments = ["eval", "-t", "siqa,gsm8k", "--data", data, "-m", model, "--batch-size", "1"]

@@ -16,6 +16,8 @@ from attnrb.hosts.lm_eval.model import AttnrbLM
 from launchers import ACCELERATE, launch
 from tiny_evaluation import MMLU_ITEMS, PAIRS, save_data, save_roomy_model
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("mmlu_anatomy", "siqa", "piqa")
 
 

@@ -107,6 +107,7 @@ def test_rebalancing_reaches_the_scores(data: Path, model: Any, tmp_path: Path) 
             assert record["loglikelihoods"] != pytest.approx(found[(*key[:2], "alpha=3", *key[3:])]["loglikelihoods"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_batch_size_changes_no_answer(data: Path, model: Any, tmp_path: Path, batch_size: int) -> None:
     plan = Plan((*TASKS, "gsm8k"), data, (STRONG,), "both", (0, 10))
@@ -158,6 +159,7 @@ class _Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_gone_on_with(
     data: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 for package in ("typer", "rich", "transformers", "accelerate", "peft", "plotly"):
     pytest.importorskip(package)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_evaluation import save_roomy_model, save_task
 
+pytestmark = pytest.mark.slow
+
 for package in ("typer", "lm_eval"):
     pytest.importorskip(package)
 

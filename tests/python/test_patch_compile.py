@@ -16,6 +16,8 @@ from test_patch_models import CONFIG, assert_close, run
 from tiny_models import tiny, tokens
 from torch._dynamo.utils import counters
 
+pytestmark = pytest.mark.slow
+
 # Tracing is what depends on the model; inductor, which takes many seconds, does the same with all of them. So the
 # default run has one architecture of each, and `make test-long` all.
 long = pytest.mark.skipif("ATTNRB_LONG" not in os.environ, reason="minutes long: `make test-long` runs it")

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 16384
 
 # Growth of the peak of a process of its own, since a peak never falls.

@@ -14,6 +14,8 @@ from launchers import ACCELERATE, TORCHRUN, launch
 from process_worker import CONFIG, emphases, emphasised
 from tiny_models import tiny, tokens
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("process_worker.py")
 
 

@@ -294,6 +294,7 @@ def test_lower_layers_do_not_know_those_above(layer: str) -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_importing_attnrb_does_not_import_transformers() -> None:
     code = "import attnrb, sys; print(sorted({'transformers', 'lm_eval', 'vllm', 'numpy.testing'} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

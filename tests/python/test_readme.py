@@ -17,11 +17,20 @@ def test_model_example(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     names: dict[str, Any] = {}
     exec(EXAMPLES[0], names)
+    assert "cotton" in names["tokenizer"].decode(names["output"][0, names["marked"].inputs["input_ids"].shape[1] :])
+    exec(EXAMPLES[1], names)
     out = capsys.readouterr().out
     assert out.startswith("Three reasons to sleep well:")
     assert "rows=" in out
-    exec(EXAMPLES[1], names)
-    assert "cotton" in names["tokenizer"].decode(names["output"][0, names["marked"].inputs["input_ids"].shape[1] :])
+
+
+def test_it_is_short_and_shows_something_first() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    first_screen = "\n".join(lines[:30])
+    assert "make demo" in first_screen
+    assert "attnrb.Emphasis" in first_screen
+    assert "![" in first_screen
 
 
 def test_tensor_example() -> None:

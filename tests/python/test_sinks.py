@@ -175,6 +175,7 @@ def test_training() -> None:
         torch.testing.assert_close(found[0][name], gradient, atol=2e-4 * float(gradient.abs().max()), rtol=2e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_graph_without_a_cache() -> None:
     model = tiny("llama")

@@ -322,6 +322,7 @@ def double_leaves() -> tuple[list[Tensor], Tensor, Tensor]:
     return leaves, gain, sinks
 
 
+@pytest.mark.slow
 @pytest.mark.autograd
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("vision", ["default", "rows that see nothing"])

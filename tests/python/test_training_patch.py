@@ -160,6 +160,7 @@ def test_dropout_in_attention_raises() -> None:
         model(tokens(1, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_training_step(backend: str) -> None:
     """Compiled and eager gradients differ by no more than twice what compiling the model changes unpatched."""
@@ -279,6 +280,7 @@ def test_sft_trainer_of_trl(tmp_path: Path) -> None:
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     """Each process trains on half of the batch: gradients are those of one process on all of it."""

@@ -136,6 +136,7 @@ def test_bad_usage_keeps_its_code(run: Run) -> None:
     assert run("--version").exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["torch", "typer", "rich"])
 def test_an_interrupt_while_importing(tmp_path: Path, place: str) -> None:
     """Importing takes seconds, before any command runs; a package that interrupts stands for a person who does."""

@@ -1,0 +1,67 @@
+"""The notebooks run from their first cell to their last, and say what is stored with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def program() -> Any:
+    """docs/notebooks.py, which is a script."""
+    spec = spec_from_file_location("docs_notebooks", REPOSITORY / "docs" / "notebooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def outputs(notebook: Any) -> list[list[tuple[str, str]]]:
+    """Of each code cell: the kinds of its outputs, and the words that it printed; numbers differ between machines."""
+    return [
+        [
+            (
+                each["output_type"] if each["output_type"] != "display_data" else ",".join(sorted(each["data"])),
+                re.sub(r"[\d.]+", "0", "".join(each.get("text", ""))),
+            )
+            for each in cell["outputs"]
+        ]
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "code"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("smollm2_folder")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_says_what_is_stored(path: Path, program: Any) -> None:
+    for package in ("nbclient", "ipykernel", "matplotlib"):
+        pytest.importorskip(package, reason="notebooks need the extra notebooks (pip install 'attnrb[notebooks]')")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert outputs(program.run(path)) == outputs(stored)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_page_of_a_notebook_shows_code_and_outputs(path: Path, program: Any) -> None:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code), "run docs/notebooks.py: outputs are not stored"
+    page = program.page(stored)
+    assert page.startswith("# ")
+    assert page.count("```python\n") == len(code)
+    assert "notebook-output" in page
+    assert str(Path.home()) not in page
+
+
+def test_what_a_cell_prints_is_no_markup(program: Any) -> None:
+    said = {"output_type": "stream", "name": "stdout", "text": ["<script>alert(1)</script>"]}
+    assert program.shown(said) == '<pre class="notebook-output">&lt;script&gt;alert(1)&lt;/script&gt;</pre>'
