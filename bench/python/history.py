@@ -105,7 +105,7 @@ def compare_newest(tolerance: float, history: Path = HISTORY) -> int:
             newest = [json.loads(path.read_text("utf-8")) for path in stored(kind, bench)[-2:]]
             print(f"{kind.name}, {bench}: " + " → ".join(f"{each['date']} {each['commit']}" for each in newest))
             if len(newest) == 2:
-                slower |= report(*newest, tolerance)
+                slower |= report(newest[0], newest[1], tolerance)
     return int(slower)
 
 

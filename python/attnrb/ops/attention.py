@@ -298,16 +298,6 @@ def _output_into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any
     attention_fake(query, key, value, **keywords)
 
 
-def _into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
-    """The rest of them."""
-    return attention_fake(query, key, value, **keywords)[1:]
-
-
-def _output_into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> None:
-    """Nothing: the output was there before."""
-    attention_fake(query, key, value, **keywords)
-
-
 def _backward_fake(
     grad_output: Tensor,
     grad_lse: Tensor | None,
