@@ -10,7 +10,7 @@ import attnrb
 import pytest
 import torch
 from attnrb import decisions, functional
-from attnrb.ops import _native
+from attnrb.ops import _native, dense
 from conftest import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "logging.md"
@@ -55,10 +55,15 @@ def test_the_dense_path_says_why_it_is_taken_and_says_it_once(told: Callable[[],
     assert len(told()) == 1, "after forget() it is told again"
 
 
-def test_a_recorded_dense_call_keeps_all_weights(told: Callable[[], list[str]]) -> None:
+def test_a_recorded_dense_call_of_several_blocks(
+    told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     query, key, value = operands(torch.float64)
     functional.attention(query.requires_grad_(), key, value)
-    assert [line.partition(":")[0] for line in told()] == ["dense", "dense_gradient"]
+    assert [line.partition(":")[0] for line in told()] == ["dense"]
+    monkeypatch.setattr(dense, "_BLOCK", 1)
+    functional.attention(query, key, value)
+    assert [line.partition(":")[0] for line in told()][-1] == "dense_gradient"
 
 
 def test_casts_and_weights(told: Callable[[], list[str]]) -> None:

@@ -74,6 +74,13 @@ def cuda_library() -> Path:
     return _folder() / "libattnrb_cuda.so"
 
 
+def has_cuda_ops() -> bool:
+    """Whether CUDA tensors have native ops here."""
+    import torch
+
+    return torch.version.cuda is not None and cuda_library().is_file()
+
+
 def library_kernels() -> list[str]:
     """Whose kernels of PyTorch may compute the dense part of long prompts on CUDA; none where all are turned off."""
     import torch

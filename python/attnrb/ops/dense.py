@@ -6,8 +6,9 @@ attnrb), weights that someone asks to see, and measures of them. Options come as
 
 Note: [Dense blocks]
 A block of queries at a time stands in memory as ``[B, H, rows, N]``, some 4 million weights, so that memory is linear
-in N where no gradient is recorded. Autograd keeps the blocks: a recorded call is as large as all weights. Operands of
-16 bits are computed with in float32.
+in N. Where autograd records a call of several blocks, each is computed again in the backward pass, as gradient
+checkpointing does. Under the transforms of `torch.func` and in a traced graph all blocks are kept. Operands of 16 bits
+are computed with in float32.
 
 Note: [What is not finite]
 A NaN in a key must spoil the rows that see it and no other, forward and backward, but products of whole matrices carry
@@ -17,11 +18,12 @@ NaN afterwards; values likewise, element by element.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from attnrb import _C
 from attnrb.decisions import tell
@@ -46,19 +48,33 @@ def attention(
     scores: Scores,
 ) -> tuple[Tensor, Tensor, Outliers | None]:
     """Output ``[B, H, M, Dv]``, log-sum-exp ``[B, H, M]``, and the outliers above ``emit`` where it is given."""
-    if records_gradient(query, key, value):
-        tell("dense_gradient", "autograd records a call that no native op serves: see the line on dense")
+    recorded = records_gradient(query, key, value, edit.gain, edit.key_bias, scores.sinks)
     layer = Layer(query, key, edit, visibility, scores)
-    outputs, lses, found = [], [], []
-    for block in layer.blocks():
+
+    def attend(rows: slice) -> tuple[Tensor, ...]:
+        block = layer.block(rows)
         weights, lse = layer.edited(block)
-        outputs.append(layer.weigh(weights, value, block.seen).transpose(1, 2))
-        lses.append(lse)
-        if emit is not None:
-            found.append(layer.outliers(block, emit))
+        output = layer.weigh(weights, value, block.seen).transpose(1, 2)
+        return (output, lse) if emit is None else (output, lse, *layer.outliers(block, emit))
+
+    outputs, lses, *found = zip(*_each_block(layer, attend, recorded), strict=True)
     output = torch.cat(outputs, 1).to(query.dtype).transpose(1, 2)
-    outliers = Outliers(*(torch.cat(parts, 2) for parts in zip(*found, strict=True))) if found else None
+    outliers = Outliers(torch.cat(found[0], 2), torch.cat(found[1], 2)) if found else None
     return output, torch.cat(lses, 2), outliers
+
+
+def _each_block(
+    layer: Layer, function: Callable[[slice], tuple[Tensor, ...]], recorded: bool
+) -> list[tuple[Tensor, ...]]:
+    """The function's results for all rows of a layer; where autograd records them, see Note: [Dense blocks]."""
+    rows = layer.row_blocks()
+    if not recorded or len(rows) == 1:
+        return [function(each) for each in rows]
+    if transformed() or torch.compiler.is_compiling():
+        tell("dense_gradient", "autograd records a transformed or traced call, which keeps them")
+        return [function(each) for each in rows]
+    tell("dense_gradient", "autograd records a call of several blocks, which computes them again")
+    return [checkpoint(function, each, use_reentrant=False, preserve_rng_state=False) for each in rows]
 
 
 def attention_weights(
@@ -74,7 +90,12 @@ def received_attention(
 ) -> Tensor:
     """``[B, H, N]``: the mean weight, as applied, that each key receives from the queries that see it; 0 for none."""
     layer = Layer(query, key, edit, visibility, scores)
-    sums = torch.stack([layer.edited(block)[0].sum(2) for block in layer.blocks()])
+    recorded = records_gradient(query, key, edit.key_bias, scores.sinks)
+
+    def receive(rows: slice) -> tuple[Tensor]:
+        return (layer.edited(layer.block(rows))[0].sum(2),)
+
+    sums = torch.stack([each[0] for each in _each_block(layer, receive, recorded)])
     return sums.sum(0) / layer.onlookers().clamp(min=1)
 
 
@@ -117,11 +138,11 @@ class Layer:
 
     def blocks(self) -> Iterator[Block]:
         """All rows in turn; one empty block where there are no queries."""
-        return map(self._block, self._row_blocks())
+        return map(self.block, self.row_blocks())
 
     def onlookers(self) -> Tensor:
         """How many queries see each key: int64 ``[B|1, H|1, N]``."""
-        return torch.stack([self._visible(rows)[0].sum(2) for rows in self._row_blocks()]).sum(0)
+        return torch.stack([self._visible(rows)[0].sum(2) for rows in self.row_blocks()]).sum(0)
 
     def edited(self, block: Block) -> tuple[Tensor, Tensor]:
         """The block's weights as applied, ``[B, H, rows, N]``, and their log-sum-exp ``[B, H, rows]``."""
@@ -162,7 +183,8 @@ class Layer:
         held = torch.zeros(*counts.shape, self.keys + 1, dtype=torch.bool, device=indices.device)
         return held.scatter(3, places, True)[..., : self.keys]
 
-    def _block(self, rows: slice) -> Block:
+    def block(self, rows: slice) -> Block:
+        """These rows."""
         scores = self._product(self.query[:, :, rows], self._key) * self._scale
         if self.scores.softcap:
             scores = self.scores.softcap * torch.tanh(scores / self.scores.softcap)
@@ -204,7 +226,8 @@ class Layer:
         others = 1 - self._gain * mass / torch.where(alone, 1.0, rest)
         return weights * torch.where(alone, 1.0, torch.where(held, 1 + self._gain, others)), None
 
-    def _row_blocks(self) -> list[slice]:
+    def row_blocks(self) -> list[slice]:
+        """All rows, some at a time."""
         step = max(1, _BLOCK // max(1, self.batch * self.heads * self.keys))
         return [slice(row, min(row + step, self.queries)) for row in range(0, max(self.queries, 1), step)]
 

@@ -9,6 +9,8 @@ memory of n×n.
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -16,12 +18,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnrb.decisions import tell
+from attnrb.ops import _native
 from attnrb.ops.edit import NO_EDIT, RULES, EditArguments
 from attnrb.ops.scores import DEFAULT_SCORES, Scores
 from attnrb.ops.visibility import DEFAULT_VISIBILITY, VisibilityArguments, describe
 
 __all__ = [
     "NATIVE_DTYPES",
+    "NATIVE_VARIABLE",
     "check_gain_values",
     "check_one_device",
     "check_operand",
@@ -41,15 +45,44 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*NATIVE_DTYPES, torch.float64)
 
 
+def _native_devices() -> frozenset[str]:
+    """The types of device that have native ops here; none where ``ATTNRB_NATIVE=0`` hides them."""
+    if os.environ.get(NATIVE_VARIABLE) == "0":
+        return frozenset()
+    return frozenset(("cpu", "meta", "cuda") if _native.has_cuda_ops() else ("cpu", "meta"))
+
+
+NATIVE_VARIABLE = "ATTNRB_NATIVE"
+_devices = _native_devices()
+
+
 def native(query: Tensor) -> bool:
     """Whether native ops serve such operands; `attnrb.ops.dense` serves all others: see Note: [Transformed calls]."""
-    if query.dtype in NATIVE_DTYPES and not transformed():
+    if query.dtype in NATIVE_DTYPES and query.device.type in _devices and not transformed():
         return True
-    tell(
-        "dense",
-        "operands are float64" if query.dtype == torch.float64 else "the call is under a transform of torch.func",
-    )
+    if query.device.type not in _devices:
+        _warn_of_device(query.device.type)
+    elif query.dtype == torch.float64:
+        tell("dense", "operands are float64")
+    else:
+        tell("dense", "the call is under a transform of torch.func")
     return False
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_device(device: str) -> None:
+    if torch.compiler.is_dynamo_compiling() or device in _warned:
+        return
+    _warned.add(device)
+    hidden = f", since {NATIVE_VARIABLE}=0 hides them" if not _devices else ""
+    warnings.warn(
+        f"attnrb has no native ops for tensors on {device!r} here{hidden}: plain PyTorch computes, which is slower, in "
+        "memory that grows linearly with the number of keys",
+        stacklevel=3,
+    )
+    tell("dense", f"there are no native ops for tensors on {device!r}")
 
 
 def transformed() -> bool:

@@ -32,7 +32,7 @@ _attention_into = torch.ops.attnrb.attention.into
 _write_keys = torch.ops.attnrb.write_keys.default
 
 
-def _native(query: Tensor) -> bool:
+def _in_blocks(query: Tensor) -> bool:
     """Whether a native op serves blocks of this dtype and device; `attnrb.ops.dense_paging` serves all others."""
     return native(query) and query.device.type in ("cpu", "meta")
 
@@ -60,7 +60,7 @@ def attend_paged(
         _check_out(out, query, shape)
     if edit.gain is not None and edit.indices is None:
         return _every_key(query, key, value, paging, edit, emit, visibility, scores, out)
-    if _native(query):
+    if _in_blocks(query):
         options = given(edit, emit, visibility, scores) | paging._asdict()
         if out is None:
             output, lse, indices, counts = _attention(query, key, value, **options)
@@ -130,7 +130,7 @@ def write_keys(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor,
     if records_gradient(key, value, key_pool, value_pool):
         raise RuntimeError("write_keys has no gradient, and one would be recorded: call it under torch.no_grad()")
     _check_pools(key, value, key_pool, value_pool, slot_mapping)
-    if _native(key):
+    if _in_blocks(key):
         _write_keys(key, value, key_pool, value_pool, slot_mapping)
     else:
         dense_paging.write_keys(key, value, key_pool, value_pool, slot_mapping)

@@ -1,0 +1,85 @@
+"""Devices without native ops are served by `attnrb.ops.dense`: ``ATTNRB_NATIVE=0`` hides the kernels of the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from attnrb import Edit, functional
+from attnrb.ops import dense
+from conftest import REPOSITORY
+from torch import Tensor
+
+# What nobody with native ops ever runs: a patched model, its ops, its gradients and its memory, without them.
+_PROGRAM = """
+import resource
+import warnings
+
+import attnrb
+import torch
+from attnrb import functional
+from tiny_models import tiny, tokens
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for name in ("llama", "gpt2", "qwen3", "gemma3_text", "mistral", "gpt_oss", "cohere2", "phi", "olmo2", "gpt_neox"):
+        model, ids = tiny(name), tokens(2, 24)
+        with torch.no_grad():
+            plain = model(ids).logits
+            with attnrb.patch(model, alpha=0.0):
+                assert (model(ids).logits - plain).abs().max() < 1e-4, name
+            with attnrb.patch(model, alpha=4.0, threshold=0.02) as patched:
+                strong = model(ids).logits
+        assert patched.stats.rows and (strong - plain).abs().max() > 1e-4, name
+told = [str(each.message) for each in caught if "no native ops" in str(each.message)]
+assert len(told) == 1 and "ATTNRB_NATIVE=0" in told[0], told
+
+
+def peak(keys):
+    query, key = torch.randn(1, 2, keys, 8), torch.randn(1, 2, keys, 8)
+    query.requires_grad_()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    functional.attention(query, key, key).output.sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+peak(4096)  # blocks of 4 million weights come in here
+assert peak(8192) < 200 * 1024, "a matrix of all weights would be 512 MB"
+print("served")
+"""
+
+
+def test_a_process_without_native_ops() -> None:
+    path = os.pathsep.join([str(REPOSITORY / "tests" / "python"), os.environ.get("PYTHONPATH", "")])
+    # Freed blocks go back at once, so that the peak is that of what is held.
+    environment = {**os.environ, "ATTNRB_NATIVE": "0", "PYTHONPATH": path, "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.strip().endswith("served"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("rule", ["none", "row", "rest"])
+def test_blocks_that_are_computed_again_have_the_same_gradients(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients() -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (
+            torch.randn(2, heads, 9, 8, generator=generator, dtype=torch.float64).requires_grad_()
+            for heads in (4, 2, 2)
+        )
+        gain = torch.tensor([0.5, -0.5, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+        bias = torch.randn(2, 1, 9, generator=generator, dtype=torch.float64).requires_grad_()
+        outliers = functional.attention(query.detach(), key.detach(), value.detach(), emit=0.1).outliers
+        edit = Edit(outliers, gain, rule, key_bias=bias)
+        attended = functional.attention(query, key, value, edit=edit)
+        received = functional.received_attention(query, key, key_bias=bias)
+        loss = attended.output.square().sum() + attended.lse.sum() + received.square().sum()
+        return torch.autograd.grad(loss, (query, key, value, gain, bias))
+
+    whole = gradients()
+    monkeypatch.setattr(dense, "_BLOCK", 1)  # a row at a time
+    for each, expected in zip(gradients(), whole, strict=True):
+        torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-12)
