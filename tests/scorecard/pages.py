@@ -35,6 +35,7 @@ from browser import browser, opened
 from saved_tiny_model import TEXT, tiny_model, tiny_tokenizer
 from tiny_evaluation import roomy_model, save_data
 
+_ROWS_SHOWN = 16  # of a batch in a notebook
 _FORBIDDEN = (
     "img, iframe, object, embed, link, base, form, input[autofocus], a[href^='javascript'], script[src], plaintext"
 )
@@ -89,9 +90,12 @@ class Pages:
     def of_marked(self, texts: list[str]) -> str:
         """A marked batch, as a notebook would show it."""
         texts = [text.replace("⟦", "").replace("⟧", "") for text in texts]
-        marked = mark(self.tokenizer, [f"a ⟦{text or 'x'}⟧ b" for text in texts], open="⟦", close="⟧")
+        shown = ""
+        for first in range(0, len(texts), _ROWS_SHOWN):
+            rows = [f"a ⟦{text or 'x'}⟧ b" for text in texts[first : first + _ROWS_SHOWN]]
+            shown += mark(self.tokenizer, rows, open="⟦", close="⟧")._repr_html_()
         head = "<!DOCTYPE html><html><head><meta charset=utf-8><title>a</title></head>"
-        return f"{head}<body>{marked._repr_html_()}</body></html>"
+        return f"{head}<body>{shown}</body></html>"
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:
@@ -124,7 +128,8 @@ def attempt(tally: Tally, chromium: Any, make: Callable[[list[str]], str], texts
                 assert _letters(came) == _letters(wanted), f"{came!r} is shown for {wanted!r}"
         if kind == "marked":
             body = _letters(tab.inner_text("body"))
-            assert all(_letters(printable(text))[:20] in body for text in texts), "a text is not shown"
+            missing = [text for text in texts if _letters(printable(text))[:20] not in body]
+            assert not missing, f"not shown: {missing!a}"
         tally.counts[f"pages of {kind}"] += 1
         assert tab.evaluate("typeof window.caught") == "undefined", "a text set a variable"
         assert tab.locator(_FORBIDDEN).count() == 0, "a text became an element"

@@ -109,20 +109,32 @@ def faults() -> Iterator[Planted]:
 
 def build_tests() -> None:
     """The tests' own objects, and those of the core that no fault is planted in."""
-    cmake, ninja = ROOT / ".venv" / "bin" / "cmake", ROOT / ".venv" / "bin" / "ninja"
-    configure = [cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    tools = ROOT / ".venv" / "bin"
+    configure = [tools / "cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"]
     configure += ["-DATTNRB_BUILD_PACKAGE=OFF", "-DATTNRB_BUILD_TESTS=ON"]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([cmake, "--build", BUILD, "--target", "attnrb_tests"], check=True, stdout=subprocess.DEVNULL)
+    listed = subprocess.run(
+        [tools / "ninja", "-C", BUILD, "-t", "targets", "all"], check=True, capture_output=True, text=True
+    ).stdout
+    names = [line.split(":")[0] for line in listed.splitlines()]
+    wanted = [name for name in names if name.endswith(".o") and _stem(name) not in _LEFT_OUT and "fuzz.dir" not in name]
+    libraries = [name for name in names if "gtest" in name and name.endswith((".a", ".so"))]
+    subprocess.run([tools / "ninja", "-C", BUILD, *wanted, *libraries], check=True, stdout=subprocess.DEVNULL)
+
+
+def _stem(path: str | Path) -> str:
+    return Path(path).name.split(".")[0]
 
 
 def link_line(fault_object: Path, program: Path) -> list[str | Path]:
     """The tests with the kernels of one object and the portable ones, which serve 16-bit types."""
-    objects = [path for path in sorted(BUILD.rglob("*.o")) if path.name.split(".")[0] not in _LEFT_OUT]
+    objects = [
+        path for path in sorted(BUILD.rglob("*.o")) if _stem(path) not in _LEFT_OUT and "fuzz.dir" not in str(path)
+    ]
     return ["g++", fault_object, FOLDER / "dispatch.o", *objects, *_gtest(), "-pthread", "-o", program]
 
 
-_LEFT_OUT = {"avx2", "avx512", "avx512_bf16", "amx", "dispatch", "emulated_amx", "runner", "test_symbols", "fuzz"}
+_LEFT_OUT = {"avx2", "avx512", "avx512_bf16", "amx", "dispatch", "emulated_amx", "runner", "test_symbols"}
 
 
 def _gtest() -> list[str]:
