@@ -217,6 +217,7 @@ bench: $(DONE)/test $(DONE)/model $(DONE)/google
 	$(BIN)/python bench/python/bench_memory.py --json build/bench/memory.json
 	$(BIN)/python bench/python/bench_training.py --json build/bench/training.json
 	$(BIN)/python bench/python/bench_model.py --json build/bench/model.json
+	$(BIN)/python bench/python/bench_emphasis.py --json build/bench/emphasis.json
 	$(BIN)/python bench/python/bench_patch.py --json build/bench/patch.json
 	$(BIN)/python bench/python/bench_analysis.py --json build/bench/analysis.json
 
