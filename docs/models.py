@@ -220,10 +220,11 @@ def compare_emphasis(model: Any, ids: torch.Tensor, plain: torch.Tensor) -> tupl
         text = model.generate(prompt, **options)
     with attnrb.patch(model, policy) as patched, patched.spans(spans, prompt=10):
         same = model.generate(prompt, **options).tolist() == text.tolist()
+    # Small as the effect may be, an oracle within a hundredth of it sees whether emphasis was there.
     faults = (
         (f"logits with emphasis differ by {error:.1e}", not error <= ROUNDING),
         ("greedy text with emphasis differs", not same),
-        ("emphasis changes nothing", not effect > 10 * ROUNDING),
+        ("emphasis changes nothing", not effect > 100 * error),
     )
     return error, [fault for fault, found in faults if found]
 

@@ -134,6 +134,18 @@ class TestGenerate:
         assert plain["config"] is None
         assert plain["token_ids"] == one_json(run("generate", PLAIN, *arguments[2:], "--plain"))["token_ids"]
 
+    def test_learnt_strengths(self, run: Run, folder: Path, tmp_path: Path) -> None:
+        from attnrb.models import load
+
+        model, _ = load(folder)
+        learned = attnrb.LearnedEmphasis(model, attnrb.Emphasis(strength=16))
+        arguments = ("generate", MARKED, "--model", folder, *TOKENS, "--json")
+        path = ("--policy", "learned_emphasis", "--set", f"path={learned.save(tmp_path)}")
+        found = one_json(run(*arguments, *path))
+        same = one_json(run(*arguments, "--policy", "emphasis", "--set", "strength=16"))
+        assert found["token_ids"] == same["token_ids"]
+        assert found["config"]["policy"] == "learned_emphasis"
+
     def test_counts_go_to_stderr(self, run: Run, folder: Path) -> None:
         result = run("generate", MARKED, "--model", folder, *TOKENS)
         assert result.exit_code == 0

