@@ -129,6 +129,7 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
 MODULES = (
     "attnrb",
     "attnrb.functional",
+    "attnrb.policies",
     "attnrb.text",
     "attnrb.models",
     "attnrb.analysis",

@@ -52,7 +52,7 @@ def _load_into_torch(library: Path) -> None:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
-            f"attnrb's native library {library} does not load into torch {torch.__version__}: {error}. Build it anew "
+            f"attnrb's native library {library} does not load into torch {torch.__version__}: {error}. Build it again "
             "here: run `pip install --force-reinstall --no-deps attnrb`, or `pip install .` in a source tree."
         ) from error
 
