@@ -31,7 +31,7 @@ def test_accuracy(name: str, close_calls: CloseCalls) -> None:
     environment = os.environ | {"ATTNRB_CPU": name, "ATTNRB_TEST_SAMPLE": ONE_IN.get(name, "3")}
     environment["ATTNRB_TEST_GRADIENT_SAMPLE"] = EDITS_ONE_IN
     files = [HERE / f"test_accuracy_{stem}.py" for stem in ("attention", "weights", "not_finite")]
-    files.append(HERE / "test_attention_accuracy.py")
+    files += [HERE / "test_attention_accuracy.py", HERE / "test_paging.py"]
     command = [
         sys.executable,
         "-m",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tolerance import one_rounding
 from torch import Tensor
 
 CASES, PER_TEST = 2400, 300
+SAMPLE = int(os.environ.get("ATTNRB_TEST_GRADIENT_SAMPLE", "1"))  # one in so many, prime to the dtypes
 
 
 def same_bits(found: Tensor, expected: Tensor) -> bool:
@@ -62,7 +65,7 @@ def compare(problem: PagedProblem, result: Attended) -> None:
 
 @pytest.mark.parametrize("first", range(0, CASES, PER_TEST))
 def test_as_strided(first: int) -> None:
-    for seed in range(first, first + PER_TEST):
+    for seed in range(first, first + PER_TEST, SAMPLE):
         problem = random_problem(seed)
         heads, width = problem.query.shape[1], problem.value.shape[3]
         fill = 7.0

@@ -287,7 +287,7 @@ class Decode : Driver<Decode<Dot>> {
       Dot::template dot<Rows>(queries, query_columns_, keys + j * stride, stride, shape_.width, scores + j, kBlockKeys);
     }
     if (j < count) {
-      // The last few keys once more from an earlier start, or one by one where there are too few.
+      // The last few keys once more from an earlier start, or fewer at a time.
       if (count >= kKeys) {
         j = count - kKeys;
         Dot::template dot<Rows>(queries, query_columns_, keys + j * stride, stride, shape_.width, scores + j,

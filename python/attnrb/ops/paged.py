@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnrb.decisions import tell
 from attnrb.ops import dense_paging
 from attnrb.ops.edit import RULES, Attended, EditArguments
 from attnrb.ops.everything import strengthened
@@ -34,7 +35,12 @@ _write_keys = torch.ops.attnrb.write_keys.default
 
 def _in_blocks(query: Tensor) -> bool:
     """Whether a native op serves blocks of this dtype and device; `attnrb.ops.dense_paging` serves all others."""
-    return native(query) and query.device.type in ("cpu", "meta")
+    if not native(query):
+        return False
+    if query.device.type in ("cpu", "meta"):
+        return True
+    tell("dense", "keys lie in blocks, on a device whose native ops do not serve them")
+    return False
 
 
 def attend_paged(
