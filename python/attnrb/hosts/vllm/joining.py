@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnrb.ops.edit import Edit, gain_tensor
+from attnrb.ops.edit import RULES, Edit, EditArguments, gain_tensor
 from attnrb.ops.outliers import Outliers
 
 __all__ = ["RowEdit", "alike", "join_edits"]
@@ -65,7 +65,9 @@ def join_edits(edits: Sequence[RowEdit], rows: int, tokens: int, heads: int, dev
         found = [(each.queries, Outliers(*edit.outliers)) for each, edit in given if edit.outliers is not None]
         outliers = _join_outliers(found, tokens, heads, device)
     bias, first_query = _join_biases(given, rows, device)
-    return Edit.of_tensors(outliers=outliers, gain=gain, rule=first.rule, key_bias=bias, first_query=first_query)
+    indices, counts = (None, None) if outliers is None else outliers
+    rule = RULES.index(first.rule)
+    return Edit.of_arguments(EditArguments(indices, counts, gain, rule, bias, first_query))
 
 
 def _join_outliers(
