@@ -134,6 +134,7 @@ MODULES = (
     "attnrb.models",
     "attnrb.analysis",
     "attnrb.evaluation",
+    "attnrb.hosts.vllm",
     "attnrb.reference",
 )
 

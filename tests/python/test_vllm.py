@@ -12,6 +12,7 @@ import pytest
 TESTS = Path(__file__).parents[1] / "vllm"
 
 
+@pytest.mark.vllm
 @pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
     reason="vLLM is not installed here, and wants a transformers of its own: make test-vllm",

@@ -25,7 +25,7 @@ import torch
 
 from attnrb.ops import functional
 from attnrb.ops.visibility import Visibility
-from attnrb.policies import Compose, Emphasis, Plain
+from attnrb.policies import Compose, Emphasis, LearnedEmphasis, Plain
 from attnrb.policies.base import LayerPlan, LayerView, Mixture, ModelShape, Policy, Request
 from attnrb.policies.parse import parse_policy
 from attnrb.policies.profile import bundled_profiles
@@ -185,7 +185,7 @@ def wants_spans(options: Mapping[str, Any], default: Policy) -> bool:
         return set(options) <= {each.name for each in fields(Emphasis)}
     policy = _read(dict(options), default)[0]
     parts = policy.policies if isinstance(policy, Compose) else (policy,)
-    return any(isinstance(part, Emphasis) for part in parts)
+    return any(isinstance(part, (Emphasis, LearnedEmphasis)) for part in parts)
 
 
 def digest(tokens: Sequence[int]) -> str:

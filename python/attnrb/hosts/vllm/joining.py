@@ -66,7 +66,8 @@ def join_edits(edits: Sequence[RowEdit], rows: int, tokens: int, heads: int, dev
         outliers = _join_outliers(found, tokens, heads, device)
     bias, first_query = _join_biases(given, rows, device)
     indices, counts = (None, None) if outliers is None else outliers
-    return Edit.of_arguments(EditArguments(indices, counts, gain, RULES.index(first.rule), bias, first_query))
+    rule = RULES.index(first.rule)
+    return Edit.of_arguments(EditArguments(indices, counts, gain, rule, bias, first_query))
 
 
 def _join_outliers(

@@ -20,7 +20,7 @@ from typing import Any
 
 __all__ = ["INTERFACE", "TRIED", "missing_interface", "register"]
 
-TRIED = ("0.31", "0.32")
+TRIED = ("0.32",)
 """The minor versions of vLLM that attnrb was tried with, oldest first."""
 
 INTERFACE: dict[str, tuple[str, ...]] = {
