@@ -103,7 +103,7 @@ def contenders(operands: Operands, vllm: Any) -> dict[str, Callable[[], Tensor]]
             torch.ops.attnrb.attention.output(each, keys, values)
             for each, (keys, values) in zip(batch, rows, strict=True)
         ]
-        return torch.cat([each.transpose(1, 2).flatten(0, 1) for each in outputs])
+        return torch.cat([each.flatten(0, 1) for each in outputs])
 
     found: dict[str, Callable[[], Tensor]] = {
         "strided": strided,
