@@ -234,7 +234,7 @@ def test_two_models_that_share_their_layers() -> None:
 
 
 def test_a_failure_within_an_early_exit_gives_the_layers_back() -> None:
-    """transformers lowers the number of layers while it drafts, and forgets it where a forward fails."""
+    """The library lowers the number of layers while it drafts, and forgets it where a forward fails."""
     model, ids = tiny("llama"), tokens(1, 9)
     forwards = 0
 
