@@ -108,8 +108,14 @@ def test_fakes_tell_the_truth(op: str, arguments: tuple[Any, ...]) -> None:
         assert (told.shape, told.dtype, told.stride()) == (came.shape, came.dtype, came.stride())
 
 
-# Dense, or called by nothing in attnrb.
-DIFFERENTIABLE = ("rebalance", "rebalance.per_head", "source_attention", "rebalanced_attention")
+# Dense, or called once a forward at most.
+DIFFERENTIABLE = (
+    "rebalance",
+    "rebalance.per_head",
+    "source_attention",
+    "rebalanced_attention",
+    "received_attention",
+)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -231,3 +231,31 @@ def test_two_models_that_share_their_layers() -> None:
         assert model.config is config
         assert other.config is others
         assert all(module.config is config for module in model.modules() if "config" in vars(module))
+
+
+def test_a_failure_within_an_early_exit_gives_the_layers_back() -> None:
+    """The library lowers the number of layers while it drafts, and forgets it where a forward fails."""
+    model, ids = tiny("llama"), tokens(1, 9)
+    forwards = 0
+
+    def fail(call: attnrb.AttentionCall) -> None:
+        nonlocal forwards
+        forwards += call.layer == 0
+        if forwards > 1:
+            raise ZeroDivisionError
+
+    with attnrb.patch(model, POLICY, observer=fail):
+        with pytest.raises(ZeroDivisionError):
+            model.generate(ids, max_new_tokens=6, do_sample=False, assistant_early_exit=2)
+        assert model.config.num_hidden_layers == 5
+    assert model.config.num_hidden_layers == 5
+
+
+def test_a_patch_made_in_inference_mode_serves_training() -> None:
+    model, ids = tiny("llama"), tokens(1, 9)
+    with torch.inference_mode():
+        patched = attnrb.patch(model, POLICY)
+        model(ids)
+    model(ids, labels=ids).loss.backward()
+    patched.remove()
+    assert all(weight.grad is not None for weight in model.parameters())

@@ -307,3 +307,28 @@ def test_the_embedded_model_lacks_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         models.load()
+
+
+@pytest.mark.parametrize("silenced", [False, True])
+def test_a_bar_of_gguf_tensors_ends_with_a_failure(silenced: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    from attnrb.models.checkpoint import bars_of_gguf
+    from tqdm.auto import tqdm
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    before, shown = gguf.tqdm, set(tqdm._instances)
+    if silenced:
+        logging.disable_progress_bar()
+
+    def read() -> None:
+        for _ in gguf.tqdm([1, 2, 3], desc="tensors"):
+            raise ZeroDivisionError
+
+    try:
+        with pytest.raises(ZeroDivisionError), bars_of_gguf():
+            read()
+    finally:
+        logging.enable_progress_bar()
+    assert gguf.tqdm is before
+    assert set(tqdm._instances) == shown
+    assert ("tensors" in capsys.readouterr().err) is not silenced

@@ -218,3 +218,85 @@ def test_a_patched_model_under_transforms() -> None:
     torch.testing.assert_close(together / scale, wanted / scale, **LIKE)
     torch.testing.assert_close(tangent / scale, (wanted[0] * direction).sum() / scale, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(wanted, torch.stack([one(row) for row in ids]))  # re-balancing counted
+
+
+OLDER: tuple[Any, ...] = (True, 2, 0, 0, None, None, None, 8**-0.5, 0.0, None)
+
+
+def raw_ops() -> dict[
+    str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]
+]:
+    """Of each op by its own name a call of it, and of the function that computes the same."""
+    ops, found, gain = torch.ops.attnrb, outliers(*operands(7)), torch.tensor([0.5])
+    lists = {"indices": found.indices, "counts": found.counts, "gain": gain}
+
+    def rebalanced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.rebalanced_attention(q, k, v, found, 0.5)
+
+    def received(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.received_attention(q, k)
+
+    return {
+        "attention": (lambda q, k, v: ops.attention(q, k, v, **lists)[0], rebalanced),
+        "output": (lambda q, k, v: ops.attention.output(q, k, v, **lists), rebalanced),
+        "training": (lambda q, k, v: ops.attention_training(q, k, v, **lists)[0], rebalanced),
+        "source": (
+            lambda q, k, v: ops.source_attention(q, k, v, 0.15, *OLDER)[0],
+            lambda q, k, v: functional.source_attention(q, k, v, threshold=0.15)[0],
+        ),
+        "rebalanced": (
+            lambda q, k, v: ops.rebalanced_attention(q, k, v, *found, gain, False, *OLDER),
+            rebalanced,
+        ),
+        "received": (lambda q, k, v: ops.received_attention(q, k, *OLDER), received),
+        "edited": (lambda q, k, v: ops.received_attention.edited(q, k, *OLDER), received),
+        "rebalance": (
+            lambda q, k, v: ops.rebalance(q.softmax(-1), q > 0, 0.3, True),
+            lambda q, k, v: functional.rebalance(q.softmax(-1), q > 0, 0.3, normalize=True),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", raw_ops())
+def test_ops_by_their_own_names(name: str) -> None:
+    op, function = raw_ops()[name]
+    query, key, value = (each.float() for each in operands(7))
+    exact = [each.double() for each in (key, value)]
+    weigh = torch.randn(function(query, key, value).shape, generator=torch.Generator().manual_seed(2))
+
+    def of(x: Tensor) -> Tensor:
+        return (op(x, key, value) * weigh).sum()
+
+    leaf = query.double().requires_grad_()
+    (wanted,) = torch.autograd.grad((function(leaf, *exact) * weigh).sum(), leaf)
+    along = torch.randn(query.shape, generator=torch.Generator().manual_seed(3))
+    slope = (wanted * along).sum()
+    for transformed in (grad(of)(query), jacrev(of)(query), jacfwd(of)(query), vmap(grad(of))(query[None])[0]):
+        torch.testing.assert_close(transformed.double(), wanted, **LIKE)
+    torch.testing.assert_close(jvp(of, (query,), (along,))[1].double(), slope, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(vmap(op)(query[None], key[None], value[None])[0], op(query, key, value), **LIKE)
+    if name == "output":  # decodes tokens: it has no gradient outside of transforms, as its page says
+        return
+    leaf = query.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(of(leaf), leaf)[0].double(), wanted, **LIKE)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, along)
+        if name in ("attention", "received", "edited"):
+            tangent = forward_ad.unpack_dual(of(dual)).tangent
+            torch.testing.assert_close(tangent.double(), slope, rtol=1e-4, atol=1e-3)
+        else:
+            with pytest.raises(NotImplementedError, match="no forward differentiation by dual tensors"):
+                of(dual)
+
+
+def test_a_compiled_function_has_the_same_tangent() -> None:
+    query, key, value = (each.float() for each in operands(9))
+
+    def of(x: Tensor) -> Tensor:
+        return functional.attention(x, key, value).output.pow(2).sum()
+
+    wanted = jvp(of, (query,), (query,))[1]
+    within = torch.compile(lambda x: jvp(of, (x,), (x,))[1], backend="aot_eager")
+    torch.testing.assert_close(within(query), wanted, **LIKE)
+    around = torch.compile(of, backend="aot_eager")
+    torch.testing.assert_close(jvp(around, (query,), (query,))[1], wanted, **LIKE)

@@ -96,7 +96,7 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
     weights: dict[str, Any] = {} if checkpoint.gguf_file is not None else {"use_safetensors": True}
     own = {name: value for name, value in checkpoint.options.items() if name not in _HUB_OPTIONS}
     _check_options(checkpoint, own)
-    with failures(f"model: {checkpoint.name!r} could not be loaded"):
+    with failures(f"model: {checkpoint.name!r} could not be loaded"), bars_of_gguf():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **checkpoint.arguments(),
             **weights,
@@ -109,6 +109,34 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
         if not checkpoint.allow_missing:
             _check_report(report, checkpoint.name)
     return model
+
+
+@contextlib.contextmanager
+def bars_of_gguf() -> Iterator[None]:
+    """Have transformers draw its bar of GGUF tensors as it draws its others, and end it where reading them fails.
+
+    The bar ignores `transformers.utils.logging.disable_progress_bar`, and a failure left it on the terminal, under the
+    message.
+    """
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    drawn: list[Any] = []
+
+    def draw(*arguments: Any, **options: Any) -> Any:
+        drawn.append(logging.tqdm(*arguments, **options))
+        return drawn[-1]
+
+    before = vars(gguf).get("tqdm")
+    if before is not None:
+        vars(gguf)["tqdm"] = draw
+    try:
+        yield
+    finally:
+        if before is not None:
+            vars(gguf)["tqdm"] = before
+        for bar in drawn:
+            bar.close()
 
 
 def _check_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "attention_weights",
     "dispatch",
     "gradients",
+    "named_options",
     "unchecked_arguments",
 ]
 
@@ -46,6 +47,7 @@ _attention = torch.ops.attnrb.attention.default
 _attention_output = torch.ops.attnrb.attention.output
 _attention_training = torch.ops.attnrb.attention_training.default
 _attention_backward = torch.ops.attnrb.attention_backward.default
+_unrecorded = torch._C._AutoDispatchBelowAutograd
 
 # The options of the op in the order of its schema.
 OPTIONS = (*EditArguments._fields, "emit", *VisibilityArguments._fields, *Scores._fields)
@@ -73,8 +75,8 @@ def attention(
     ``[M, N]`` matrix is built.
 
     Differentiable in query, key, value, sinks, and the edit's gain and key bias, through output and log-sum-exp.
-    ``torch.ops.attnrb.attention``, which this calls, is not: a gradient registered for it would slow every decoded
-    token, so ``torch.ops.attnrb.attention_training`` has it, with the same options by position.
+    So is ``torch.ops.attnrb.attention``, by way of ``torch.ops.attnrb.attention_training``, which has the same options
+    by position. Its overload ``output``, which decodes tokens, is not: a gradient would slow every one of them.
 
     Args:
         query: ``[B, H, M, D]``, float32, bfloat16, float16 or float64, any strides.
@@ -204,8 +206,11 @@ def dispatch(
         return _strengthen_everything(attended, edit, scores.sinks)
     if records_gradient(query, key, value, edit.gain, edit.key_bias, scores.sinks):
         output, lse, indices, counts = _attention_training(query, key, value, *edit, emit, *visibility, *scores)
-    else:
+    elif torch.compiler.is_compiling():
         output, lse, indices, counts = _attention(query, key, value, **given(edit, emit, visibility, scores))
+    else:
+        with _unrecorded():  # what attnrb.ops.raw asks of those who call the op itself is known here
+            output, lse, indices, counts = _attention(query, key, value, **given(edit, emit, visibility, scores))
     return Attended(output, lse, None if emit is None else Outliers(indices, counts))
 
 
@@ -258,14 +263,14 @@ def attention_weights(
 # ------------------------------------------------------------------------------------------------ as torch knows it
 
 
-def _named(positional: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+def named_options(positional: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     """The options of a call, all of them: torch leaves out what is at its default."""
     return dict(zip(OPTIONS, _DEFAULTS, strict=True)) | dict(zip(OPTIONS, positional, strict=False)) | keywords
 
 
 def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> tuple[Tensor, ...]:
     """What the op returns, of the right shapes, dtypes and strides."""
-    options = _named(positional, keywords)
+    options = named_options(positional, keywords)
     check_one_device(query=query, key=key, value=value, **options)
     table = options.get("block_table")
     rows = query.shape[:-1]
@@ -309,7 +314,7 @@ def _backward_fake(
     *positional: Any,
     **keywords: Any,
 ) -> tuple[Tensor, ...]:
-    options = _named(positional, keywords)
+    options = named_options(positional, keywords)
     given = {"grad_output": grad_output, "grad_lse": grad_lse, "output": output, "lse": lse}
     check_one_device(query=query, key=key, value=value, **given, **options)
     rows = (training.like_rows(each) for each in (query, key, value))
@@ -349,7 +354,7 @@ def gradients(
     query, key, value, output, lse = tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    options = _named((), options) | {"emit": None}
+    options = named_options((), options) | {"emit": None}
     *rows, gain, key_bias, sinks = _attention_backward(
         grad_output, grad_lse, query, key, value, output, lse, *(options[name] for name in OPTIONS)
     )

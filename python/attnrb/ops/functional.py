@@ -9,6 +9,7 @@ the attention functions compute in its dtype, as PyTorch's own attention does. f
 PyTorch (`attnrb.ops.dense`): slow, and good for ``torch.autograd.gradcheck``.
 """
 
+from attnrb.ops import raw as _raw  # noqa: F401  (registers what the ops do under their own names)
 from attnrb.ops.attention import attention, attention_weights
 from attnrb.ops.paged import write_keys
 from attnrb.ops.rebalancing import rebalanced_attention, source_attention

@@ -10,6 +10,7 @@ it stay as they are in this forward.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Collection
 from typing import Any
@@ -20,7 +21,10 @@ from attnrb.hosts.session import Forward, current_forward
 from attnrb.hosts.transformers.interface import attribute, every_module, size
 from attnrb.ops.outliers import Outliers
 
-__all__ = ["LeftOut"]
+# Where transformers drafts tokens with the lower layers, and the local variable that holds their true number.
+_EARLY_EXIT = ("EarlyExitCandidateGenerator", "get_candidates", "original_num_hidden_layers")
+
+__all__ = ["LeftOut", "end_early_exit"]
 
 
 class LeftOut:
@@ -77,6 +81,23 @@ class LeftOut:
         forward, layer = current_forward(), self._numbers.get(id(module))
         if forward is not None and layer is not None and not torch.compiler.is_compiling():
             self._begun.setdefault(forward, set()).add(layer)
+
+
+def end_early_exit(decoder: Any) -> None:
+    """Give a decoder whose forward failed the layers back that an early exit took.
+
+    transformers lowers ``num_hidden_layers`` while it drafts tokens and puts it back only where nothing fails. The
+    number is in a caller's variable, and nowhere else.
+    """
+    kind, function, variable = _EARLY_EXIT
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == function and type(frame.f_locals.get("self")).__name__ == kind:
+            depth = frame.f_locals.get(variable)
+            if isinstance(depth, int):
+                decoder.config.num_hidden_layers = depth
+                return
+        frame = frame.f_back
 
 
 def _layers(decoder: torch.nn.Module) -> dict[int, torch.nn.Module]:

@@ -31,7 +31,7 @@ from attnrb.hosts.transformers.attention import FORWARD, attention
 from attnrb.hosts.transformers.caches import Caches, Sequences
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook, begin_model, end_model
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, patch_of, shard_of, whole_model
-from attnrb.hosts.transformers.left_out import LeftOut
+from attnrb.hosts.transformers.left_out import LeftOut, end_early_exit
 from attnrb.ops import _native
 from attnrb.policies.base import Policy, Request
 from attnrb.policies.learned import LearnedGains
@@ -167,7 +167,8 @@ class Patch:
         Raises:
             TypeError, ValueError: as `patch` does; the policy before then stays.
         """
-        plan = _policy(policy, None, {}).resolve(self._shape)
+        with torch.inference_mode(False):  # a tensor of inference mode could not take part in training later
+            plan = _policy(policy, None, {}).resolve(self._shape)
         assert len(plan.steps) == self._shape.layers  # worked out here and not in a traced forward
         self._plan = plan
         self.policy = policy
@@ -326,6 +327,8 @@ class Patch:
 def _leave(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """The forward is over, or failed: one around it, whose hook called the model again, goes on."""
     forward = kwargs.get(FORWARD)
+    if output is None and not torch.compiler.is_compiling():
+        end_early_exit(decoder)
     enter_forward(None if forward is None else forward.outer)
 
 
