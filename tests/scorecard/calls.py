@@ -115,7 +115,9 @@ def call(name: str, rng: random.Random) -> tuple[Sizes, dict[str, Any]]:
         values["gain"] = 0.5
     if values["key_bias"] is None:
         values["first_query"] = None
-    return sizes, {each.name: values[each.name] for each in overload(name)._schema.arguments}
+    # What is not drawn here, as tables of blocks, has its default.
+    schema = overload(name)._schema.arguments
+    return sizes, {each.name: values.get(each.name, each.default_value) for each in schema}
 
 
 def invoke(name: str, arguments: dict[str, Any]) -> Any:

@@ -92,7 +92,7 @@ class Pages:
         texts = [text.replace("⟦", "").replace("⟧", "") for text in texts]
         shown = ""
         for first in range(0, len(texts), _ROWS_SHOWN):
-            rows = [f"a ⟦{text or 'x'}⟧ b" for text in texts[first : first + _ROWS_SHOWN]]
+            rows = [f"a ⟦{text} ⟧ b" for text in texts[first : first + _ROWS_SHOWN]]
             shown += mark(self.tokenizer, rows, open="⟦", close="⟧")._repr_html_()
         head = "<!DOCTYPE html><html><head><meta charset=utf-8><title>a</title></head>"
         return f"{head}<body>{shown}</body></html>"

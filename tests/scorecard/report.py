@@ -65,7 +65,9 @@ def section(row: Row, result: dict[str, Any]) -> str:
     """A row in full."""
     parts = [f"## {row.title}\n", f"{row.says}\n", f"    {result['command']}\n"]
     lines = ["| figure | |", "| --- | ---: |"]
-    lines += [f"| {label} | {value:,} |" for label, value in result["counts"].items()]
+    first = row.least[0]
+    counts = {label: result["counts"][label] for label in sorted(result["counts"], key=lambda label: label != first)}
+    lines += [f"| {label} | {value:,} |" for label, value in counts.items()]
     lines += [f"| {label} | {value:.3g} |" for label, value in result["largest"].items()]
     lines.append(f"| faults | {result['fault_count']:,} |")
     parts.append("\n".join(lines) + "\n")

@@ -24,7 +24,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "build" / "scorecard"
+_PATHS = ("--out", "--program")
 _SHOWN = 40  # faults that are written out; all of them are counted
+# What Linux calls by a number only.
+_GENERATIONS = {
+    ("GenuineIntel", "143"): "Intel Xeon, Sapphire Rapids",
+    ("GenuineIntel", "207"): "Intel Xeon, Emerald Rapids",
+}
 _VERSIONS = ("attnrb", "torch", "transformers", "numpy")
 
 
@@ -84,9 +90,9 @@ def processor() -> str:
     facts = {name.strip(): value.strip() for name, _, value in reversed(lines)}
     flags = facts.get("flags", "").split()
     sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    name = facts.get("model name", platform.machine())
-    model = facts.get("model", "")
-    return f"{name}, model {model}, {os.cpu_count()} cores, {', '.join(sets)}"
+    name = facts.get("model name", platform.machine()).replace("(R)", "")
+    name = _GENERATIONS.get((facts.get("vendor_id", ""), facts.get("model", "")), name)
+    return f"{name}, {os.cpu_count()} cores, {', '.join(sets)}"
 
 
 def versions() -> dict[str, str]:
@@ -150,11 +156,11 @@ def run(name: str, doc: str | None, work: Callable[[Tally], None], *, count: int
 
 
 def _shown_options() -> list[str]:
-    """The command line without the folder of results, which belongs to a machine."""
+    """The command line without what belongs to a machine: folders and programs by their paths."""
     arguments, found = iter(sys.argv[1:]), []
     for argument in arguments:
-        if argument == "--out":
+        if argument in _PATHS:
             next(arguments, None)
-        elif not argument.startswith("--out="):
+        elif not argument.startswith(tuple(f"{name}=" for name in _PATHS)):
             found.append(argument)
     return found
