@@ -14,7 +14,6 @@ import argparse
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from bench_memory import EXPONENT_BAR, HEADS, KEY_HEADS, WIDTH, exponent
@@ -104,7 +103,7 @@ def peak_above_inputs(keys: int, threads: int) -> int:
     """Bytes, measured in this very process, which must not have done anything else."""
     import torch
     from attnrb import functional
-    from bench_memory import _resident
+    from peak import peak_of
 
     torch.set_num_threads(threads)
 
@@ -121,12 +120,7 @@ def peak_above_inputs(keys: int, threads: int) -> int:
 
     step(*made(8))  # threads, code and libraries come in with a first call, whatever the length
     inputs = made(keys)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    kept = step(*inputs)
-    peak = _resident("VmHWM")
-    del kept
-    return peak - before
+    return peak_of(lambda: step(*inputs))[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
