@@ -238,7 +238,7 @@ def raw_ops() -> dict[
 
     return {
         "attention": (lambda q, k, v: ops.attention(q, k, v, **lists)[0], rebalanced),
-        "output": (lambda q, k, v: ops.attention.output(q, k, v, **lists), rebalanced),
+        "output": (lambda q, k, v: ops.attention.output(q, k, v, **lists).transpose(1, 2), rebalanced),
         "training": (lambda q, k, v: ops.attention_training(q, k, v, **lists)[0], rebalanced),
         "source": (
             lambda q, k, v: ops.source_attention(q, k, v, 0.15, *OLDER)[0],

@@ -169,7 +169,8 @@ def attend_unchecked(
     if emit is None:
         return _attention_output(query, key, value, *edit, None, *visibility, scale, softcap or 0.0, sinks), None
     options = given(edit, emit, visibility, Scores(scale, softcap or 0.0, sinks))
-    output, _, indices, counts = _attention(query, key, value, **options)
+    with _unrecorded():
+        output, _, indices, counts = _attention(query, key, value, **options)
     return output.transpose(1, 2), Outliers(indices, counts)
 
 

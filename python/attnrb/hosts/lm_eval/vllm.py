@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from lm_eval.api.registry import register_model
 
 from attnrb.hosts.lm_eval.model import AttnrbLM
@@ -85,7 +85,7 @@ class VllmLM(AttnrbLM):
             places = range(len(text) - len(rest), len(text))
             scored = [one.prompt_logprobs[place][text[place]] for place in places]
             answer = (float(sum(each.logprob for each in scored)), all(each.rank == 1 for each in scored))
-            if not torch.isfinite(torch.tensor(answer[0])):
+            if not math.isfinite(answer[0]):
                 raise ValueError("model: its logits are not finite; try dtype=float32 (--dtype float32)")
             found.append(answer)
             if key is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -176,7 +177,7 @@ class Patch:
             tell("outliers_kept", f"{type(policy).__name__} edits by those of layers {sorted(self._plan.emits)}")
         if self._plan.keeps:
             tell("text_kept", f"{type(policy).__name__} goes by what the prompt showed")
-        if next(self.decoder.parameters(), torch.empty(0, device="cpu")).is_cuda and not _native.library_kernels():
+        if any(each.is_cuda for each in islice(self.decoder.parameters(), 1)) and not _native.library_kernels():
             tell("own_kernels", "PyTorch's kernels are turned off in torch.backends.cuda")
 
     @property

@@ -161,9 +161,9 @@ def rehearse(plan: LayerPlan) -> None:
     """
     shape = plan.shape
     spans = Spans(((Span(0, 1),),)) if plan.wants_spans else None
-    session = plan.begin(Request(spans, torch.tensor([4])))
-    query = torch.zeros(1, shape.local_heads, 4, 8)
-    key = torch.zeros(1, shape.local_heads, 4, 8)
+    session = plan.begin(Request(spans, torch.tensor([4], dtype=torch.int64, device="cpu")))
+    query = torch.zeros(1, shape.local_heads, 4, 8, dtype=torch.float32, device="cpu")
+    key = torch.zeros(1, shape.local_heads, 4, 8, dtype=torch.float32, device="cpu")
     scores = {"visibility": Visibility(query_offset=0), "scale": None, "softcap": None, "sinks": None}
     for layer in sorted(plan.required):
         view = LayerView(layer, query, key, lambda: scores)

@@ -74,7 +74,7 @@ class Step:
         key = tuple(rows)
         if key not in self._served:
             lengths = torch.zeros_like(self.paging.seq_lens)
-            index = torch.tensor(key, dtype=torch.int64)
+            index = torch.tensor(key, dtype=torch.int64, device="cpu")
             lengths[index] = self.paging.seq_lens[index]
             self._served[key] = Paging(self.paging.block_table, self.paging.query_starts, lengths)
         return self._served[key]

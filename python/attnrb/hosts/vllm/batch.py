@@ -171,5 +171,7 @@ class Rows:
 
 def _request(rows: Sequence[Row], sequence: dict[Any, Any] | None = None) -> Request:
     spans = Spans(tuple(row.spans for row in rows))
-    request = Request(spans if spans else None, torch.tensor([row.prompt for row in rows], dtype=torch.int64))
+    request = Request(
+        spans if spans else None, torch.tensor([row.prompt for row in rows], dtype=torch.int64, device="cpu")
+    )
     return request if sequence is None else request.of_sequence(sequence)
