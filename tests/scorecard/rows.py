@@ -136,9 +136,9 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "killed",
-        "kill -9",
-        "An evaluation, a search, a training and a conversion of a GGUF file, each killed at a random moment and "
-        "started again until it is done. Nothing may be lost or done twice, and nothing half-written may be taken "
+        "Killed at any moment",
+        "An evaluation, a search, a training and a conversion of a GGUF file, each ended by kill -9 at a random moment "
+        "and started again until it is done. Nothing may be lost or done twice, and nothing half-written may be taken "
         "for whole.",
         ("killed.py", "--count", "40"),
         ("--count", "0"),
