@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -169,7 +170,7 @@ class Layer:
     def outliers(self, block: Block, threshold: float) -> Outliers:
         """Keys other than a query's own whose weight, before the rule, exceeds the threshold."""
         own = self.key_slots == self._query_slots[:, :, block.rows]
-        return outlier_rows((block.weights.detach() > threshold) & ~own, threshold, self.key_slots)
+        return outlier_rows(above(block.weights.detach(), threshold) & ~own, threshold, self.key_slots)
 
     def held(self, rows: slice) -> Tensor:
         """Which keys of this layer the edit's outliers name: bool ``[B, H, rows|1, N]``."""
@@ -195,13 +196,20 @@ class Layer:
         sees_any = seen.any(-1, keepdim=True)
         # A row without keys is computed as one of zeros and hidden later: its own softmax has no gradient but NaN.
         scores = torch.where(sees_any, torch.where(seen, scores, -torch.inf), 0.0)
-        lse = scores.sum(-1, keepdim=True) if self.keys == 0 else torch.logsumexp(scores, -1, keepdim=True)
+        top = scores.detach().amax(-1, keepdim=True) if self.keys else scores.sum(-1, keepdim=True)
         sink = None
         if self.scores.sinks is not None:
-            score = self.scores.sinks.to(self.dtype).view(1, -1, 1, 1)
-            lse = torch.logaddexp(lse, torch.where(sees_any, score, 0.0))
-            sink = torch.exp(score - lse)
-        weights = torch.where(seen, torch.exp(scores - lse), 0.0)
+            score = torch.where(sees_any, self.scores.sinks.to(self.dtype).view(1, -1, 1, 1), 0.0)
+            top = torch.maximum(top, score.detach())
+            sink = torch.exp(score - top)
+        # Relative to the largest score, as a difference from the log-sum-exp would round once more.
+        weights = torch.where(seen, torch.exp(scores - top), 0.0)
+        total = weights.sum(-1, keepdim=True)
+        if sink is not None:
+            total = total + sink
+        total = torch.where(sees_any, total, 1.0)
+        lse = top + torch.log(total)
+        weights, sink = weights / total, None if sink is None else sink / total
         return Block(rows, seen, scores, lse, weights, sink)
 
     def _strengthened(self, block: Block) -> tuple[Tensor, Tensor | None]:
@@ -287,6 +295,19 @@ def outlier_rows(chosen: Tensor, threshold: float, slots: Tensor) -> Outliers:
     return Outliers(torch.where(indices == last, -1, indices).to(torch.int32), counts.to(torch.int32))
 
 
+def above(weights: Tensor, threshold: float) -> Tensor:
+    """Which weights exceed the threshold as the number that it is; PyTorch would round it to their dtype first."""
+    wide = weights.to(promoted(weights.dtype))
+    return wide > (threshold if wide.dtype == torch.float64 else _not_above(threshold))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _not_above(threshold: float) -> float:
+    """The largest number of float32 that is not above the threshold."""
+    rounded = np.float32(threshold)
+    return float(rounded if float(rounded) <= threshold else np.nextafter(rounded, np.float32(-np.inf)))
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capacity(threshold: float) -> int:
     return _C.outlier_capacity(threshold)
@@ -296,7 +317,7 @@ def outlier_mask(weights: Tensor, threshold: float, query_offset: int) -> Tensor
     """Entries above the threshold that are not the query's own; ``weights [B, H, M, N]``."""
     queries, keys = weights.shape[2:]
     own = torch.arange(queries, device=weights.device)[:, None] + query_offset
-    return (weights > threshold) & (torch.arange(keys, device=weights.device) != own)
+    return (above(weights, threshold) & (torch.arange(keys, device=weights.device) != own)).contiguous()
 
 
 def rebalance(weights: Tensor, mask: Tensor, gain: Tensor, normalize: bool) -> Tensor:

@@ -98,7 +98,7 @@ def rebalance(
     if native(weights):
         result: Tensor = _rebalance_per_head(weights, mask, gains, normalize)
     else:
-        result = dense.rebalance(weights.to(dtype), mask, gains, normalize).to(weights.dtype)
+        result = dense.rebalance(weights.to(dtype), mask, gains, normalize).to(weights.dtype).contiguous()
     return result
 
 
