@@ -144,7 +144,14 @@ def test_an_interrupt_while_importing(tmp_path: Path, place: str) -> None:
     program = "import sys; sys.argv = ['attnrb', 'info']; from attnrb_command import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ran = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        # A shell has its jobs in the background ignore interrupts, and so would this program.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "attnrb: stopped.\n")
 

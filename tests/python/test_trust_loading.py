@@ -317,8 +317,8 @@ def test_a_bar_of_gguf_tensors_ends_with_a_failure(silenced: bool, capsys: pytes
     from transformers.utils import logging
 
     before, shown = gguf.tqdm, set(tqdm._instances)
-    if silenced:
-        logging.disable_progress_bar()
+    # A command that ran in this process may have turned bars off.
+    (logging.disable_progress_bar if silenced else logging.enable_progress_bar)()
 
     def read() -> None:
         for _ in gguf.tqdm([1, 2, 3], desc="tensors"):

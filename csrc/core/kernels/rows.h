@@ -118,17 +118,14 @@ class RowRules {
   template <class Engine, class Rescale, class Take>
   ATTNRB_INLINE void absorb(Row& row, float* scores, int64_t key, int64_t count, int64_t held, bool partial,
                             typename Engine::Probability* probabilities, Rescale&& rescale, Take&& take) const {
-    const bool lifts = marks.parts() && row.marks.key < key + held;
-    if (!partial && !lifts && !removes(row)) {
-      cap(scores, count);
-      if (row.bias == nullptr)
-        absorb_scores<Engine, false, false>(row, scores, key, count, held, probabilities, rescale, take);
-      else
-        absorb_scores<Engine, false, true>(row, scores, key, count, held, probabilities, rescale, take);
+    // What is rare stands apart, so that the loop over rows that see all keys of a block stays small.
+    const bool lifts = row.marks.key < key + held && marks.parts();
+    if (partial || lifts || row.bias != nullptr) {
+      absorb_other<Engine>(row, scores, key, count, held, partial, lifts, probabilities, rescale, take);
       return;
     }
-    finish_scores(row, scores, key, count, held, partial);
-    absorb_scores<Engine, true, false>(row, scores, key, count, held, probabilities, rescale, take);
+    cap(scores, count);
+    absorb_scores<Engine, false, false>(row, scores, key, count, held, probabilities, rescale, take);
   }
 
   // The sum over all weights of a row, before any is strengthened.
@@ -149,6 +146,20 @@ class RowRules {
   }
 
  private:
+  // Rows that do not see all keys of a block, whose outliers are taken out of it, or which have a bias.
+  template <class Engine, class Rescale, class Take>
+  [[gnu::noinline]] void absorb_other(Row& row, float* scores, int64_t key, int64_t count, int64_t held, bool partial,
+                                      bool lifts, typename Engine::Probability* probabilities, Rescale& rescale,
+                                      Take& take) const {
+    if (!partial && !lifts && !removes(row)) {
+      cap(scores, count);
+      absorb_scores<Engine, false, true>(row, scores, key, count, held, probabilities, rescale, take);
+      return;
+    }
+    finish_scores(row, scores, key, count, held, partial);
+    absorb_scores<Engine, true, false>(row, scores, key, count, held, probabilities, rescale, take);
+  }
+
   ATTNRB_INLINE void add_bias(const Row& row, float* scores, int64_t key, int64_t count) const {
     const Vec factor = Vec::set(score_factor());
     const float* values = row.bias->values + (key - row.bias->key);
