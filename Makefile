@@ -10,7 +10,7 @@ include tools/environment.mk tools/native.mk
 
 help:
 	@echo 'make demo          set up everything and compare a real model with and without an edit'
-	@echo 'make check         the daily loop, three minutes: linters, types, and the tests that are quick'
+	@echo 'make check         the daily loop: linters, types, and the tests that are quick'
 	@echo 'make test          everything: C++ tests, also under sanitizers, linters, types, Python tests'
 	@echo 'make docs          the documentation site, in build/site'
 	@echo 'make install       only the environment in .venv, with the package in it'
@@ -23,7 +23,7 @@ help:
 	@echo 'make test-gpu      C++ and op tests on the GPU at hand; make bench-gpu: its times beside PyTorch'
 	@echo 'make cuda          the CUDA ops for every architecture, in build/cuda-all (needs nvcc 12 or newer)'
 	@echo 'make bench         C++ and Python benches; JSON in build/bench; make bench-history compares and keeps it'
-	@echo 'make scorecard     fuzz, sanitizers, planted faults, kills, pages: writes docs/reliability.md, in 40 minutes'
+	@echo 'make scorecard     fuzz, sanitizers, planted faults, kills, pages: writes docs/reliability.md'
 	@echo 'make clean         remove .venv and build'
 
 demo: $(DONE)/cli $(DONE)/model

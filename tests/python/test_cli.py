@@ -203,11 +203,13 @@ class TestInfo:
         out = succeeded(run("info", columns=60))
         assert re.search(rf"^torch +{re.escape(torch.__version__)}", out, re.MULTILINE)
 
-    def test_report_is_markdown_without_anything_private(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_report_is_markdown_without_anything_private(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         from attnrb import __version__
 
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        monkeypatch.setenv("ATTNRB_CACHE", "/home/somebody/cache")
+        monkeypatch.setenv("ATTNRB_CACHE", str(tmp_path / "somebody" / "cache"))
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         out = succeeded(run("info", "--report"))
         assert out.startswith("<details>")

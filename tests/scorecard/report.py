@@ -22,7 +22,7 @@ HEAD = """# Reliability
 
 A scorecard: what was tried to make attnrb crash, err or lose something, how often, and what came of it.
 
-    make scorecard        # all rows, at most 40 minutes on two cores; then this page
+    make scorecard        # all rows, then this page
 
 `tests/scorecard/report.py` writes this page; each row is a program of its own in `tests/scorecard`, with a command
 below that repeats it. Other seeds try other cases: `--seed 1`. What a run finds is mended, gets a test, and is named in

@@ -1,6 +1,6 @@
 """Runs the rows of the scorecard, two at a time, and writes docs/reliability.md.
 
-python tests/scorecard/run.py                        # all of them: at most 40 minutes on two cores
+python tests/scorecard/run.py                        # all of them
 python tests/scorecard/run.py --rows forward hidden
 python tests/scorecard/run.py --smoke --out FOLDER   # a few cases each, to see that the programs work
 """

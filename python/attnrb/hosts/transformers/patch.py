@@ -170,7 +170,7 @@ class Patch:
         """
         with torch.inference_mode(False):  # a tensor of inference mode could not take part in training later
             plan = _policy(policy, None, {}).resolve(self._shape)
-        assert len(plan.steps) == self._shape.layers  # worked out here and not in a traced forward
+        _ = plan.steps  # worked out here and not in a traced forward
         self._plan = plan
         self.policy = policy
         if self._plan.emits:
