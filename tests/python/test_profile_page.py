@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ pytest.importorskip("transformers")
 
 from attnrb import HeadProfile
 from attnrb.studies.profile_page import profile_page
-from browser import browser, opened
+from browser import Elements, opened
 
 HOSTILE = "</dd><script>alert(1)</script><img src=https://example.invalid/x onerror=alert(2)>\u202e\x1b[31m"
 SCORES = [[0.5, -0.25, 0.0], [0.125, 2.0, -2.0]]
@@ -27,23 +25,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as running:
-        yield running
-
-
-class _Elements(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-
 def test_it_loads_nothing_and_says_so_in_its_policy(page: Path) -> None:
-    parser = _Elements()
+    parser = Elements()
     parser.feed(page.read_text("utf-8"))
     for tag, attributes in parser.found:
         assert tag not in ("img", "link", "iframe", "object", "embed", "base", "form")

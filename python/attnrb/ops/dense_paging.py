@@ -11,7 +11,7 @@ from torch import Tensor
 from attnrb import _C
 from attnrb.ops import dense
 from attnrb.ops.edit import EditArguments
-from attnrb.ops.operands import check_gain_values, check_one_device
+from attnrb.ops.operands import check_bias_shape, check_gain_values, check_one_device
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.paging import Layout, PagingArguments, check_paging
 from attnrb.ops.scores import Scores, promoted
@@ -144,11 +144,4 @@ def _check_edit(edit: EditArguments, rows: int, heads: int, sequences: int) -> N
             )
         if edit.counts.shape != (rows, heads):
             raise ValueError(f"counts: expected the shape [T, H] = [{rows}, {heads}], got {tuple(edit.counts.shape)}")
-    bias, first = edit.key_bias, edit.first_query
-    if bias is not None and (bias.shape[0] not in (1, sequences) or bias.shape[1] not in (1, heads)):
-        raise ValueError(
-            f"key_bias: expected the shape [B, H, N'] with B = {sequences} or 1 and H = {heads} or 1, got "
-            f"{tuple(bias.shape)}"
-        )
-    if first is not None and first.shape != (sequences,):
-        raise ValueError(f"first_query: expected the shape [B] = [{sequences}], got {tuple(first.shape)}")
+    check_bias_shape(sequences, heads, edit)

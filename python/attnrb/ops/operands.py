@@ -26,6 +26,7 @@ from attnrb.ops.visibility import DEFAULT_VISIBILITY, VisibilityArguments, descr
 __all__ = [
     "NATIVE_DTYPES",
     "NATIVE_VARIABLE",
+    "check_bias_shape",
     "check_gain_values",
     "check_one_device",
     "check_operand",
@@ -192,6 +193,11 @@ def _check_edit(batch: int, heads: int, queries: int, edit: EditArguments) -> No
             )
         if rows != shape[:3]:
             raise ValueError(f"counts: expected the shape of indices without C, {tuple(shape[:3])}, got {tuple(rows)}")
+    check_bias_shape(batch, heads, edit)
+
+
+def check_bias_shape(batch: int, heads: int, edit: EditArguments) -> None:
+    """Refuse a bias, or first queries, of other sequences or heads."""
     bias, first = edit.key_bias, edit.first_query
     if bias is not None and (bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads)):
         raise ValueError(

@@ -27,7 +27,7 @@ import torch
 from attnrb.hosts.transformers.patch import patch
 from attnrb.policies.base import Policy
 from attnrb.studies.answers import AnswerRow, Item, answer_row, batches, log_likelihoods
-from attnrb.text.mark import spans
+from attnrb.studies.items import TaskItem
 from attnrb.text.marked import Marked
 
 __all__ = ["MARKUPS", "SPLITS", "ConflictItem", "Scores", "conflict_examples", "conflict_items", "score_items"]
@@ -40,39 +40,28 @@ MARKUPS = ("span", "older", "asterisks", "none")
 _BATCH_TOKENS = 1024
 
 
-@dataclass(frozen=True)
-class ConflictItem:
-    """One prompt with two facts. The parts are joined by spaces.
+class ConflictItem(TaskItem):
+    """One prompt with two facts, the newer one marked: `TaskItem` under the names of its parts.
 
-    Attributes:
-        older: a fact.
-        newer: one that contradicts it.
-        question: the beginning of a sentence that the fact completes.
-        candidates: how it may go on, the right one first.
+    Its markup ``older`` points at the older fact.
     """
 
-    older: str
-    newer: str
-    question: str
-    candidates: tuple[str, ...]
+    markups = MARKUPS
 
     @property
-    def answer(self) -> str:
-        """The right candidate, with the space before it."""
-        return " " + self.candidates[0]
+    def older(self) -> str:
+        """A fact."""
+        return self.before
 
-    def prompt(self, tokenizer: Any, markup: str = "span") -> Marked:
-        """The prompt's tokens, with a span where ``markup`` says so.
+    @property
+    def newer(self) -> str:
+        """One that contradicts it."""
+        return self.marked
 
-        Raises:
-            ValueError: ``markup`` is none of `MARKUPS`.
-        """
-        if markup not in MARKUPS:
-            raise ValueError(f"markup: expected one of {', '.join(MARKUPS)}, got {markup!r}")
-        newer = f"**{self.newer}**" if markup == "asterisks" else self.newer
-        start = len(self.older) + 1
-        ranges = {"span": [(start, start + len(newer))], "older": [(0, len(self.older))]}.get(markup, [])
-        return spans(tokenizer, f"{self.older} {newer} {self.question}", ranges)
+    @property
+    def question(self) -> str:
+        """The beginning of a sentence that the fact completes."""
+        return self.behind
 
 
 class _Topic(NamedTuple):

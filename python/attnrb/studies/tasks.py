@@ -20,50 +20,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from attnrb.studies.answers import Item
 from attnrb.studies.conflict import PLACES, SPLITS, check_draw, conflict_items
-from attnrb.text.mark import spans
+from attnrb.studies.items import TaskItem
 from attnrb.text.marked import Marked
 
 __all__ = ["TASKS", "TaskItem", "task_examples", "task_items"]
-
-
-@dataclass(frozen=True)
-class TaskItem:
-    """One prompt: ``before``, ``marked`` and ``behind``, joined by spaces.
-
-    Attributes:
-        before: what stands before the marked text; may be empty.
-        marked: what is pointed at.
-        behind: what stands behind it, the beginning of the answer's sentence included.
-        candidates: how it may go on, the right one first.
-    """
-
-    before: str
-    marked: str
-    behind: str
-    candidates: tuple[str, ...]
-
-    @property
-    def answer(self) -> str:
-        """The right candidate, with the space before it."""
-        return " " + self.candidates[0]
-
-    def prompt(self, tokenizer: Any, markup: str = "span") -> Marked:
-        """The prompt's tokens, with a span where ``markup`` says so.
-
-        Raises:
-            ValueError: ``markup`` is none of span, asterisks and none.
-        """
-        if markup not in ("span", "asterisks", "none"):
-            raise ValueError(f"markup: expected one of span, asterisks, none, got {markup!r}")
-        marked = f"**{self.marked}**" if markup == "asterisks" else self.marked
-        start = len(self.before) + 1 if self.before else 0
-        ranges = [(start, start + len(marked))] if markup == "span" else []
-        return spans(tokenizer, " ".join(filter(None, (self.before, marked, self.behind))), ranges)
 
 
 # Each as (those of development, those held out).
