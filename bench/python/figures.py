@@ -47,14 +47,14 @@ class Figures:
         path.write_text(json.dumps(self._head() | figures, indent=1) + "\n")
 
     def stored(self) -> list[dict[str, Any]]:
-        """The cases that a run before this one finished, on the same machine with the same options; else none."""
+        """The cases that a run before this one finished, on the same machine with the same versions; else none."""
         path: Path | None = self._options.json
         if path is None or not path.exists():
             return []
         found = json.loads(path.read_text())
-        same = all(found.get(name) == value for name, value in self._head().items())
+        same = all(found.get(name) == value for name, value in self._head().items() if name != "command")
         return list(found.get("cases", [])) if same else []
 
     def _head(self) -> dict[str, Any]:
-        """What figures must share to stand in one file."""
+        """What stands before the figures."""
         return self.description | ({"quick": self._options.quick} if "quick" in self._options else {})

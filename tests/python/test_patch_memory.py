@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from process_memory import growth
 
 pytest.importorskip("transformers")
 
@@ -14,14 +11,9 @@ pytestmark = pytest.mark.slow
 
 LENGTH = 16384
 
-# Growth of the peak of a process of its own, since a peak never falls.
 WORKER = """
-import resource, sys
 import attnrb, torch
 from tiny_models import ARCHITECTURES, tiny, tokens
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 name, length = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(2)
@@ -43,13 +35,4 @@ print(peak() - before)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt_neox"])
 def test_no_matrix_of_all_queries_and_keys(name: str) -> None:
     """Causal, padded and windowed: not even one byte for each pair, in one row of the batch, is ever there."""
-    ran = subprocess.run(
-        [sys.executable, "-c", WORKER, name, str(LENGTH)],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert int(ran.stdout) < LENGTH * LENGTH / 2
+    assert growth(WORKER, name, LENGTH) < LENGTH * LENGTH / 2
