@@ -1,11 +1,12 @@
 """Run two commands at once: ``side_by_side.py LOG COMMAND COMMAND``.
 
 The output of the first goes into LOG and is shown when both have ended, that of the second as it comes. When one fails,
-the other is stopped.
+the other is stopped. No shell stands between: a signal reaches the command itself.
 """
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -16,8 +17,8 @@ def run_both(log: Path, first: str, second: str) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         commands = (
-            subprocess.Popen(first, shell=True, stdout=file, stderr=subprocess.STDOUT),
-            subprocess.Popen(second, shell=True),
+            subprocess.Popen(shlex.split(first), stdout=file, stderr=subprocess.STDOUT),
+            subprocess.Popen(shlex.split(second)),
         )
         while any(each.poll() is None for each in commands):
             if any(each.poll() for each in commands):
