@@ -15,8 +15,8 @@ def peak():
 """
 
 
-def growth(program: str, *arguments: object) -> int:
-    """Bytes that a program prints, which has `peak()`, its arguments in `sys.argv` and the modules beside this one."""
+def printed(program: str, *arguments: object) -> str:
+    """What a program prints, which has `peak()` in bytes, `sys.argv` and the modules beside this one."""
     ran = subprocess.run(
         [sys.executable, "-c", _PEAK + program, *map(str, arguments)],
         cwd=Path(__file__).parent,
@@ -26,4 +26,9 @@ def growth(program: str, *arguments: object) -> int:
         timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    return int(ran.stdout)
+    return ran.stdout
+
+
+def growth(program: str, *arguments: object) -> int:
+    """The bytes that a program prints."""
+    return int(printed(program, *arguments))

@@ -107,7 +107,7 @@ def test_texts_join_to_the_text(make: Any) -> None:
     assert "".join(token_texts(tokenizer, ids)).removeprefix(" ") == text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\N{REPLACEMENT CHARACTER}"), max_size=40))
 def test_any_text_joins_in_byte_level_bpe(text: str) -> None:
     ids = BYTE_LEVEL(text, add_special_tokens=False)["input_ids"]

@@ -148,7 +148,7 @@ def test_an_interrupt_while_importing(tmp_path: Path, place: str) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
         # A shell has its jobs in the background ignore interrupts, and so would this program.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
