@@ -19,14 +19,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("ATTNRB_TEST_GRADIENT_SAMPLE", "13")
 os.environ.setdefault("ATTNRB_TEST_SAMPLE", "11")
 
-from faults import Planted, draw, try_all
+from faults import Arguments, Planted, Verdict, draw, try_all
 from row import ROOT, Tally, run
 
 PACKAGE = ROOT / "python" / "attnrb"
@@ -169,30 +169,28 @@ def places(tree: ast.Module) -> Iterator[tuple[ast.AST, str, int | None, ast.AST
                 stack.append(node)
 
 
-def faults_of(name: str) -> Iterator[tuple[Planted, str]]:
-    """Every fault of one module, with the module's text that has it."""
-    source = (PACKAGE / name).read_text("utf-8")
-    tree = ast.parse(source)
+def faults_of(name: str) -> Iterator[tuple[Planted, Callable[[], str]]]:
+    """Every fault of one module, with what gives the module's text that has it: asked for before the next fault."""
+    tree = ast.parse((PACKAGE / name).read_text("utf-8"))
+    owners = _statements(tree)
     for parent, field, index, node in places(tree):
         for kind, new in changes(node):
-            kept = _statement(tree, node) if new is None or isinstance(new, ast.expr) else node
+            kept = owners[node] if new is None or isinstance(new, ast.expr) else node
             before = ast.unparse(kept)
             _put(parent, field, index, new if new is not None else ast.Pass())
             after = "" if new is None else ast.unparse(kept if isinstance(new, ast.expr) else new)
-            yield (
-                Planted(name, node.lineno, kind, _short(before), _short(after)),
-                ast.unparse(ast.fix_missing_locations(tree)),
-            )
+            fault = Planted(name, node.lineno, kind, _short(before), _short(after))
+            yield fault, lambda: ast.unparse(ast.fix_missing_locations(tree))
             _put(parent, field, index, node)
 
 
-def _statement(tree: ast.Module, node: ast.AST) -> ast.AST:
-    """The innermost statement that holds a node."""
-    found: ast.AST = node
-    for each in ast.walk(tree):
-        if isinstance(each, ast.stmt) and any(inner is node for inner in ast.walk(each)):
-            found = each  # ast.walk goes from the outside in
-    return found
+def _statements(tree: ast.Module) -> dict[ast.AST, ast.AST]:
+    """Of every node the innermost statement that holds it."""
+    owners: dict[ast.AST, ast.AST] = {tree: tree}
+    for node in ast.walk(tree):  # from the outside in
+        for child in ast.iter_child_nodes(node):
+            owners[child] = child if isinstance(child, ast.stmt) else owners[node]
+    return owners
 
 
 def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
@@ -234,9 +232,9 @@ def prepare() -> None:
         importlib.import_module(name)
 
 
-def attempt(fault: Planted) -> tuple[bool, str]:
+def attempt(fault: Planted) -> tuple[Verdict, str]:
     """Whether the tests of the fault's module find it."""
-    text = next((text for each, text in faults_of(fault.file) if each == fault), None)
+    text = next((text() for each, text in faults_of(fault.file) if each == fault), None)
     if text is None:
         raise SystemExit(f"{fault.name}: no such place")
     original = (FOLDER / "attnrb" / fault.file).read_text("utf-8")
@@ -247,7 +245,7 @@ def attempt(fault: Planted) -> tuple[bool, str]:
         (FOLDER / "attnrb" / fault.file).write_text(original, "utf-8")
 
 
-def run_tests(module: str) -> tuple[bool, str]:
+def run_tests(module: str) -> tuple[Verdict, str]:
     """In a child, which has everything loaded already."""
     log = FOLDER / "log"
     child = os.fork()
@@ -260,15 +258,15 @@ def run_tests(module: str) -> tuple[bool, str]:
         if done:
             code = os.waitstatus_to_exitcode(status)
             if code == 0:
-                return False, "all tests pass"
+                return Verdict.SURVIVED, "all tests pass"
             lines = [
                 line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith(("FAILED", "ERROR"))
             ]
-            return True, lines[0][:100] if lines else f"exit code {code}"
+            return Verdict.CAUGHT, lines[0][:100] if lines else f"exit code {code}"
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return True, "it never ends"
+    return Verdict.CAUGHT, "it never ends"
 
 
 def _child(module: str, log: Path) -> None:
@@ -291,9 +289,9 @@ def _child(module: str, log: Path) -> None:
 
 def work(tally: Tally) -> None:
     """Plant as many as asked for."""
-    chosen = draw(faults(), tally.count, tally.seed)
+    chosen = draw(faults(), tally.seed)
     prepare()
-    try_all(tally, chosen, attempt, Path(__file__).parent / "survivors_host.json")
+    try_all(tally, chosen, attempt, Arguments.read(Path(__file__).parent / "survivors_host.json"))
 
 
 if __name__ == "__main__":
@@ -305,4 +303,4 @@ if __name__ == "__main__":
             begun = time.monotonic()
             print(each, *run_tests(each), f"{time.monotonic() - begun:.1f} s", flush=True)
     else:
-        sys.exit(run("planted-host", __doc__, work, count=120))
+        sys.exit(run("planted-host", __doc__, work, count=120, only=""))

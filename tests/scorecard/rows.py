@@ -100,9 +100,8 @@ ROWS: tuple[Row, ...] = (
         "NaN in everything hidden",
         "Keys and values that no query sees, the bias of such slots and of slots that a layer does not hold become "
         "NaN or infinite, and what lies in outlier lists behind the last entry becomes any number. No bit of a "
-        "forward or of received attention may change. A backward sums in another order where a block holds such a "
-        "number, so its bits may differ: it stays within the bounds of the oracle.",
-        ("core.py", "--mode", "hidden", "--count", "5000"),
+        "forward, of received attention or of a backward may change.",
+        ("core.py", "--mode", "hidden", "--count", "4000"),
         ("--mode", "hidden", "--count", "20"),
         ("cases with something hidden", 2000),
     ),

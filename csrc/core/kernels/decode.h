@@ -233,8 +233,10 @@ class Decode : Driver<Decode<Dot>> {
           if (rules_.visible(rows[r], key + j)) {
             const float weight = Dot::load_probability(worker.probabilities + r * kBlockKeys, j);
             const Input* values = problem_.value.template row<Input>(batch, key_head, key + j);
-            for (int64_t d = 0; d < shape_.value_width; ++d)
-              sums[r * sum_columns_ + Dot::place(d)] += weight * to_float(values[d * problem_.value.column_stride()]);
+            for (int64_t d = 0; d < shape_.value_width; ++d) {
+              float& sum = sums[r * sum_columns_ + Dot::place(d)];
+              sum = fma_alone(weight, to_float(values[d * problem_.value.column_stride()]), sum);
+            }
           }
       return;
     }
