@@ -25,11 +25,12 @@ from attnrb.ops.paging import PagingArguments, check_seeing
 from attnrb.ops.scores import Scores
 from attnrb.ops.visibility import VisibilityArguments, describe
 
-__all__ = ["attend_paged", "write_keys"]
+__all__ = ["attend_blocks", "attend_paged", "write_blocks", "write_keys"]
 
 # Looked up once: torch.ops resolves overloads at every call.
 _attention = torch.ops.attnrb.attention.default
 _attention_into = torch.ops.attnrb.attention.into
+_attention_output_into = torch.ops.attnrb.attention.output_into
 _write_keys = torch.ops.attnrb.write_keys.default
 
 
@@ -77,6 +78,33 @@ def attend_paged(
     output = query.new_zeros(shape) if out is None else out
     lse, outliers = dense_paging.attention(query, key, value, paging, edit, emit, visibility, scores, output)
     return Attended(output, lse, outliers)
+
+
+def attend_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    paging: PagingArguments,
+    edit: EditArguments,
+    emit: float | None,
+    visibility: VisibilityArguments,
+    scores: Scores,
+    out: Tensor,
+) -> Outliers | None:
+    """`attend_paged` for layers that are called once a token: nothing is checked here that the op checks itself.
+
+    Nobody wants a gradient or a cast, and the visibility has no more than a window or chunks. Returned are the outliers
+    where they are asked for; no log-sum-exp is made where they are not.
+    """
+    if not _in_blocks(query) or (edit.gain is not None and edit.indices is None):
+        return attend_paged(query, key, value, paging, edit, emit, visibility, scores, out).outliers
+    options = given(edit, emit, visibility, scores)
+    table, starts, lengths = paging
+    options.update(block_table=table, query_starts=starts, seq_lens=lengths, out=out)
+    if emit is None:
+        _attention_output_into(query, key, value, **options)
+        return None
+    return Outliers(*_attention_into(query, key, value, **options)[1:])
 
 
 def _every_key(
@@ -136,6 +164,11 @@ def write_keys(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor,
     if records_gradient(key, value, key_pool, value_pool):
         raise RuntimeError("write_keys has no gradient, and one would be recorded: call it under torch.no_grad()")
     _check_pools(key, value, key_pool, value_pool, slot_mapping)
+    write_blocks(key, value, key_pool, value_pool, slot_mapping)
+
+
+def write_blocks(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor) -> None:
+    """`write_keys` for layers that are called once a token: nothing is checked here that the op checks itself."""
     if _in_blocks(key):
         _write_keys(key, value, key_pool, value_pool, slot_mapping)
     else:
