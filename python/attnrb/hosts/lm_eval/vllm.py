@@ -27,7 +27,7 @@ class VllmLM(AttnrbLM):
 
     Args:
         pretrained: as `AttnrbLM` has it. The model is loaded for its tokenizer and its digest too, on the CPU.
-        engine: options of ``vllm.LLM``.
+        engine: options of ``vllm.LLM``, in place of those that are usual here.
         options: as `AttnrbLM` has them.
 
     Raises:
@@ -48,6 +48,7 @@ class VllmLM(AttnrbLM):
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "max_model_len": self.max_length,
                 "additional_config": {KEY: OFF},
+                "enforce_eager": True,  # compiling takes minutes, and rounds otherwise than transformers
                 "disable_log_stats": True,
             }
             self.engine = LLM(model=str(Path(folder)), **{**usual, **(engine or {})})
