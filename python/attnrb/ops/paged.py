@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnrb.decisions import tell
-from attnrb.ops import dense_paging
+from attnrb.ops import dense, dense_paging
 from attnrb.ops.edit import RULES, Attended, EditArguments
 from attnrb.ops.everything import strengthened
 from attnrb.ops.operands import (
@@ -34,14 +34,13 @@ _attention_output_into = torch.ops.attnrb.attention.output_into
 _write_keys = torch.ops.attnrb.write_keys.default
 
 
+_BLOCK_DEVICES = frozenset(("cpu", "meta"))
+"""Those whose native ops serve blocks. Elsewhere `attnrb.ops.dense_paging` gathers the keys of each sequence."""
+
+
 def _in_blocks(query: Tensor) -> bool:
-    """Whether a native op serves blocks of this dtype and device; `attnrb.ops.dense_paging` serves all others."""
-    if not native(query):
-        return False
-    if query.device.type in ("cpu", "meta"):
-        return True
-    tell("dense", "keys lie in blocks, on a device whose native ops do not serve them")
-    return False
+    """Whether a native op serves blocks of this dtype and device."""
+    return native(query) and query.device.type in _BLOCK_DEVICES
 
 
 def attend_paged(
@@ -76,8 +75,26 @@ def attend_paged(
             lse, indices, counts = _attention_into(query, key, value, out=out, **options)
         return Attended(output, lse, None if emit is None else Outliers(indices, counts))
     output = query.new_zeros(shape) if out is None else out
-    lse, outliers = dense_paging.attention(query, key, value, paging, edit, emit, visibility, scores, output)
+    attend = dense.attention
+    if native(query):
+        tell("gathered", "they lie in blocks, on a device whose native ops do not serve these")
+        attend = _strided
+    lse, outliers = dense_paging.attention(query, key, value, paging, edit, emit, visibility, scores, output, attend)
     return Attended(output, lse, outliers)
+
+
+def _strided(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    edit: EditArguments,
+    emit: float | None,
+    visibility: VisibilityArguments,
+    scores: Scores,
+) -> tuple[Tensor, Tensor, Outliers | None]:
+    """`dense.attention` by the native op."""
+    output, lse, indices, counts = _attention(query, key, value, **given(edit, emit, visibility, scores))
+    return output, lse, None if emit is None else Outliers(indices, counts)
 
 
 def attend_blocks(
