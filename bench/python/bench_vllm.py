@@ -37,13 +37,16 @@ class Case(NamedTuple):
     """One load: so many prompts of so many tokens, each going on for so many new ones.
 
     Attributes:
-        cached: whether the prompts were read before, so that what is timed is the decoding.
+        cached: whether the prompts were read before, so that what is timed is the decoding. Whole blocks of 128 tokens
+            are cached, and never a prompt's last token.
+        texts: how many different beginnings the prompts have, a block each; 0: all are different.
     """
 
     prompts: int
     tokens: int
     new: int
     cached: bool
+    texts: int = 0
 
     def computed(self) -> int:
         """How many tokens a run computes."""
@@ -52,8 +55,8 @@ class Case(NamedTuple):
 
 CASES = {
     "prefill 2048": Case(1, 2048, 1, False),
-    "decode 8": Case(8, 256, 24, True),
-    "decode 32": Case(32, 64, 16, True),
+    "decode 8": Case(8, 257, 24, True),
+    "decode 32": Case(32, 129, 16, True, 8),
     "mixed": Case(6, 128, 16, False),
 }
 REBALANCE = {"policy": "rebalance", "alpha": 0.2}
@@ -73,7 +76,7 @@ CONTENDERS: dict[str, list[Any] | None] = {
 
 
 def save_model(name: str, folder: Path, dtype: str) -> None:
-    """``smollm2``, or ``wide``: two layers with the widths of a model of 7 billion weights, random."""
+    """``smollm2``, or ``wide``: two random layers whose attention has the widths of a model of 7 billion weights."""
     import torch
 
     if name == "smollm2":
@@ -85,7 +88,7 @@ def save_model(name: str, folder: Path, dtype: str) -> None:
 
         config = LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=4096,
+            hidden_size=2048,
             intermediate_size=4096,
             num_hidden_layers=2,
             num_attention_heads=32,
@@ -102,10 +105,13 @@ def save_model(name: str, folder: Path, dtype: str) -> None:
 def prompts_of(case: Case, turn: int) -> list[dict[str, list[int]]]:
     """Other ones in each turn, where they are to be read."""
     first = 0 if case.cached else 7 * turn + 1
-    return [
-        {"prompt_token_ids": [3 + (each * 131 + at * 17 + first) % (VOCABULARY - 3) for at in range(case.tokens)]}
-        for each in range(case.prompts)
-    ]
+
+    def text(prompt: int) -> list[int]:
+        beginning = prompt % case.texts if case.texts else prompt
+        tokens = [3 + (beginning * 131 + at * 17 + first) % (VOCABULARY - 3) for at in range(case.tokens)]
+        return [*tokens[:-1], 3 + prompt]
+
+    return [{"prompt_token_ids": text(each)} for each in range(case.prompts)]
 
 
 def serve(folder: str, additional: dict[str, Any], dtype: str, waiting: Any) -> None:
@@ -257,7 +263,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=["smollm2", "wide"], help="default: both")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help="default: both")
     parser.add_argument("--rounds", type=int, default=9, help="at most (default: 9)")
-    parser.add_argument("--seconds", type=float, default=45, help="of timing for each model and dtype (default: 45)")
+    parser.add_argument("--seconds", type=float, default=40, help="of timing for each model and dtype (default: 40)")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     cases, rounds = CASES, asked.rounds
