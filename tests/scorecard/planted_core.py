@@ -180,7 +180,7 @@ def only_float32(table: Path) -> None:
 # What finds most faults soonest goes first: a few generated cases, tests of edges, more cases, and the slowest test.
 _SLOWEST = "Kernels/Edges.PoisonReachesOnlyTheRowsThatSeeIt/*"
 _STAGES = (("Cases/*", 60), (f"Kernels/*-{_SLOWEST}", 120), ("Cases/*", 500), (_SLOWEST, 1))
-_PROCESSOR_SECONDS = 60  # for a stage, many times what it takes: a fault may make threads wait for ever
+_PROCESSOR_SECONDS = 30  # for a stage, which takes less than ten: a fault may make threads wait for ever
 
 
 def _limit() -> None:

@@ -42,14 +42,14 @@ _EMPHASIS = ("emphasis", "emphasis_generate")
 _TEXT = ("text_markup", "text_spans", "text_mark", "text_find", "text_chat", "text_show")
 # Which tests know a module.
 TESTS: dict[str, tuple[str, ...]] = {
-    "ops/attention.py": (*_ATTENTION, "ops_errors"),
+    "ops/attention.py": (*_ATTENTION, "ops_errors", "attention_registration"),
     "ops/edit.py": (*_ATTENTION, "ops_errors"),
     "ops/visibility.py": ("attention_errors", "ops_errors", "reference", "attention_accuracy"),
     "ops/operands.py": ("attention_errors", "ops_errors", "attention_edits"),
     "ops/dense.py": ("attention_accuracy", "dense_calls", "dense_gradients"),
-    "ops/scores.py": ("attention_accuracy", "dense_calls", "patch_stats"),
-    "ops/rebalancing.py": ("ops_errors", "ops_gradient", "dense_calls"),
-    "ops/received.py": ("ops_errors", "dense_calls", "attention_edits"),
+    "ops/scores.py": ("ops_errors", "attention_accuracy", "dense_calls", "patch_stats"),
+    "ops/rebalancing.py": ("ops_errors", "ops_registration", "ops_gradient", "dense_calls"),
+    "ops/received.py": ("ops_errors", "ops_registration", "dense_calls", "attention_edits"),
     "ops/weights_in_memory.py": ("accuracy_weights", "ops_errors", "ops_gradient"),
     "policies/base.py": ("policies", "config", "trust_cli"),
     "policies/checks.py": ("policies", "config", "emphasis"),
