@@ -158,6 +158,26 @@ TEST_P(Edges, PoisonReachesOnlyTheRowsThatSeeIt) {
   EXPECT_GT(counts.poisoned, 1000);
 }
 
+// A key that a mask hides from every query, amid others: few queries and many.
+TEST_P(Edges, WhatNoQuerySeesChangesNoBit) {
+  if (on_device(kernels())) GTEST_SKIP() << "a device may sum such a block in another order";
+  for (const int64_t queries : {1, 3, 40}) {
+    AttentionCase attention = simple_case(make_shape(1, 4, 2, queries, 150, 24));
+    Random random{uint64_t(queries)};
+    attention.mask = std::make_unique<bool[]>(size_t(queries * 150));
+    attention.visibility.mask_strides[2] = 150;
+    attention.visibility.mask_strides[3] = 1;
+    for (int64_t i = 0; i < queries * 150; ++i) attention.mask[size_t(i)] = i % 150 != 20 && random.chance(0.7);
+    const Written clean = run_attention(kernels(), attention, 1);
+    for (int64_t h = 0; h < 2; ++h)
+      for (int64_t d = 0; d < 24; ++d) {
+        attention.key.set(0, h, 20, d, kNaN);
+        attention.value.set(0, h, 20, d, kNaN);
+      }
+    EXPECT_TRUE(run_attention(kernels(), attention, 1) == clean) << queries << " queries";
+  }
+}
+
 TEST_P(Edges, PoisonReachesOnlyTheKeysThatPoisonedRowsSee) {
   constexpr int64_t kQueries = 100, kKeys = 100, kWidth = 16;
   for (const char operand : {'q', 'k'})

@@ -230,6 +230,24 @@ TEST_P(GradientEdges, NaNStaysWhereItIsSeen) {
   EXPECT_TRUE(std::isnan(gradient.grad_value.at(0, 0, 0, 0)));  // through the weights of later queries
 }
 
+// NaN in what one query brings, or in the gradient of its output, reaches the keys that it sees and no others.
+TEST_P(GradientEdges, NaNOfOneQueryStaysWithItsKeys) {
+  if (on_device(kernels())) GTEST_SKIP() << "a device may multiply what a row does not see by zero";
+  for (const bool upstream : {false, true}) {
+    AttentionCase attention = simple_case({1, 1, 1, 60, 60, 8, 8});
+    Random random(9);
+    GradientCase gradient(attention, random, false);
+    gradient.grad_output.fill_uniform(random, 0.5, 1.0);
+    for (int64_t d = 0; d < 8; ++d) (upstream ? gradient.grad_output : attention.query).set(0, 0, 20, d, kNaN);
+    run_gradient(kernels(), gradient, 1);
+    for (int64_t j = 0; j < 60; ++j) {
+      EXPECT_EQ(std::isnan(gradient.grad_key.at(0, 0, j, 0)), j <= 20) << j;
+      EXPECT_EQ(std::isnan(gradient.grad_value.at(0, 0, j, 0)), j <= 20) << j;
+      EXPECT_EQ(std::isnan(gradient.grad_query.at(0, 0, j, 0)), j == 20) << j;
+    }
+  }
+}
+
 TEST_P(GradientEdges, OutlierRowsThatBreakTheRulesAreReported) {
   AttentionCase attention = simple_case({1, 1, 1, 3, 9, 4, 4});
   Random random(6);

@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -34,6 +34,7 @@ FOLDER = ROOT / "build" / "scorecard" / "planted-host"
 _PROCESSOR_SECONDS = 120  # for the tests of one fault; a machine that is shared takes longer
 _LIMIT = 1800  # by the clock
 
+_QUICK = "not (slow or real_model or browser or vllm)"
 _SLOW = "not compile and not inductor and not reach_every and not memory and not process"
 _ATTENTION = ("attention_errors", "attention_edits", "attention_accuracy", "dense_calls")
 _PATCH = ("patch_masks", "patch_batches", "patch_stats", "patch_generate", "patch_cleanup", "patch_refusals")
@@ -41,14 +42,14 @@ _EMPHASIS = ("emphasis", "emphasis_generate")
 _TEXT = ("text_markup", "text_spans", "text_mark", "text_find", "text_chat", "text_show")
 # Which tests know a module.
 TESTS: dict[str, tuple[str, ...]] = {
-    "ops/attention.py": (*_ATTENTION, "ops_errors"),
+    "ops/attention.py": (*_ATTENTION, "ops_errors", "attention_registration"),
     "ops/edit.py": (*_ATTENTION, "ops_errors"),
     "ops/visibility.py": ("attention_errors", "ops_errors", "reference", "attention_accuracy"),
     "ops/operands.py": ("attention_errors", "ops_errors", "attention_edits"),
     "ops/dense.py": ("attention_accuracy", "dense_calls", "dense_gradients"),
-    "ops/scores.py": ("attention_accuracy", "dense_calls", "patch_stats"),
-    "ops/rebalancing.py": ("ops_errors", "ops_gradient", "dense_calls"),
-    "ops/received.py": ("ops_errors", "dense_calls", "attention_edits"),
+    "ops/scores.py": ("ops_errors", "attention_accuracy", "dense_calls", "patch_stats"),
+    "ops/rebalancing.py": ("ops_errors", "ops_registration", "ops_gradient", "dense_calls"),
+    "ops/received.py": ("ops_errors", "ops_registration", "dense_calls", "attention_edits"),
     "ops/weights_in_memory.py": ("accuracy_weights", "ops_errors", "ops_gradient"),
     "policies/base.py": ("policies", "config", "trust_cli"),
     "policies/checks.py": ("policies", "config", "emphasis"),
@@ -89,7 +90,7 @@ TESTS: dict[str, tuple[str, ...]] = {
 _COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 _COMPARED |= {ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 _SWAPPED = {"query_offset": "key_offset", "key_offset": "query_offset", "key_start": "key_end", "key_end": "key_start"}
-_QUIET = ("warn", "debug", "info", "say", "print", "prefetch")  # calls whose loss changes no result
+_QUIET = ("warn", "debug", "info", "say", "print", "prefetch", "tell")  # calls whose loss changes no result
 _SHOWN = ("__repr__", "__str__", "describe")
 
 
@@ -240,18 +241,18 @@ def attempt(fault: Planted) -> tuple[Verdict, str]:
     original = (FOLDER / "attnrb" / fault.file).read_text("utf-8")
     (FOLDER / "attnrb" / fault.file).write_text(text, "utf-8")
     try:
-        return run_tests(fault.file)
+        return run_tests(TESTS[fault.file])
     finally:
         (FOLDER / "attnrb" / fault.file).write_text(original, "utf-8")
 
 
-def run_tests(module: str) -> tuple[Verdict, str]:
+def run_tests(stems: Iterable[str], processor_seconds: int = _PROCESSOR_SECONDS) -> tuple[Verdict, str]:
     """In a child, which has everything loaded already."""
     log = FOLDER / "log"
     child = os.fork()
     if child == 0:
         os.setsid()
-        _child(module, log)
+        _child(stems, log, processor_seconds)
     deadline = time.monotonic() + _LIMIT
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -269,9 +270,9 @@ def run_tests(module: str) -> tuple[Verdict, str]:
     return Verdict.CAUGHT, "it never ends"
 
 
-def _child(module: str, log: Path) -> None:
+def _child(stems: Iterable[str], log: Path, processor_seconds: int) -> None:
     used = int(sum(os.times()[:2]))
-    resource.setrlimit(resource.RLIMIT_CPU, (used + _PROCESSOR_SECONDS,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (used + processor_seconds,) * 2)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -279,9 +280,21 @@ def _child(module: str, log: Path) -> None:
     try:
         import pytest
 
-        files = [str(ROOT / "tests" / "python" / f"test_{stem}.py") for stem in TESTS[module]]
+        files = [str(ROOT / "tests" / "python" / f"test_{stem}.py") for stem in stems]
         os.chdir(ROOT)
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-m", "not model", "-k", _SLOW]
+        options = [
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "--tb=line",
+            "-m",
+            "not (slow or real_model or browser or vllm)",
+            "-k",
+            _SLOW,
+        ]
         code = int(pytest.main([*options, *files]))
     finally:
         os._exit(code)
@@ -291,6 +304,11 @@ def work(tally: Tally) -> None:
     """Plant as many as asked for."""
     chosen = draw(faults(), tally.seed)
     prepare()
+    every = sorted({stem for stems in TESTS.values() for stem in stems})
+    healthy, how = run_tests(every, 10 * _PROCESSOR_SECONDS)
+    if healthy != Verdict.SURVIVED:
+        tally.fault(f"the tests fail without any fault: {how}")
+        return
     try_all(tally, chosen, attempt, Arguments.read(Path(__file__).parent / "survivors_host.json"))
 
 
@@ -301,6 +319,6 @@ if __name__ == "__main__":
         prepare()
         for each in TESTS:
             begun = time.monotonic()
-            print(each, *run_tests(each), f"{time.monotonic() - begun:.1f} s", flush=True)
+            print(each, *run_tests(TESTS[each]), f"{time.monotonic() - begun:.1f} s", flush=True)
     else:
         sys.exit(run("planted-host", __doc__, work, count=120, only=""))
