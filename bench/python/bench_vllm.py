@@ -102,6 +102,11 @@ def save_model(name: str, folder: Path, dtype: str) -> None:
     model.save_pretrained(folder)
 
 
+def contenders_of(case: Case) -> list[str]:
+    """A single prompt is no mixed batch."""
+    return [name for name, asked in CONTENDERS.items() if case.prompts > 1 or asked is None or len(asked) == 1]
+
+
 def prompts_of(case: Case, turn: int) -> list[dict[str, list[int]]]:
     """Other ones in each turn, where they are to be read."""
     first = 0 if case.cached else 7 * turn + 1
@@ -195,7 +200,7 @@ def verify(engines: Engines, dtype: str, cases: dict[str, Case]) -> dict[str, fl
     """
     found = {}
     for name, case in cases.items():
-        said = {contender: engines.run(contender, case, 0)[1] for contender in CONTENDERS}
+        said = {contender: engines.run(contender, case, 0)[1] for contender in contenders_of(case)}
         found[name] = agreement(said["vLLM"], said["attnrb, off"])
         if dtype == "float32" and found[name] < 0.99:
             sys.exit(f"WRONG, not timed: {name}: attnrb says something else than vLLM: {found[name]:.0%} agree")
@@ -212,7 +217,7 @@ def measure(engines: Engines, cases: dict[str, Case], rounds: int, seconds: floa
     end = time.monotonic() + seconds
     for turn in range(1, rounds + 1):
         for name, case in cases.items():
-            order = list(CONTENDERS)
+            order = contenders_of(case)
             for contender in order[turn % len(order) :] + order[: turn % len(order)]:
                 taken.setdefault((name, contender), []).append(engines.run(contender, case, turn)[0])
         if time.monotonic() > end:

@@ -248,12 +248,11 @@ def _shares(
         if ready is not None:
             arguments = ready
         elif isinstance(edit, Mixture):
-            # It has no one softmax: outliers are those of the layer as it is.
-            for row, alone in zip(group.rows, forward.alone(number), strict=True):
-                if step.starts[row] < step.starts[row + 1]:
-                    mixed.append(partial(_mix_alone, layer, RowView(layer, step, row), alone))
-            if emit is None:
-                return ()
+            if emit is not None:  # it has no one softmax: outliers are those of the layer as it is
+                found = _call(layer, step.of(group.rows), NO_EDIT, emit)
+                assert found is not None
+                session.emitted(layer.number, found)
+            return _row_shares(layer, step, group, plan, forward.alone(number), mixed, emitting=False)
         else:
             arguments = edit_arguments(edit, layer.query, forward.batch.rows)
     heard = None if emit is None else partial(session.emitted, layer.number)
@@ -267,9 +266,11 @@ def _row_shares(
     plan: LayerPlan,
     sessions: Sequence[Session],
     mixed: list[Callable[[], None]],
+    *,
+    emitting: bool = True,
 ) -> list[Share]:
     """The shares of a group each of whose rows has a session of its own."""
-    emit = plan.emits.get(layer.number)
+    emit = plan.emits.get(layer.number) if emitting else None
     edits: list[RowEdit] = []
     of_row: dict[int, Session] = dict(zip(group.rows, sessions, strict=True))
     shares = []
@@ -299,13 +300,6 @@ def _tell_rows(sessions: Mapping[int, Session], layer: Layer, step: Step, found:
         first, end = step.queries(row)
         own = (each[first:end].transpose(0, 1)[None].contiguous() for each in found)
         session.emitted(layer.number, Outliers(*own))
-
-
-def _mix_alone(layer: Layer, view: RowView, session: Session) -> None:
-    """One row of a group that has one session, by a session of its own."""
-    edit = session.edit(view)
-    assert isinstance(edit, Mixture), "a policy mixes a layer of all its rows or of none"
-    _mix(layer, view, edit)
 
 
 def _mix(layer: Layer, view: RowView, mixture: Mixture) -> None:
