@@ -58,7 +58,7 @@ def print_json(value: Any) -> None:
             "the result holds numbers that are not finite, which JSON has not: activations of the model may exceed the "
             "range of its dtype; try --dtype float32"
         ) from error
-    typer.echo(document)
+    typer.echo(document.encode("utf-8", "backslashreplace").decode())  # a lone surrogate becomes its escape in JSON
 
 
 def fail(message: str) -> NoReturn:
@@ -126,7 +126,7 @@ def explain(error: Exception) -> str:
 
 
 def _debugging() -> bool:
-    return bool(os.environ.get(DEBUG_VARIABLE))
+    return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
 
 
 @contextlib.contextmanager
