@@ -92,7 +92,7 @@ def read_examples(tokenizer: Any, path: Path) -> list[tuple[Marked, str]]:
             continue
         try:
             example = json_format.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"examples: line {number} of {path.name} is no JSON: {error}") from None
         if not isinstance(example, dict) or set(example) != {"prompt", "answer"}:
             raise ValueError(f"examples: line {number} of {path.name}: expected an object with prompt and answer")

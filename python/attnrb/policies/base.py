@@ -384,7 +384,7 @@ class Policy:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8-sig")))
         except TypeError as error:
             raise TypeError(f"{path}: {error}") from error
-        except ValueError as error:  # that of JSON has arguments of its own
+        except (ValueError, RecursionError) as error:  # that of JSON has arguments of its own
             raise ValueError(f"{path}: {error}") from error
 
 

@@ -50,7 +50,7 @@ const drawPlot = (() => {
   };
   const titled = (axis) => ({ ...axis, ...(axis?.title ? { title: changed(axis.title, ["text"]) } : {}) });
   return (element, traces, layout, config) => {
-    const texts = traces.map((trace) => changed(trace, ["name", "text", "x", "y"]));
+    const texts = traces.map((trace) => changed(trace, ["name", "text", "hovertext", "x", "y"]));
     Plotly.react(element, texts, { ...layout, xaxis: titled(layout.xaxis), yaxis: titled(layout.yaxis) }, config);
   };
 })();
