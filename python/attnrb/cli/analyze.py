@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json as json_module
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrb.cli import files, options
-from attnrb.cli.console import errors, output, steps, user_errors
+from attnrb.cli.console import errors, output, steps, user_errors, write
 from attnrb.cli.loading import load_model
 from attnrb.reports.printable import printable
 from attnrb.text.reading import check_text, read_text
@@ -150,7 +149,7 @@ def analyze(
             )
     if files.is_standard_output(json):
         output()  # makes stdout replace what it cannot encode
-        sys.stdout.write(report.to_json())
+        write(report.to_json())
     else:
         show(output(), report)
     written = files.write_outputs({json: report.to_json, html: report.to_html, png: report.save_plots})
@@ -237,7 +236,7 @@ def _json_lines(path: Path) -> list[NamedText]:
             value = json_module.loads(line)["text"]
             if not isinstance(value, str):
                 raise TypeError
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(f"{str(path)!r}, line {number}: expected an object with a string named text") from error
         texts.append(NamedText(f"{path.name}:{number}", value))
     return texts

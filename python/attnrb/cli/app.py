@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from attnrb.cli import eval as eval_commands
 from attnrb.cli import options, render
 from attnrb.cli.analyze import analyze
-from attnrb.cli.console import OneSentence, output, print_json, steps, user_errors
+from attnrb.cli.console import OneSentence, output, print_json, steps, user_errors, write
 from attnrb.cli.files import standard_input
 from attnrb.cli.loading import load_model, set_threads
 from attnrb.cli.profile import demo, profile
@@ -121,8 +120,7 @@ def generate(
         output()  # makes stdout replace what it cannot encode
 
         def show(piece: str) -> None:
-            sys.stdout.write(printable(piece))
-            sys.stdout.flush()
+            write(printable(piece))
 
         read = read_prompt(loaded, tokenizer, text, chosen, chat=chat, markup=markup)
 
@@ -156,8 +154,7 @@ def generate(
             }
         )
     else:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        write("\n")
         render.generation(generation, stats, read.spans)
 
 

@@ -35,7 +35,7 @@ DType = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Threads to compute with.", show_default="all cores", rich_help_panel=_RUN),
+    typer.Option(min=1, max=1024, help="Threads to compute with.", show_default="all cores", rich_help_panel=_RUN),
 ]
 AllowMissing = Annotated[
     bool,

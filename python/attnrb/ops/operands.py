@@ -96,7 +96,8 @@ def operands(query: Any, key: Any, value: Any, *, ragged: bool = False) -> tuple
 
     Refuses what the C++ checks could only call a ValueError. Ragged queries have 3 dimensions, ``[T, H, D]``.
     """
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    # Of the meta device autocast knows nothing, and asking raises.
+    if isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         if query.dtype not in (dtype, torch.float64):
             tell("cast", f"autocast is on: {query.dtype} becomes {dtype}")
@@ -111,6 +112,7 @@ def operands(query: Any, key: Any, value: Any, *, ragged: bool = False) -> tuple
         and isinstance(value, Tensor)
         and query.dtype in _DTYPES
         and query.dtype == key.dtype == value.dtype
+        and query.layout is key.layout is value.layout is torch.strided
         and key.dim() == 4
         and query.dim() == (3 if ragged else 4)
     ):
@@ -126,6 +128,8 @@ def check_operand(name: str, operand: Any, dimensions: int = 4) -> None:
         raise TypeError(
             f"{name}: expected a tensor of dtype float32, bfloat16, float16 or float64, got {describe(operand)}"
         )
+    if operand.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of the layout {operand.layout}: call to_dense()")
     if operand.dim() != dimensions:
         raise ValueError(f"{name}: expected {dimensions} dimensions, got {operand.dim()}: {tuple(operand.shape)}")
 

@@ -225,7 +225,7 @@ class Alike:
         self.keys = keys
         # As the op takes it; None where calls have to be checked, cast or traced. Autocast is asked about once: were it
         # turned on between layers alike, in whose dtype nothing changes, they would stay more precise than asked for.
-        cast = torch.is_autocast_enabled(self.device.type)
+        cast = not query.is_meta and torch.is_autocast_enabled(self.device.type)
         plain = native(query) and not cast and not torch.compiler.is_compiling()
         self.visibility = visibility_arguments(geometry.visibility) if plain else None
 
