@@ -7,7 +7,7 @@
 Pictures need the extra ``analysis``; everything else needs transformers only (the extra ``hf``).
 """
 
-from attnrb.analysis.outlier_tokens import Sink, robust_z_scores
+from attnrb.analysis.outlier_tokens import Sink, expected_attention, outlier_scores, robust_z_scores
 from attnrb.analysis.report import METRICS, AttentionReport, AttentionRun, TextReport
 from attnrb.analysis.run import Progress, analyze
 from attnrb.text.classes import NON_SEMANTIC, TOKEN_CLASSES, Token, TokenClass, describe_tokens, token_texts
@@ -25,6 +25,8 @@ __all__ = [
     "TokenClass",
     "analyze",
     "describe_tokens",
+    "expected_attention",
+    "outlier_scores",
     "robust_z_scores",
     "token_texts",
 ]

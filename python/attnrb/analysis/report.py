@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnrb.analysis.outlier_tokens import Sink, robust_z_scores
+from attnrb.analysis.outlier_tokens import Sink, outlier_scores
 from attnrb.policies import Policy
 from attnrb.reports.files import write_whole
 from attnrb.text.classes import NON_SEMANTIC, TOKEN_CLASSES, Token, TokenClass
@@ -108,8 +108,8 @@ class AttentionRun:
         return {name: self.mean(name) for name in METRICS}
 
     def z_scores(self, text: int = 0) -> Floats:
-        """Robust z-score of what each token of a kept text receives, ``[L, H, n]``: see `robust_z_scores`."""
-        return robust_z_scores(self.received[text].astype(np.float64))
+        """Robust z-score of what each token of a kept text receives, ``[L, H, n]``: see `outlier_scores`."""
+        return outlier_scores(self.received[text].astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class AttentionReport:
         raise KeyError(f"no run {label!r}: there are {', '.join(run.label for run in self.runs)}")
 
     def outlier_tokens(self, run: AttentionRun, text: int = 0) -> list[list[list[int]]]:
-        """For each layer and head the positions of a kept text's outlier tokens: see `robust_z_scores`."""
+        """For each layer and head the positions of a kept text's outlier tokens: see `outlier_scores`."""
         scores = run.z_scores(text)
         return [[np.flatnonzero(row > self.z_threshold).tolist() for row in layer] for layer in scores]
 

@@ -73,7 +73,7 @@ def analyze(
             from: it is measured too, as it is.
         threshold: weight above which an entry of attention is an outlier. Default: that of `compare`, else 0.01.
         source_layer: the layer with whose outliers those of others are compared. Default: that of `compare`, else 0.
-        z_threshold: robust z-score above which a token is an outlier (see `robust_z_scores`). Default: 3.5.
+        z_threshold: robust z-score above which a token is an outlier (see `outlier_scores`). Default: 3.5.
         chat: wrap each text as a user's message in the tokenizer's chat template. Default: the text as it is.
         max_tokens: cut every text after so many tokens, and say so in the report's notes. Default: never.
         keep_texts: for how many of the texts, from the first on, the tokens and what each receives are kept. All count
