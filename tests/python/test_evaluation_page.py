@@ -18,6 +18,7 @@ from attnrb.evaluation.search_page import search_page  # noqa: E402
 from attnrb.evaluation.trials import SearchPlan, search  # noqa: E402
 from attnrb.hosts.lm_eval.model import AttnrbLM  # noqa: E402
 from attnrb.policies.rebalance import RebalanceConfig  # noqa: E402
+from attnrb.reports.printable import printable  # noqa: E402
 from browser import Heard, opened  # noqa: E402
 from saved_tiny_model import tiny_tokenizer  # noqa: E402
 from tiny_evaluation import roomy_model, save_data  # noqa: E402
@@ -68,6 +69,44 @@ def test_an_evaluation(chromium: Any, evaluation: Path) -> None:
         assert plots.count() == 2 + 2  # differences, accuracies, and two groups over budgets
         for number in range(plots.count()):
             assert plots.nth(number).locator("svg.main-svg").count() >= 1
+    assert heard == Heard()
+
+
+# What Plotly reads in a text that is not made literal: tags, links, entities, and what ends a template.
+PSEUDO_HTML = (
+    "<b>&lt;&#x3c;i&#x3e;</b>\x1b\u202e",
+    "<a href=javascript:alert(1)>a</a><br>",
+    "<extra></extra>%{x}<sup>2",
+    "</text><script>alert(1)</script>",
+)
+
+
+def renamed(value: Any, names: dict[str, str]) -> Any:
+    """The same report with other names in it, keys among them."""
+    if isinstance(value, dict):
+        return {names.get(key, key): renamed(each, names) for key, each in value.items()}
+    if isinstance(value, list):
+        return [renamed(each, names) for each in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def test_names_in_pictures_are_text(chromium: Any, report: dict[str, Any], tmp_path: Path) -> None:
+    plain, *arms = dict.fromkeys(result["arm"] for result in report["results"])
+    groups = list(dict.fromkeys(name for result in report["results"] for name in result["groups"]))
+    names = dict(zip([*arms, *groups], PSEUDO_HTML, strict=True))
+    (tmp_path / "page.html").write_text(page(renamed(report, names)), "utf-8")
+    with opened(chromium, tmp_path / "page.html") as (tab, heard):
+        accuracies = tab.locator('.plot[data-spec="accuracies"]')
+        assert accuracies.locator(".legendtext").all_text_contents() == [
+            plain,
+            *(printable(names[arm]) for arm in arms),
+        ]
+        ticks = accuracies.locator(".xtick2 text, .xtick text").all_text_contents()
+        assert {printable(names[group]) for group in groups} <= set(ticks)
+        assert tab.locator(".plot a, .plot b, .plot script, .plot [style*='font-weight:bold']").count() == 0
+        accuracies.evaluate("plot => Plotly.Fx.hover(plot, [{curveNumber: 1, pointNumber: 0}])")
+        tip = "".join(accuracies.locator(".hoverlayer text").all_text_contents())
+        assert printable(names[arms[0]]) in tip and printable(names[groups[0]]) in tip
     assert heard == Heard()
 
 

@@ -266,7 +266,7 @@
     ...extra,
   });
   const isShare = (name) => data.metrics[name].unit === "share";
-  const draw = (element, traces, layout) => Plotly.react(element, traces, layout, config);
+  const draw = (element, traces, layout) => drawPlot(element, traces, layout, config);
 
   const drawDepth = () => {
     for (const element of document.querySelectorAll(".depth")) {

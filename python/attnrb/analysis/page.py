@@ -108,7 +108,7 @@ def _by_head(report: AttentionReport) -> bool:
 
 def _run_data(run: AttentionRun, by_head: bool) -> dict[str, Any]:
     return {
-        "label": run.label,
+        "label": printable(run.label),
         "layer_means": {name: _numbers(run.layer_means(name)) for name in METRICS},
         "by_head": {name: [_numbers(layer) for layer in run.metric(name)] for name in METRICS},
         "texts": [_received_data(received.astype(np.float64), by_head) for received in run.received],
@@ -165,7 +165,7 @@ def _header(report: AttentionReport) -> str:
                 run.config.label() if run.gains is None else _learnt(run.gains)
             )
     lines = "".join(
-        f"<li><span class='soft'>{name}</span> <b>{escape(value)}</b></li>" for name, value in settings.items()
+        f"<li><span class='soft'>{escape(name)}</span> <b>{escape(value)}</b></li>" for name, value in settings.items()
     )
     facts = "".join(_fact(report, name, what) for name, what in _FACTS.items())
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)

@@ -12,6 +12,7 @@ import numpy as np
 
 from attnrb.analysis.report import METRICS, AttentionReport
 from attnrb.reports.files import write_whole
+from attnrb.reports.printable import printable
 from attnrb.text.classes import TOKEN_CLASSES
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def depth(report: AttentionReport, metrics: Sequence[str]) -> Figure:
         for place, run in enumerate(report.runs):
             style = "-" if place == 0 else "--"
             means = run.layer_means(metric)
-            panel.plot(report.layers, means, style, marker=".", label=run.label, color=_RUN_COLOURS[place])
+            panel.plot(report.layers, means, style, marker=".", label=_literal(run.label), color=_RUN_COLOURS[place])
         panel.set_title(_wrapped(METRICS[metric]), fontsize=10)
         panel.set_xlabel("layer")
         panel.set_ylim(bottom=0)
@@ -71,7 +72,7 @@ def heads(report: AttentionReport, metric: str) -> Figure:
     figure, panels = _figure(1, len(values), max(2.8, 0.2 * report.heads + 1.6), height)
     for panel, run, each in zip(panels.flat, report.runs, values, strict=True):
         image = panel.imshow(each, origin="lower", aspect="auto", vmin=0, vmax=top or 1, cmap="YlGnBu")
-        panel.set_title(run.label, fontsize=10)
+        panel.set_title(_literal(run.label), fontsize=10)
         panel.set_xlabel("head")
         panel.set_ylabel("layer")
         _label_layers(panel, report)
@@ -91,7 +92,7 @@ def token_classes(report: AttentionReport) -> Figure:
             label = name.replace("_", " ")
             panel.bar(report.layers, share, bottom=below, width=0.9, label=label, color=CLASS_COLOURS[name])
             below += share
-        panel.set_title(run.label, fontsize=10)
+        panel.set_title(_literal(run.label), fontsize=10)
         panel.set_xlabel("layer")
         panel.set_ylim(0, 1)
         panel.yaxis.set_major_formatter(_percent())
@@ -114,12 +115,11 @@ def received(report: AttentionReport, text: int) -> Figure:
         values = np.nanmean(run.received[text].astype(np.float64), axis=1)
         norm = LogNorm(vmin=max(float(np.median(values)) / 4, 1e-12), vmax=max(float(values.max()), 1e-11))
         image = panel.imshow(np.maximum(values, 1e-30), origin="lower", aspect="auto", norm=norm, cmap="YlGnBu")
-        panel.set_title(f"{run.label}: attention that each token receives, mean over heads", fontsize=10)
+        panel.set_title(f"{_literal(run.label)}: attention that each token receives, mean over heads", fontsize=10)
         panel.set_ylabel("layer")
         _label_layers(panel, report)
         if len(tokens) <= _LABELLED:
-            # A dollar sign would begin a formula.
-            names = [visible(token.text).replace("$", r"\$") for token in tokens]
+            names = [_literal(visible(token.text)) for token in tokens]
             panel.set_xticks(range(len(tokens)), names, rotation=90, fontsize=7)
         else:
             panel.set_xlabel("token")
@@ -147,6 +147,11 @@ def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(memory, format="png", dpi=150)
     write_whole(path, memory.getvalue())
     return path
+
+
+def _literal(text: str) -> str:
+    """Text that matplotlib shows as it is: a dollar sign would begin a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _label_layers(panel: Any, report: AttentionReport) -> None:

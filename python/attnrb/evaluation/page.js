@@ -27,7 +27,7 @@
         ...trace,
         ...(trace.type === "bar" ? { error_y: { ...trace.error_y, color: ink, thickness: 1.5 } } : {}),
       });
-      Plotly.react(element, spec.data.map(errors), layout, config);
+      drawPlot(element, spec.data.map(errors), layout, config);
     }
   });
 })();

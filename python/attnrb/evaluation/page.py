@@ -198,7 +198,7 @@ def _colours(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _categories(names: Sequence[tuple[str, str]]) -> Any:
     """An axis of groups, each parted into ways of asking where there are several."""
-    groups, labels = [group for group, _ in names], [label for _, label in names]
+    groups, labels = [printable(group) for group, _ in names], [printable(label) for _, label in names]
     return groups if len(set(labels)) == 1 else [groups, labels]
 
 
