@@ -221,15 +221,28 @@ def test_the_end_of_a_text_has_no_more_outliers_than_its_share(seed: int) -> Non
     assert last <= 2 * 0.1 < blind[:, 630:].sum() / blind.sum()
 
 
-def test_expected_attention_is_the_median_of_tokens_alike() -> None:
+def resistant_line(seen_by: Any, x: Any, at: float) -> float:
+    """Tukey's resistant line through ``x`` over ln ``seen_by``, read at ln ``at``."""
+    t, third = np.log(seen_by), len(x) // 3
+    slope = (np.median(x[-third:]) - np.median(x[:third])) / (np.median(t[-third:]) - np.median(t[:third]))
+    return float(slope * np.log(at) + np.median(x - slope * t))
+
+
+def test_expected_attention_is_a_line_through_tokens_alike() -> None:
     length = 400
     received = np.exp(np.random.default_rng(1).standard_normal((2, 3, length)))
     expected = expected_attention(received)
     assert expected.shape == received.shape
-    for seen_by in (1, 400):  # the ends of the scale are computed, not read in between
-        place = length - seen_by
-        alike = received[..., -32:] if seen_by == 1 else received[..., : length - 282]
-        np.testing.assert_allclose(expected[..., place], np.exp(np.median(np.log(alike), axis=-1)), rtol=1e-12)
+    seen_by = np.arange(length, 0, -1)
+    for at, alike in ((1, slice(-32, None)), (400, slice(0, length - 282))):  # the ends are not read in between
+        for row, found in zip(received.reshape(6, -1), expected.reshape(6, -1), strict=True):
+            value = resistant_line(seen_by[alike], np.log(row[alike]), at)
+            np.testing.assert_allclose(np.log(found[length - at]), value, rtol=1e-9, atol=1e-12)
+    # What follows a power of the number of queries is expected exactly, but for tokens that are outliers.
+    power = np.arange(length, 0, -1.0) ** -0.7
+    power[100] = 5
+    np.testing.assert_allclose(np.delete(expected_attention(power) / power, 100), 1, rtol=0.02)
+    assert outlier_scores(power)[100] > 3.5
     # A factor on all tokens is a factor on what is expected, and no score changes.
     np.testing.assert_allclose(expected_attention(7 * received), 7 * expected, rtol=1e-12)
     np.testing.assert_allclose(outlier_scores(7 * received), outlier_scores(received), rtol=1e-9, atol=1e-9)
@@ -242,7 +255,7 @@ def test_expected_attention_of_any_length(length: int, seed: int) -> None:
     expected = expected_attention(received)
     assert expected.shape == received.shape and (expected > 0).all() and np.isfinite(expected).all()
     assert np.isfinite(outlier_scores(received)).all()
-    if length <= 32:
+    if length < 12:
         floor = np.finfo(np.float32).tiny
         median = np.exp(np.median(np.log(np.maximum(received, floor)), axis=1, keepdims=True))
         np.testing.assert_allclose(expected, np.broadcast_to(median, received.shape), rtol=1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ _MOST_POSITIONS = 20  # positions of one sink that are kept
 
 _LIKE = 2**0.5  # tokens are compared with those that at most this many times as many queries see, or as few
 _LEAST_LIKE = 32  # and with at least this many
+_LEAST_SLOPE = 12  # tokens that a line is laid through; fewer have one median
 
 
 def expected_attention(received: Floats) -> Floats:
@@ -32,13 +34,15 @@ def expected_attention(received: Floats) -> Floats:
     a text are seen from near only, so their means are high whatever they say: of SmolLM2 on 2,224 tokens of a licence,
     the last 2 % get ten to a hundred times what the first half gets. Dividing by what even attention would give (the
     mean of 1 / (i + 1) over the queries i that see the token) does not mend this, since even attention has no nearness.
-    So a token is compared with its like. With v = n - j the number of queries that see token j, the tokens with
-    v / √2 to v √2 such queries, and at least 32, have the median
+    So a token is compared with its like: those that v / √2 to v √2 queries see, where v = n - j see token j, and at
+    least 32 tokens. Through x = ln received of these goes Tukey's resistant line in t = ln v, which single outliers do
+    not move:
 
-        expected_j = median { received_k : v_j / √2 ≤ v_k ≤ v_j √2 }
+        slope = (median x of the last third - median x of the first third) / (the same of t)
+        ln expected_j = slope · t_j + median of (x - slope · t)
 
-    It is computed at values of v a quarter of an octave apart and read in between on logarithmic scales, so that a text
-    costs a few passes. A text of 32 tokens or fewer has one median for all.
+    It is computed at values of v half an octave apart and read in between on logarithmic scales, so that a text
+    costs a few passes. In a text of fewer than 12 tokens the slope is 0.
 
     Args:
         received: ``[..., n]``, at least 0: attention received by the n tokens of a text.
@@ -48,16 +52,28 @@ def expected_attention(received: Floats) -> Floats:
     """
     x = _logarithm(received)
     count = x.shape[-1]
-    seen_by = np.unique(np.rint(np.geomspace(1, count, 1 + 4 * max(1, int(np.ceil(np.log2(count)))))).astype(int))
-    medians = np.stack([np.median(x[..., _like(int(each), count)], axis=-1) for each in seen_by], axis=-1)
+    seen_by = np.unique(np.rint(np.geomspace(1, count, 1 + 2 * max(1, int(np.ceil(np.log2(count)))))).astype(int))
     at = np.log(count - np.arange(count))
+    values = np.stack([_resistant(x, at, _like(int(each), count), float(np.log(each))) for each in seen_by], axis=-1)
     above = np.clip(np.searchsorted(np.log(seen_by), at), 1, max(1, len(seen_by) - 1))
     if len(seen_by) == 1:
-        return np.exp(np.broadcast_to(medians, x.shape))
+        return np.exp(np.broadcast_to(values, x.shape))
     low, high = np.log(seen_by[above - 1]), np.log(seen_by[above])
     part = (at - low) / (high - low)
-    expected: Floats = np.exp(medians[..., above - 1] * (1 - part) + medians[..., above] * part)
+    expected: Floats = np.exp(values[..., above - 1] * (1 - part) + values[..., above] * part)
     return expected
+
+
+def _resistant(x: Floats, at: Floats, like: slice, where: float) -> Floats:
+    """The value at ``where`` of the resistant line through ``x [..., n]`` over ``at [n]``, of the tokens ``like``."""
+    x, at = x[..., like], at[like]
+    third = len(at) // 3
+    slope = np.zeros((*x.shape[:-1], 1))
+    if len(at) >= _LEAST_SLOPE:
+        rise = np.median(x[..., -third:], axis=-1) - np.median(x[..., :third], axis=-1)
+        slope = (rise / (np.median(at[-third:]) - np.median(at[:third])))[..., None]
+    value: Floats = np.median(x - slope * at, axis=-1) + slope[..., 0] * where
+    return value
 
 
 def _like(seen_by: int, count: int) -> slice:
@@ -79,7 +95,7 @@ def outlier_scores(received: Floats) -> Floats:
         float64 ``[..., n]``. A token is an outlier where its score exceeds a threshold, `DEFAULT_Z_THRESHOLD` unless
         chosen otherwise: only above, since a token that receives little is no sink.
     """
-    return robust_z_scores(np.exp(_logarithm(received)) / expected_attention(received))
+    return unusual(received).scores
 
 
 def _logarithm(received: Floats) -> Floats:
@@ -101,13 +117,30 @@ def robust_z_scores(received: Floats) -> Floats:
     Returns:
         float64 ``[..., n]``.
     """
-    x = _logarithm(received)
-    deviation = x - np.median(x, axis=-1, keepdims=True)
+    return _robust(_logarithm(received)).scores
+
+
+class Unusual(NamedTuple):
+    """Scores ``[..., n]``, and what turns them back into logarithms: ``scores · spread + centre``; ``[..., 1]``."""
+
+    scores: Floats
+    centre: Floats
+    spread: Floats
+
+
+def unusual(received: Floats) -> Unusual:
+    """`outlier_scores`, from which ``received / expected_attention(received)`` can be had back."""
+    return _robust(_logarithm(received) - np.log(expected_attention(received)))
+
+
+def _robust(x: Floats) -> Unusual:
+    centre = np.median(x, axis=-1, keepdims=True)
+    deviation = x - centre
     spread = 1.482602218505602 * np.median(np.abs(deviation), axis=-1, keepdims=True)
     fallback = 1.2533141373155003 * np.mean(np.abs(deviation), axis=-1, keepdims=True)
     divisor = np.where(spread > 0, spread, fallback)
-    scores: Floats = np.divide(deviation, divisor, out=np.zeros_like(deviation), where=divisor > 0)
-    return scores
+    scores = np.divide(deviation, divisor, out=np.zeros_like(deviation), where=divisor > 0)
+    return Unusual(scores, centre, divisor)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnrb.analysis.outlier_tokens import Sink, outlier_scores
+from attnrb.analysis.rows import DEFAULT_DETAIL, Detail, RunKeys, TextRows
 from attnrb.policies import Policy
 from attnrb.reports.files import write_whole
 from attnrb.text.classes import NON_SEMANTIC, TOKEN_CLASSES, Token, TokenClass
@@ -75,6 +76,13 @@ class AttentionRun:
     sinks: tuple[Sink, ...]
     """Tokens on which attention collapses, over all texts; the strongest first."""
 
+    def __repr__(self) -> str:
+        means = {name: self.mean(name) for name in ("first_key", "non_semantic", "entropy")}
+        shown = ", ".join(f"{name}={value:.3g}" for name, value in means.items() if value is not None)
+        layers, heads = self.entropy.shape
+        what = f"{layers} layers x {heads} heads, {shown}, {len(self.sinks)} sinks"
+        return f"AttentionRun({self.label!r}, {self.model!r}, {what})"
+
     @property
     def non_semantic(self) -> Floats:
         """Mean share on tokens that say nothing: special ones, whitespace and punctuation."""
@@ -119,10 +127,16 @@ class TextReport:
     name: str
     tokens: tuple[Token, ...]
 
+    def __repr__(self) -> str:
+        return f"TextReport({self.name!r}, {len(self.tokens):,} tokens)"
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionReport:
-    """Where the attention of a model goes: what `attnrb.analysis.analyze` found."""
+    """Where the attention of a model goes: what `attnrb.analysis.analyze` found.
+
+    In a notebook it shows its means, its sinks and its first text.
+    """
 
     version: str
     """Of attnrb."""
@@ -147,6 +161,22 @@ class AttentionReport:
     """The baseline if there is one, the plain model, the re-balanced model if there is one."""
     notes: tuple[str, ...] = ()
     """What else a reader should know, a sentence each."""
+    detail: Detail = DEFAULT_DETAIL
+    """Which single heads a page shows."""
+    rows: tuple[TextRows | None, ...] = ()
+    """For each kept text the rows of its most interesting queries; not in JSON."""
+    keys: tuple[tuple[RunKeys, ...], ...] = ()
+    """For each kept text what the layers of each run kept of it, where that was asked for; not in JSON."""
+
+    def __repr__(self) -> str:
+        runs = ", ".join(run.label for run in self.runs)
+        texts = f"{self.text_count:,} text{'s' if self.text_count > 1 else ''}, {self.token_count:,} tokens"
+        return f"AttentionReport({self.after.model!r}, {texts}, {len(self.layers)} layers x {self.heads} heads: {runs})"
+
+    def _repr_html_(self) -> str:
+        from attnrb.analysis.summary import summary
+
+        return summary(self)
 
     @property
     def before(self) -> AttentionRun:
