@@ -131,3 +131,9 @@ def test_never_improves_where_the_interval_holds_zero(
         assert word == "no difference shown"
     else:
         assert word == ("improves" if low > 0 else "worsens")
+
+
+@pytest.mark.parametrize(("differing", "planned"), [(1, False), (9, False), (10, True), (40, True)])
+def test_a_number_of_items_is_planned_from_enough_of_them(differing: int, planned: bool) -> None:
+    plain, other = [True] * 100, [place >= differing for place in range(100)]
+    assert (difference(plain, other).needed_items is not None) == planned

@@ -23,7 +23,7 @@ from attnrb.reports.printable import printable
 from attnrb.text.reading import check_text, read_text
 
 if TYPE_CHECKING:
-    from attnrb.analysis import AttentionReport, AttentionRun
+    from attnrb.analysis import AttentionReport, AttentionRun, Detail
     from attnrb.analysis import Progress as AnalysisProgress
     from attnrb.policies import Policy
 
@@ -103,6 +103,19 @@ def analyze(
         typer.Option(help="Layer whose outliers others are compared with.", show_default="that of --compare, or 0"),
     ] = None,
     z_threshold: Annotated[float, typer.Option(help="Robust z-score above which a token is an outlier.")] = 3.5,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers whose heads the page shows one by one, like 0,12-14.", show_default="all")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Heads that the page shows one by one, like 0-3.", show_default="all")
+    ] = None,
+    rows_mb: Annotated[
+        float, typer.Option(min=0, help="Megabytes of the page for where single tokens look; 0 leaves it out.")
+    ] = 2.0,
+    serve: Annotated[
+        bool, typer.Option(help="Show the page to this machine alone, with every token's row; Ctrl-C ends it.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve.", show_default="any")] = 0,
     html: files.HtmlFile = None,
     json: files.JsonFile = None,
     png: Annotated[
@@ -118,7 +131,8 @@ def analyze(
     with user_errors():
         chosen = _compared(compare, policy)
         texts = read_texts(text or [], text_string or [])
-        _check_outputs(html, json, png)
+        _check_outputs(html, json, png, serve)
+        detail = _detail(layers, heads, rows_mb)
         words = None if function_words is None else read_text(function_words).split()
         with steps() as step:
             loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
@@ -145,6 +159,8 @@ def analyze(
                 names=[each.name for each in texts],
                 model_name=_model_name(model),
                 baseline_name=_model_name(baseline),
+                detail=detail,
+                keep_keys=serve,
                 progress=progress,
             )
     if files.is_standard_output(json):
@@ -155,6 +171,35 @@ def analyze(
     written = files.write_outputs({json: report.to_json, html: report.to_html, png: report.save_plots})
     if written:
         errors().print(Text(f"Wrote {', '.join(written)}"), soft_wrap=True)
+    if serve:
+        _serve(report, port)
+
+
+def _detail(layers: str | None, heads: str | None, megabytes: float) -> Detail:
+    """What the page shows of single heads."""
+    from attnrb.analysis import Detail
+    from attnrb.policies.parse import parse_layers
+
+    def chosen(name: str, text: str | None) -> tuple[int, ...] | None:
+        try:
+            return None if text is None else tuple(parse_layers(text))
+        except ValueError as error:
+            raise ValueError(str(error).replace("layers:", f"{name}:", 1)) from None
+
+    return Detail(chosen("layers", layers), chosen("heads", heads), megabytes)
+
+
+def _serve(report: AttentionReport, port: int) -> None:
+    from attnrb.analysis.serve import ReportServer
+
+    with user_errors():
+        try:
+            server = ReportServer(report, port)
+        except OSError as error:
+            raise ValueError(f"port: {port} cannot be used: {error.strerror}") from error
+    errors().print(Text(f"The page is at {server.address} until Ctrl-C."), soft_wrap=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve()
 
 
 def _compared(compare: str | None, choice: options.PolicyChoice) -> Policy | None:
@@ -263,9 +308,9 @@ def _model_name(model: str | None) -> str:
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-def _check_outputs(html: Path | None, json: Path | None, png: Path | None) -> None:
+def _check_outputs(html: Path | None, json: Path | None, png: Path | None, serve: bool) -> None:
     """Refuse what could not be written in the end, before the work begins."""
-    if html is not None:
+    if html is not None or serve:
         from attnrb.analysis.page import check_installed
 
         check_installed()
@@ -351,7 +396,7 @@ def _figure(name: str, value: float | None) -> str:
 
 
 def _sink_table(report: AttentionReport, run: AttentionRun) -> Table | Text:
-    from attnrb.analysis.page import ranges, visible
+    from attnrb.analysis.words import ranges, visible
 
     title = f"Sinks, {run.label}" if len(report.runs) > 1 else "Sinks"
     if not run.sinks:
