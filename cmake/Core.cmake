@@ -1,16 +1,20 @@
 # The torch-free core: `attnrb_core`. Each instruction set has one translation unit, and only that one is compiled for it.
+set(ATTNRB_ONLY "" CACHE STRING "For development: build the kernels of this instruction set (amx, for one) and no others")
 set(core_dir ${PROJECT_SOURCE_DIR}/csrc/core)
-set(core_sources ${core_dir}/dispatch.cpp ${core_dir}/scratch.cpp ${core_dir}/thread_pool.cpp
-  ${core_dir}/kernels/portable.cpp)
-set(ATTNRB_INSTRUCTION_SETS portable)
+set(core_sources ${core_dir}/dispatch.cpp ${core_dir}/scratch.cpp ${core_dir}/thread_pool.cpp)
+set(ATTNRB_INSTRUCTION_SETS)
 
 function(attnrb_add_instruction_set name)
+  if(ATTNRB_ONLY AND NOT ATTNRB_ONLY STREQUAL name)
+    return()
+  endif()
   set(source ${core_dir}/kernels/${name}.cpp)
   set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${ARGN}")
   set(core_sources ${core_sources} ${source} PARENT_SCOPE)
   set(ATTNRB_INSTRUCTION_SETS ${ATTNRB_INSTRUCTION_SETS} ${name} PARENT_SCOPE)
 endfunction()
 
+attnrb_add_instruction_set(portable)
 if(ATTNRB_TARGET_X86_64)
   set(avx2_flags -mavx2 -mfma -mf16c)
   set(avx512_flags ${avx2_flags} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
@@ -20,6 +24,13 @@ if(ATTNRB_TARGET_X86_64)
   attnrb_add_instruction_set(avx512 ${avx512_flags})
   attnrb_add_instruction_set(avx512_bf16 ${avx512_bf16_flags})
   attnrb_add_instruction_set(amx ${ATTNRB_AMX_FLAGS})
+endif()
+if(NOT ATTNRB_INSTRUCTION_SETS)
+  message(FATAL_ERROR "ATTNRB_ONLY: there is no instruction set '${ATTNRB_ONLY}' for this target; expected portable, or on "
+                      "x86-64 avx2, avx512, avx512_bf16 or amx.")
+endif()
+if(ATTNRB_ONLY)
+  set_source_files_properties(${core_dir}/dispatch.cpp PROPERTIES COMPILE_DEFINITIONS "ATTNRB_ONLY=\"${ATTNRB_ONLY}\"")
 endif()
 
 set(ATTNRB_CORE_ARCHIVE "" CACHE FILEPATH "A libattnrb_core.a of these sources, by this compiler, in place of compiling them again")
