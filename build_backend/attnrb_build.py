@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import TYPE_CHECKING
 
 from find_torch import REQUIREMENT, find_torch, require_torch
 from scikit_build_core import build as backend
@@ -29,6 +29,9 @@ __all__ = [
     "prepare_metadata_for_build_editable",
     "prepare_metadata_for_build_wheel",
 ]
+
+if TYPE_CHECKING:
+    from typing import TypeAlias  # of Python 3.10: an older one must come as far as the sentence that says so
 
 Settings: TypeAlias = "dict[str, str | list[str]] | None"
 
@@ -76,6 +79,7 @@ def _with_torch(config_settings: Settings) -> Settings:
 @contextmanager
 def _plain_sentences() -> Iterator[None]:
     """Says in one sentence what the machine lacks, at the first hook and before anything is fetched for it."""
+    _check_python(sys.version_info[:2])
     _check_compiler()
     try:
         yield
@@ -83,6 +87,12 @@ def _plain_sentences() -> Iterator[None]:
         raise SystemExit("attnrb needs CMake 3.24 or newer to build: run `pip install 'cmake>=3.24'`.") from None
     except NinjaNotFoundError:
         raise SystemExit("attnrb needs ninja or make to build: run `pip install ninja`.") from None
+
+
+def _check_python(version: tuple[int, int]) -> None:
+    # pip asks this backend before it reads requires-python.
+    if version < (3, 10):
+        raise SystemExit(f"attnrb needs Python 3.10 or newer, this is {version[0]}.{version[1]}.")
 
 
 def _check_compiler() -> None:

@@ -6,6 +6,10 @@
 
 #include "kernels.h"
 
+#ifndef ATTNRB_ONLY
+#define ATTNRB_ONLY ""  // a developer's build may name the one instruction set that it has kernels for
+#endif
+
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -81,6 +85,20 @@ bool has_amx() {
 
 #endif
 
+constexpr bool is_built(const char* set) {
+  const char* only = ATTNRB_ONLY;
+  if (*only == '\0') return true;
+  while (*only != '\0' && *only == *set) ++only, ++set;
+  return *only == *set;
+}
+
+// The table of an instruction set; null where it was not built, and then nothing refers to it.
+#define ATTNRB_TABLE(set)                                \
+  []() -> const Kernels* {                               \
+    if constexpr (is_built(#set)) return &set##_kernels; \
+    return nullptr;                                      \
+  }()
+
 struct Candidate {
   const Kernels* kernels;
   bool (*supported)();
@@ -88,12 +106,12 @@ struct Candidate {
 };
 
 constexpr Candidate kCandidates[] = {
-    {&portable_kernels, always},
+    {ATTNRB_TABLE(portable), always},
 #if defined(__x86_64__)
-    {&avx2_kernels, has_avx2},
-    {&avx512_kernels, has_avx512},
-    {&avx512_bf16_kernels, has_avx512_bf16, has_fast_avx512_bf16},
-    {&amx_kernels, has_amx},
+    {ATTNRB_TABLE(avx2), has_avx2},
+    {ATTNRB_TABLE(avx512), has_avx512},
+    {ATTNRB_TABLE(avx512_bf16), has_avx512_bf16, has_fast_avx512_bf16},
+    {ATTNRB_TABLE(amx), has_amx},
 #endif
 };
 constexpr int kCandidateCount = int(sizeof(kCandidates) / sizeof(kCandidates[0]));
@@ -106,10 +124,10 @@ struct Available {
 
   Available() {
     for (const Candidate& candidate : kCandidates) {
-      if (!candidate.supported()) continue;
+      if (candidate.kernels == nullptr || !candidate.supported()) continue;
       tables[count] = candidate.kernels;
       names[count++] = candidate.kernels->name;
-      if (candidate.faster()) best = candidate.kernels;
+      if (best == nullptr || candidate.faster()) best = candidate.kernels;
     }
   }
 };
@@ -120,6 +138,8 @@ const Available& available() {
 }
 
 const Kernels& choose() {
+  if (available().best == nullptr)
+    throw std::runtime_error("attnrb was built with ATTNRB_ONLY=" ATTNRB_ONLY ", which this processor does not have");
   const char* wanted = std::getenv("ATTNRB_CPU");
   if (wanted == nullptr || *wanted == '\0') return *available().best;
   if (const Kernels* table = find_kernels(wanted)) return *table;

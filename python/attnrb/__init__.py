@@ -5,9 +5,12 @@
         model.generate(**inputs)
 
 `patch` serves Hugging Face models, `attnrb.functional` has the operations on plain tensors, and
-`attnrb.reference` is their definition in NumPy.
+`attnrb.reference` is their definition in NumPy. `attnrb.models` loads a model, `attnrb.analysis` shows where attention
+goes, `attnrb.evaluation` asks whether an edit helps, and `attnrb.studies` compares and generates; these are imported
+when they are first used.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from attnrb.ops import _native  # noqa: F401 (registers the native ops, which what follows needs)
@@ -72,21 +75,27 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from attnrb import analysis, evaluation, models, studies  # noqa: F401
     from attnrb.studies.profile import profile_heads
+
+# What stands on everything else, or takes seconds, is imported when somebody asks for it.
+_LATE_MODULES = ("analysis", "evaluation", "models", "reference", "studies")
+_MODULES = (*_LATE_MODULES, "functional", "policies", "protocols", "text")
 
 
 def __getattr__(name: str) -> Any:
-    # A study stands on everything else and is seldom needed: it is imported when somebody asks for it.
     if name == "profile_heads":
         from attnrb.studies.profile import profile_heads
 
         return profile_heads
+    if name in _LATE_MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    # `help` and completion show what is imported on demand, too.
-    return sorted({*globals(), *__all__})
+    # What users are meant to find, whether it is imported yet or not: also what `help` and completion show.
+    return sorted({*__all__, *_MODULES, *(each for each in globals() if each.startswith("__"))})
 
 
 def clear_scratch() -> None:

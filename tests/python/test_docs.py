@@ -135,6 +135,7 @@ MODULES = (
     "attnrb.analysis",
     "attnrb.evaluation",
     "attnrb.hosts.vllm",
+    "attnrb.protocols",
     "attnrb.reference",
 )
 

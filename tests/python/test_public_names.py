@@ -24,6 +24,7 @@ MODULES = (
     "attnrb.functional",
     "attnrb.models",
     "attnrb.policies",
+    "attnrb.protocols",
     "attnrb.reference",
     "attnrb.text",
 )

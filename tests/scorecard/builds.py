@@ -21,7 +21,7 @@ def _options(folder: Path) -> list[str]:
         return ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DATTNRB_SANITIZE=address,undefined"]
     if folder == THREADED:
         options = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DATTNRB_SANITIZE=thread"]
-        return [*options, "-DATTNRB_ONE_INSTRUCTION_SET=avx2"]
+        return [*options, "-DATTNRB_ONLY=avx2"]
     archives = sorted(ROOT.glob("build/cp3*/libattnrb_core.a"), key=lambda path: path.stat().st_mtime)
     return [f"-DATTNRB_CORE_ARCHIVE={archives[-1]}"] if archives else []
 

@@ -23,7 +23,23 @@ __all__ = ["AttentionCall", "Forward", "Observer", "current_forward", "enter_for
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One layer's attention in one forward, as an observer sees it."""
+    """One layer's attention in one forward, as an observer sees it.
+
+    What a hook of TransformerLens or a trace of nnsight reads at a layer's attention, for any model that `attnrb.patch`
+    serves:
+
+        queries = {}
+
+        def observe(call: attnrb.AttentionCall) -> None:
+            queries[call.layer] = call.query
+
+        with attnrb.patch(model, observer=observe):
+            model(**inputs)
+
+    The tensors are those of the forward: to change a copy is safe, and to keep one is to ``clone`` it where the model
+    writes in place. The weights themselves are never built; ``call.attention(values)`` applies them, and with the
+    identity for values it returns them.
+    """
 
     layer: int
     query: torch.Tensor

@@ -33,6 +33,13 @@ class PatchStats:
         self._rows_waiting = 0
         self._lock = threading.RLock()  # threads may run one patched model at once
 
+    def reset(self) -> None:
+        """Count from 0 again."""
+        with self._lock:
+            self._forwards = self._rows = self._outliers = self._most = self._general_masks = self._rows_waiting = 0
+            self._layers.clear()
+            self._waiting.clear()
+
     @property
     def forwards(self) -> int:
         """How many forwards of the model completed."""

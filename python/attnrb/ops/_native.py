@@ -53,7 +53,7 @@ def _load_into_torch(library: Path) -> None:
     except OSError as error:
         raise ImportError(
             f"attnrb's native library {library} does not load into torch {torch.__version__}: {error}. Build it again "
-            "here: run `pip install --force-reinstall --no-deps attnrb`, or `pip install .` in a source tree."
+            "here: run `pip install --force-reinstall --no-deps .` in attnrb's source tree."
         ) from error
 
 

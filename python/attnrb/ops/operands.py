@@ -91,13 +91,17 @@ def transformed() -> bool:
     return _under_transforms() or forward_ad._current_level >= 0
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where a tensor is; torch knows of none on the meta device, and raises if it is asked."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def operands(query: Any, key: Any, value: Any, *, ragged: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Checked, and in the dtype of autocast where that is on.
 
     Refuses what the C++ checks could only call a ValueError. Ragged queries have 3 dimensions, ``[T, H, D]``.
     """
-    # Of the meta device autocast knows nothing, and asking raises.
-    if isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and autocasts(query):
         dtype = torch.get_autocast_dtype(query.device.type)
         if query.dtype not in (dtype, torch.float64):
             tell("cast", f"autocast is on: {query.dtype} becomes {dtype}")

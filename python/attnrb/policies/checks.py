@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["HeadChoice", "beyond_the_model", "choose_heads", "head_choice", "index", "indices", "iterable", "number"]
+__all__ = [
+    "HeadChoice",
+    "Indices",
+    "as_ranges",
+    "beyond_the_model",
+    "choose_heads",
+    "head_choice",
+    "index",
+    "indices",
+    "iterable",
+    "number",
+    "read_ranges",
+]
 
-HeadChoice = Sequence[int] | Mapping[int, Sequence[int]]
-"""Heads: one list for all layers, or ``{layer: [heads]}``, where a layer that is not named has none."""
+Indices = Sequence[int] | str
+"""Numbers of layers or heads: a list, a range, or text such as ``"1-12,15"``."""
+
+HeadChoice = Indices | Mapping[int, Indices]
+"""Heads: the same for all layers, or ``{layer: heads}``, where a layer that is not named has none."""
 
 
 def number(name: str, value: Any) -> float:
@@ -40,11 +56,38 @@ def index(name: str, value: Any) -> int:
 
 
 def indices(name: str, values: Any) -> tuple[int, ...]:
-    """Ascending, without repeats, so that equal choices are equal configurations."""
+    """Ascending, without repeats, so that equal choices are equal configurations; text is read by `read_ranges`."""
+    if isinstance(values, str):
+        return tuple(read_ranges(name, values))
     found = {index(name, value) for value in iterable(name, values)}
     if not found:
         raise ValueError(f"{name}: expected at least one, got none; leave it None to mean all")
     return tuple(sorted(found))
+
+
+def read_ranges(name: str, text: str) -> list[int]:
+    """Numbers of a list like ``1-12,15`` or ``1-12+15``, ascending. Raises ValueError for anything else."""
+    found: set[int] = set()
+    for part in re.split(r"[,+]", text):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        if match is None:
+            raise ValueError(f"{name}: expected numbers and ranges like 1-12,15, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{name}: the range {part.strip()} runs backwards")
+        found.update(range(first, last + 1))
+    return sorted(found)
+
+
+def as_ranges(numbers: Iterable[int]) -> str:
+    """Numbers as `read_ranges` reads them, neighbours as a range: ``1-12,15``."""
+    runs: list[list[int]] = []
+    for each in sorted(set(numbers)):
+        if runs and each == runs[-1][1] + 1:
+            runs[-1][1] = each
+        else:
+            runs.append([each, each])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def iterable(name: str, values: Any) -> Iterable[Any]:
@@ -65,14 +108,15 @@ def head_choice(name: str, heads: HeadChoice) -> tuple[int, ...] | dict[int, tup
     return by_layer
 
 
-def choose_heads(heads: HeadChoice | None, layer: int, total: int) -> Sequence[int]:
-    """The heads of one layer that a choice names, of ``total``; None names all."""
+def choose_heads(heads: Any, layer: int, total: int) -> Sequence[int]:
+    """The heads of one layer that a choice of `head_choice` names, of ``total``; None names all."""
     if heads is None:
         return range(total)
-    return heads.get(layer, ()) if isinstance(heads, Mapping) else heads
+    chosen: Sequence[int] = heads.get(layer, ()) if isinstance(heads, Mapping) else heads
+    return chosen
 
 
-def beyond_the_model(layers: Iterable[int] | None, heads: HeadChoice | None, total_layers: int, total: int) -> None:
+def beyond_the_model(layers: Any, heads: Any, total_layers: int, total: int) -> None:
     """Refuse layers and heads that a model of ``total_layers`` layers with ``total`` heads has not.
 
     Raises:
@@ -81,7 +125,7 @@ def beyond_the_model(layers: Iterable[int] | None, heads: HeadChoice | None, tot
     by_layer = heads if isinstance(heads, Mapping) else {}
     for name, named in (("layers", layers or ()), ("heads", by_layer)):
         if beyond := [layer for layer in named if layer >= total_layers]:
-            raise ValueError(f"{name}: the model's layers are 0 to {total_layers - 1}, got {beyond}")
+            raise ValueError(f"{name}: the model's layers are 0 to {total_layers - 1}, got {as_ranges(beyond)}")
     for chosen in by_layer.values() if by_layer else (heads or (),):
         if beyond := [head for head in chosen if head >= total]:
-            raise ValueError(f"heads: the model's heads are 0 to {total - 1}, got {beyond}")
+            raise ValueError(f"heads: the model's heads are 0 to {total - 1}, got {as_ranges(beyond)}")

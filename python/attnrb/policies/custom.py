@@ -52,7 +52,7 @@ class Custom(Policy):
         *,
         name: str | None = None,
         emits: Mapping[int, float] | None = None,
-        layers: Iterable[int] | None = None,
+        layers: Iterable[int] | str | None = None,
     ) -> None:
         """``name``: how it is shown; default: the function's own name."""
         if not callable(function):

@@ -39,7 +39,7 @@ from attnrb.policies.base import (
     option,
     register_policy,
 )
-from attnrb.policies.checks import HeadChoice, indices, number
+from attnrb.policies.checks import HeadChoice, Indices, indices, number
 from attnrb.policies.profile import HeadProfile, heads_by_layer, read_heads
 from attnrb.policies.request import SpanTables
 
@@ -61,9 +61,10 @@ class Emphasis(Policy):
             nothing, below 1 weakens, 0 removes the span. A span's own strength stands in place of this.
         rows: which queries heed it: ``"after"`` those behind the row's last span; ``"all"``; ``"last"`` the prompt's
             last token and all that follow.
-        heads: the heads that heed it, as one list for all layers or as ``{layer: [heads]}``; or a
-            `attnrb.HeadProfile`, or what `HeadProfile.load` takes. The default, None, means all.
-        layers: the layers that heed it. The default, None, means all with attention.
+        heads: the heads that heed it, as a list, a range or text such as ``"0-3,8"``, the same for all layers or as
+            ``{layer: heads}``; or a `attnrb.HeadProfile`, or what `HeadProfile.load` takes. The default, None, means
+            all.
+        layers: the layers that heed it, written like ``heads``. The default, None, means all with attention.
         share: in place of ``strength``: the spans get at least this share of each row, between 0 and 1, both excluded.
         outside: what the weights of all other keys of the prompt are multiplied by as well, at least 0: PASTA's way,
             which with ``strength=1`` leaves the span's own alone. The default, None, leaves them.
@@ -78,7 +79,7 @@ class Emphasis(Policy):
     strength: float = option(8.0, "What the weights of a span are multiplied by; 0 removes it.")
     rows: str = option("after", "Queries that heed it: after, all or last.")
     heads: HeadChoice | HeadProfile | str | None = option(None, "Heads that heed it, or a profile.", "all")
-    layers: Sequence[int] | None = option(None, "Layers that heed it, like 1-12,15.", "all")
+    layers: Indices | None = option(None, "Layers that heed it, like 1-12,15.", "all")
     share: float | None = option(None, "Least share of each row that spans get, in place of strength.", "none")
     outside: float | None = option(None, "What other keys of the prompt are multiplied by.", "none")
 

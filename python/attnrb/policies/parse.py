@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from attnrb.policies.base import Policy, policy_class, policy_names
+from attnrb.policies.checks import read_ranges
 from attnrb.policies.learnable import learned_file, load_learned
 from attnrb.policies.profile import bundled_profiles
 from attnrb.policies.rebalance import Rebalance
@@ -121,7 +122,7 @@ def parse_option(name: str, value: str) -> Any:
     if value.lower() in ("none", "null"):
         return None
     if name in ("layers", "heads"):
-        return parse_layers(value.replace("+", ",")) if re.fullmatch(r"[\d\s,+-]+", value) else _layers_or_text(value)
+        return read_ranges(name, value) if re.fullmatch(r"[\d\s,+-]+", value) else _layers_or_text(name, value)
     if name == "gains":
         return [parse_option("", gain) for gain in value.split("+")]
     if value.lower() in ("true", "false"):
@@ -131,20 +132,11 @@ def parse_option(name: str, value: str) -> Any:
     return float(value) if _NUMBER.fullmatch(value) else value
 
 
-def _layers_or_text(value: str) -> Any:
+def _layers_or_text(name: str, value: str) -> Any:
     """Where something else than layers stands: the name of a file, or a mistake that names what was expected."""
-    return value if Path(value).suffix == ".json" or value in bundled_profiles() else parse_layers(value)
+    return value if Path(value).suffix == ".json" or value in bundled_profiles() else read_ranges(name, value)
 
 
-def parse_layers(text: str) -> list[int]:
-    """Layer numbers of a list like ``1-12,15``, ascending. Raises ValueError for anything else."""
-    layers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
-        if match is None:
-            raise ValueError(f"layers: expected numbers and ranges like 1-12,15, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError(f"layers: the range {part.strip()} runs backwards")
-        layers.update(range(first, last + 1))
-    return sorted(layers)
+def parse_layers(text: str, name: str = "layers") -> list[int]:
+    """Numbers of a list like ``1-12,15``, ascending. Raises ValueError, naming the option, for anything else."""
+    return read_ranges(name, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,14 +170,14 @@ def read_heads(heads: Any) -> HeadChoice | HeadProfile | None:
     """
     if heads is None or isinstance(heads, HeadProfile):
         return heads
-    if isinstance(heads, str):
+    if isinstance(heads, str) and not re.fullmatch(r"[\d\s,+-]+", heads):
         return HeadProfile.load(heads)
     if isinstance(heads, Mapping) and "scores" in heads:
         return HeadProfile.from_dict(heads)
     return head_choice("heads", heads)
 
 
-def heads_by_layer(heads: Any, layers: Sequence[int] | None, shape: ModelShape) -> dict[int, tuple[int, ...]]:
+def heads_by_layer(heads: Any, layers: Any, shape: ModelShape) -> dict[int, tuple[int, ...]]:
     """Which heads of which layers a policy edits; a layer without attention only if it is named.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 
@@ -24,6 +24,7 @@ from attnrb.policies.base import (
 )
 from attnrb.policies.checks import (
     HeadChoice,
+    Indices,
     beyond_the_model,
     choose_heads,
     head_choice,
@@ -53,10 +54,10 @@ class Rebalance(Policy):
             published code uses 31 for every model. A depth below L - 1 makes the gains of the last layers negative.
         normalize: divide each row of attention by its new sum. The published method does not.
         boost_all: strengthen every entry and not only the outliers (the published code's ``boosting_self``).
-        layers: the layers to re-balance, at least one of them above the source layer; those that are not stay as they
-            are. The default, None, means all.
-        heads: the heads to re-balance, as one list for all layers or as ``{layer: [heads]}``, where a layer that is not
-            named stays as it is. The default, None, means all.
+        layers: the layers to re-balance, as a list, a range or text such as ``"1-12,15"``; at least one of them above
+            the source layer. Those that are not named stay as they are. The default, None, means all.
+        heads: the heads to re-balance, written like ``layers``, the same for all layers or as ``{layer: heads}``, where
+            a layer that is not named stays as it is. The default, None, means all.
         gains: one gain for each of the model's L layers, in place of ``alpha`` and ``depth``. Those of the source layer
             and of layers before it are not used.
 
@@ -74,7 +75,7 @@ class Rebalance(Policy):
     depth: float | None = option(None, "Layer at which the gain reaches 0.", "the last layer")
     normalize: bool = option(False, "Divide each row by its new sum.")
     boost_all: bool = option(False, "Strengthen every entry, not only outliers.")
-    layers: Sequence[int] | None = option(None, "Layers to re-balance, like 1-12,15.", "all after the source layer")
+    layers: Indices | None = option(None, "Layers to re-balance, like 1-12,15.", "all after the source layer")
     heads: HeadChoice | None = option(None, 'Heads to re-balance, like 0-3,8, or {"5": [0, 3]} by layer.', "all")
     gains: Sequence[float] | None = option(None, "One gain for each layer, like 0+0.2+0.1, in place of alpha.", "none")
 
@@ -94,10 +95,11 @@ class Rebalance(Policy):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.layers is not None:
-            put(self, "layers", indices("layers", self.layers))
-            if all(layer <= self.source_layer for layer in self.layers):
+            layers = indices("layers", self.layers)
+            put(self, "layers", layers)
+            if all(layer <= self.source_layer for layer in layers):
                 raise ValueError(
-                    f"layers: expected at least one above the source layer {self.source_layer}, got {list(self.layers)}"
+                    f"layers: expected at least one above the source layer {self.source_layer}, got {list(layers)}"
                 )
         if self.heads is not None:
             put(self, "heads", head_choice("heads", self.heads))
@@ -127,9 +129,10 @@ class Rebalance(Policy):
         """
         self._check_range(layers, heads)
         depth = (layers - 1) if self.depth is None else self.depth
+        named = cast("tuple[int, ...] | None", self.layers)
         result: list[tuple[float, ...] | None] = []
         for layer in range(layers):
-            if layer <= self.source_layer or (self.layers is not None and layer not in self.layers):
+            if layer <= self.source_layer or (named is not None and layer not in named):
                 result.append(None)
                 continue
             gain = self.alpha * (1 - layer / depth) if self.gains is None else self.gains[layer]

@@ -22,7 +22,6 @@ a key bias of ln γ.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,7 +40,7 @@ from attnrb.policies.base import (
     option,
     register_policy,
 )
-from attnrb.policies.checks import HeadChoice, indices, number
+from attnrb.policies.checks import HeadChoice, Indices, indices, number
 from attnrb.policies.profile import HeadProfile, heads_by_layer, read_heads
 
 __all__ = ["SinkDamping"]
@@ -78,7 +77,7 @@ class SinkDamping(Policy):
     threshold: float = option(0.1, "Mean attention above which a key is a sink.")
     first_key: float | None = option(None, "What the first key's weight is multiplied by.", "none")
     heads: HeadChoice | HeadProfile | str | None = option(None, "Heads that heed it, or a profile's file.", "all")
-    layers: Sequence[int] | None = option(None, "Layers that heed it, like 2-12.", "all")
+    layers: Indices | None = option(None, "Layers that heed it, like 2-12.", "all")
 
     def __post_init__(self) -> None:
         put = object.__setattr__

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from attnrb.policies import Plain, Policy
+from attnrb.protocols import Model, Tokenizer
 from attnrb.studies.first_key import first_key_shares, span_shares
 from attnrb.studies.generation import Generation, generate
 from attnrb.studies.prompts import Prompt, read_prompt
@@ -85,8 +86,8 @@ class Comparison:
 
 
 def compare(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     prompt: str = DEFAULT_PROMPT,
     config: Policy | None = None,
     *,

@@ -21,6 +21,7 @@ from attnrb.policies.base import model_shape
 from attnrb.policies.emphasis import Emphasis
 from attnrb.policies.learned_emphasis import LearnedEmphasis
 from attnrb.policies.profile import HeadProfile
+from attnrb.protocols import Model, Tokenizer
 from attnrb.studies.answers import AnswerRow, answer_row, batches, log_likelihoods
 from attnrb.text.marked import Marked
 
@@ -30,8 +31,8 @@ _BATCH_TOKENS = 512
 
 
 def profile_heads(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     policy: Emphasis | None,
     examples: Sequence[tuple[Marked, str]],
     keep: int = 32,

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attnrb.protocols import Tokenizer
 from attnrb.text.chat import conversations, render
 from attnrb.text.marked import Marked
 from attnrb.text.markup import CharSpan, check_delimiters, parse_markup
@@ -20,7 +21,7 @@ Message = Mapping[str, Any]
 
 
 def mark(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     text: str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]],
     *,
     open: str = "((",
@@ -88,7 +89,7 @@ def mark(
 
 
 def spans(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     text: str | Sequence[str],
     ranges: Sequence[Any],
     *,

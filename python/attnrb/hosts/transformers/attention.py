@@ -26,7 +26,7 @@ from attnrb.hosts.transformers.caches import check_keys
 from attnrb.ops import functional
 from attnrb.ops.attention import attend, attend_unchecked, unchecked_arguments
 from attnrb.ops.edit import NO_EDIT, Edit, EditArguments
-from attnrb.ops.operands import native
+from attnrb.ops.operands import autocasts, native
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.visibility import visibility_arguments
 from attnrb.policies.applied import applied_weights
@@ -226,7 +226,7 @@ class Alike:
         self.keys = keys
         # As the op takes it; None where calls have to be checked, cast or traced. Autocast is asked about once: were it
         # turned on between layers alike, in whose dtype nothing changes, they would stay more precise than asked for.
-        cast = not query.is_meta and torch.is_autocast_enabled(self.device.type)
+        cast = autocasts(query)
         plain = native(query) and not cast and not torch.compiler.is_compiling()
         self.visibility = visibility_arguments(geometry.visibility) if plain else None
 

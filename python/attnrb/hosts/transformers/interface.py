@@ -53,6 +53,10 @@ def check_attention(decoder: Any, name: str) -> None:
         )
     if not numbered and not any(_file_knows_interface(type(module)) for module in parts):
         raise NotImplementedError(_no_interface(decoder, name))
+    if numbered and all(attribute(module, "is_causal") is False for module in numbered):
+        raise NotImplementedError(
+            f"model: the attention of {name} goes both ways, to tokens before and behind; {SUPPORTED}"
+        )
     making = {kind for kind in set(map(type, parts)) if _has_methods_for_masks(kind)}
     masking = [module for module in parts if _has_number(module) and type(module) in making]
     if numbered and not masking:

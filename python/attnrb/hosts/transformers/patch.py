@@ -37,6 +37,7 @@ from attnrb.ops import _native
 from attnrb.policies.base import Policy, Request
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.rebalance import Rebalance
+from attnrb.protocols import Model
 from attnrb.text.marked import Marked
 from attnrb.text.spans import Spans
 
@@ -44,7 +45,7 @@ __all__ = ["AttentionCall", "Patch", "patch", "patched", "unpatch"]
 
 
 def patch(
-    model: Any,
+    model: Model,
     policy: Policy | Mapping[str, Any] | None = None,
     *,
     observer: Observer | None = None,
@@ -64,7 +65,8 @@ def patch(
         model: a ``transformers`` decoder, with or without a head, in float32, bfloat16 or float16.
         policy: what to edit: an `attnrb.Policy`, such as `attnrb.Rebalance`, `attnrb.Emphasis` or
             `attnrb.LearnedGains`; or a mapping that `attnrb.Policy.from_dict` reads. Default: ``Rebalance()``.
-        observer: called with an `AttentionCall` after the attention of every layer, for analysis.
+        observer: called with an `AttentionCall` after the attention of every layer: a hook at which queries, keys and
+            values, the edit, and the attention itself can be read.
         config: the name that attnrb 0.1 had for ``policy``.
         options: of re-balancing, in place of ``policy``: ``attnrb.patch(model, alpha=0.3)``.
 
@@ -96,12 +98,23 @@ def _policy(policy: Any, config: Any, options: dict[str, Any]) -> Policy:
     if not isinstance(given[0], Policy):
         raise TypeError(
             "policy: expected an attnrb.Policy (Rebalance, LearnedGains and so on), a mapping or None, got "
-            f"{type(given[0]).__name__}"
+            f"{type(given[0]).__name__}{_hint(given[0])}"
         )
     return given[0]
 
 
-def patched(model: Any) -> Patch | None:
+def _hint(policy: Any) -> str:
+    """What somebody may have meant who passed something else for a policy."""
+    if isinstance(policy, str):
+        return ": attnrb.policies.parse.parse_policy reads text, attnrb.Policy.from_pretrained a folder"
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        return f": make one, as {policy.__name__}()"
+    if isinstance(policy, (int, float)):
+        return f": name the option, as alpha={policy}"
+    return ""
+
+
+def patched(model: Model) -> Patch | None:
     """The patch that is in force on a model; None where there is none.
 
     Raises:
@@ -112,7 +125,7 @@ def patched(model: Any) -> Patch | None:
     return found
 
 
-def unpatch(model: Any) -> bool:
+def unpatch(model: Model) -> bool:
     """Take the patch off a model, wherever its handle is.
 
     Returns:
@@ -162,14 +175,24 @@ class Patch:
             self._hooks.append(each.register_forward_pre_hook(Hook(begin_model)))
             self._hooks.append(each.register_forward_hook(Hook(end_model), always_call=True))
 
-    def update(self, policy: Policy) -> None:
-        """Edit by another policy from the next forward on; the counts in ``stats`` go on.
+    def update(self, policy: Policy | Mapping[str, Any] | None = None, **options: Any) -> None:
+        """Edit by another policy from the next forward on; the counts in ``stats`` go on, until ``stats.reset()``.
+
+            patched.update(alpha=0.5)
+            patched.update(attnrb.Emphasis(strength=8))
+
+        Args:
+            policy: as `patch` takes it.
+            options: of re-balancing, in place of ``policy``; those not named have their defaults.
 
         Raises:
-            TypeError, ValueError: as `patch` does; the policy before then stays.
+            TypeError, ValueError: as `patch` does, or nothing is given; the policy before then stays.
         """
+        if policy is None and not options:
+            raise TypeError("policy: expected a policy, a mapping or options of re-balancing, got none")
+        policy = _policy(policy, None, options)
         with torch.inference_mode(False):  # a tensor of inference mode could not take part in training later
-            plan = _policy(policy, None, {}).resolve(self._shape)
+            plan = policy.resolve(self._shape)
         _ = plan.steps  # worked out here and not in a traced forward
         self._plan = plan
         self.policy = policy
