@@ -267,7 +267,7 @@ class TestErrors:
             (["--dtype", "int8"], "dtype: expected one of float32"),
             (["--max-new-tokens", "0"], "max_new_tokens: expected at least 1"),
             (["--max-new-tokens", "1000"], "exceed the model's context of 128"),
-            (["--temperature", "-1"], "temperature: expected 0 or a positive number"),
+            (["--temperature", "-1"], "temperature: expected 0, or a number of at least"),
             (["--chat"], "no chat template"),
         ],
     )
