@@ -106,6 +106,14 @@ def test_weights_without_a_place_are_named(folder: Path, field: str, value: Any,
     assert any(stray in str(each.message) for each in warned)
 
 
+@pytest.mark.parametrize("content", [b"{", b"", b'\xef\xbb\xbf{"eos_token_id": 5}', b'{"eos_token_id": \xff}'])
+def test_generation_settings_that_cannot_be_read(folder: Path, content: bytes) -> None:
+    """Without them transformers goes on, and its texts have no end."""
+    (folder / "generation_config.json").write_bytes(content)
+    with pytest.raises(models.ModelError, match=r"generation_config\.json of 'tiny' is no JSON: "):
+        models.load(folder)
+
+
 def test_nothing_is_said_of_a_whole_checkpoint(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

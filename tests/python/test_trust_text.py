@@ -129,6 +129,7 @@ def test_what_is_a_number_is_one_as_an_option(text: str) -> None:
         (b'{"a":' * 100_000, "nested too deeply"),
         (b'{"policy": "rebalance", "alpha": NaN}', "alpha: expected a finite number"),
         (b"[1]", "options: expected a mapping"),
+        (b'{"alpha": 0.1, "alpha": 0.9}', "the key 'alpha' stands in it twice"),
         (b"", "is no JSON"),
     ],
 )
@@ -156,6 +157,7 @@ def test_a_separator_within_an_example_ends_no_line(tmp_path: Path) -> None:
         '{"prompt": "((a)) b", "answer": " \\ud800"}',
         '{"prompt": "((a \\udc00)) b", "answer": " c"}',
         '{"prompt": ["((a)) b"], "answer": " c", "more": 1}',
+        '{"prompt": "((a)) b", "prompt": "((c)) b", "answer": " c"}',
         "[" * 100_000,
     ],
 )
@@ -276,3 +278,10 @@ def test_texts_and_strings_are_numbered_together(tmp_path: Path) -> None:
     assert found[2].text == "LICENSE"
     with pytest.raises(ValueError, match="expected --text with a file, --text-string with a text"):
         read_texts([], [])
+
+
+@pytest.mark.parametrize("line", ['{"context": "How many?", "answer": 1, "answer": 2}', "[" * 100_000])
+def test_an_item_that_says_two_things_names_its_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.jsonl").write_text(line, "utf-8")
+    with pytest.raises(DataError, match=r"t\.jsonl, line 1: no JSON of texts and numbers .*(twice|deeply)"):
+        read_items(tmp_path, "t")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json as json_module
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from attnrb.cli import files, options
 from attnrb.cli.console import errors, output, steps, user_errors, write
 from attnrb.cli.loading import load_model
 from attnrb.reports.printable import printable
-from attnrb.text.reading import check_text, read_text
+from attnrb.text.reading import check_text, parse_json, read_text
 
 if TYPE_CHECKING:
     from attnrb.analysis import AttentionReport, AttentionRun, Detail
@@ -278,10 +277,10 @@ def _json_lines(path: Path) -> list[NamedText]:
         if not line.strip():
             continue
         try:
-            value = json_module.loads(line)["text"]
+            value = parse_json(line)["text"]
             if not isinstance(value, str):
                 raise TypeError
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{str(path)!r}, line {number}: expected an object with a string named text") from error
         texts.append(NamedText(f"{path.name}:{number}", value))
     return texts

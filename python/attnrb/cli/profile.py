@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -84,15 +83,15 @@ def read_examples(tokenizer: Any, path: Path) -> list[tuple[Marked, str]]:
         ValueError: a line is none of these, or its markup cannot be read. The message names the line.
     """
     from attnrb.text import mark
-    from attnrb.text.reading import check_text, read_text
+    from attnrb.text.reading import check_text, parse_json, read_text
 
     pairs = []
     for number, line in enumerate(read_text(path).split("\n"), 1):  # other ends of lines may stand in JSON's texts
         if not line.strip():
             continue
         try:
-            example = json_format.loads(line)
-        except (ValueError, RecursionError) as error:
+            example = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"examples: line {number} of {path.name} is no JSON: {error}") from None
         if not isinstance(example, dict) or set(example) != {"prompt", "answer"}:
             raise ValueError(f"examples: line {number} of {path.name}: expected an object with prompt and answer")

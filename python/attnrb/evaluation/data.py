@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from attnrb.evaluation import mmlu
-from attnrb.text.reading import check_text
+from attnrb.text.reading import check_text, parse_json
 
 __all__ = ["LETTERS", "DataError", "Item", "ItemSet", "read_items", "task_names"]
 
@@ -188,9 +187,9 @@ def _json_items(path: Path) -> Iterator[Item]:
             continue
         where = f"data: {path.name}, line {number}"
         try:
-            row = json.loads(line, parse_constant=_refuse_constant)
+            row = parse_json(line, finite=True)
             check_text("a field", row)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise DataError(f"{where}: no JSON of texts and numbers ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object, got {type(row).__name__}")
@@ -238,10 +237,6 @@ def _number_item(where: str, index: int, row: dict[str, Any]) -> Item:
         raise DataError(f"{where}: answer: expected a number, got {answer!r}")
     text = text.replace(",", "")
     return Item(index, question, f"Question: {question}\nAnswer:", (), None, text)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
 
 
 def _string(where: str, row: dict[str, Any], name: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +26,7 @@ _MODEL_OPTIONS = (
     "variant",
 )
 """What ``from_pretrained`` takes of a model beside the fields of its configuration."""
+_SETTINGS = "generation_config.json"
 _NAMED = 6  # weights that an error names before it counts the rest
 
 
@@ -97,6 +100,7 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
     weights: dict[str, Any] = {} if checkpoint.gguf_file is not None else {"use_safetensors": True}
     own = {name: value for name, value in checkpoint.options.items() if name not in _HUB_OPTIONS}
     _check_options(checkpoint, own)
+    _check_settings(checkpoint)
     with failures(f"model: {checkpoint.name!r} could not be loaded"), bars_of_gguf():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **checkpoint.arguments(),
@@ -157,6 +161,16 @@ def _check_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise UnknownOptionError(name, known)
+
+
+def _check_settings(checkpoint: Checkpoint) -> None:
+    """Refuse a folder whose generation settings cannot be read: transformers goes on without them, and their ends."""
+    file = Path(checkpoint.place, checkpoint.subfolder, _SETTINGS)
+    if checkpoint.gguf_file is None and file.is_file():
+        try:
+            json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model: {_SETTINGS} of {checkpoint.name!r} is no JSON: {error}") from None
 
 
 def _check_report(report: Mapping[str, Any], name: str) -> None:

@@ -15,7 +15,6 @@ text                                      policy
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -27,7 +26,7 @@ from attnrb.policies.checks import read_ranges
 from attnrb.policies.learnable import learned_file, load_learned
 from attnrb.policies.profile import bundled_profiles
 from attnrb.policies.rebalance import Rebalance
-from attnrb.text.reading import read_text
+from attnrb.text.reading import parse_json, read_text
 
 # As JSON writes them, and what Python prints for others; not "1_000", in which a slip of the pen reads as a number.
 _WHOLE = re.compile(r"[+-]?[0-9]+")
@@ -107,18 +106,17 @@ def _from_json(text: str) -> Policy:
         except ValueError as error:
             raise ValueError(f"config: {error}") from error
     try:
-        return Policy.from_dict(json.loads(written))
-    except json.JSONDecodeError as error:
+        read = parse_json(written)
+    except ValueError as error:
         raise ValueError(f"config: {text!r:.200} is no JSON: {error}") from error
-    except RecursionError:
-        raise ValueError(f"config: {text[:40]!r} is no policy: it is nested too deeply") from None
+    return Policy.from_dict(read)
 
 
 def parse_option(name: str, value: str) -> Any:
     """The value of one option: JSON, a number, true, false or none, or a list joined by plus signs; else text."""
     if value.startswith(("{", "[", '"')):
-        with contextlib.suppress(json.JSONDecodeError, RecursionError):
-            return json.loads(value)
+        with contextlib.suppress(ValueError):
+            return parse_json(value)
     if value.lower() in ("none", "null"):
         return None
     if name in ("layers", "heads"):

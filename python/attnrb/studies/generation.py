@@ -99,7 +99,8 @@ def generate(
             prompt has a token that the model does not know, or its logits are not finite.
 
     The model's own settings count (penalties, stop strings, a kind of cache), except those that ask for several texts
-    at once or for beams: one text is generated, token by token. A warning says which were left out.
+    at once or for beams, or that need code from the hub: one text is generated, token by token. A warning says which
+    were left out.
     """
     from attnrb.hosts.transformers.logits import ONE_TEXT, RefuseNaN
 
@@ -161,8 +162,11 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _warn_of_settings(model: Any) -> None:
-    own = {name: getattr(model.generation_config, name, None) for name in ("num_beams", "num_return_sequences")}
-    left_out = [f"{name}={value}" for name, value in own.items() if isinstance(value, int) and value > 1]
+    from attnrb.hosts.transformers.logits import FOREIGN
+
+    names = ("num_beams", "num_return_sequences", *FOREIGN)
+    own = {name: getattr(model.generation_config, name, None) for name in names}
+    left_out = [f"{name}={value}" for name, value in own.items() if value not in (None, 0, 1)]
     if left_out:
         warnings.warn(
             f"the model's own settings {' and '.join(left_out)} are left out: one text is generated, token by token",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BYTE_ORDER_MARK", "check_text", "read_text"]
+__all__ = ["BYTE_ORDER_MARK", "check_text", "parse_json", "read_text"]
 
 BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 """What some editors put before UTF-8. It would become a model's first token, the one that attention sinks into."""
@@ -23,6 +24,35 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{str(path)!r} is no UTF-8 text: byte {error.start} cannot be read") from error
     except OSError as error:
         raise ValueError(f"{str(path)!r} could not be read: {error.strerror or error}") from error
+
+
+def parse_json(text: str, *, finite: bool = False) -> Any:
+    """The value of a JSON document in which a key that stands twice is an error, and not the last one's.
+
+    Args:
+        text: the document.
+        finite: refuse ``NaN`` and ``Infinity``, which JSON has not and Python reads.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse if finite else None)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands in it twice")
+    return found
 
 
 def check_text(name: str, value: Any) -> None:

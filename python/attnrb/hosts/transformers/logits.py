@@ -7,9 +7,17 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-__all__ = ["GREEDY", "ONE_TEXT", "RefuseNaN"]
+__all__ = ["FOREIGN", "GREEDY", "ONE_TEXT", "RefuseNaN"]
 
-ONE_TEXT: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+FOREIGN = ("constraints", "dola_layers", "force_words_ids")
+"""Settings of ``generate`` that transformers serves by code from the hub alone, which is never run."""
+
+ONE_TEXT: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    **dict.fromkeys(FOREIGN),
+}
 """Settings of ``generate`` under which it returns one row of tokens for each prompt, whatever a model's own say."""
 
 GREEDY: dict[str, Any] = {
