@@ -262,7 +262,7 @@ def spread(length: int, count: int) -> Tensor:
     """At most so many positions of a text, evenly spread, with the last: int64, ascending."""
     if length <= count:
         return torch.arange(length)
-    return torch.linspace(0, length - 1, count, dtype=torch.float64).round().long().unique()
+    return torch.from_numpy(np.unique(np.rint(np.linspace(0, length - 1, count)).astype(np.int64)))
 
 
 def row_bytes(layers: int, heads: int, runs: int) -> float:
@@ -306,9 +306,10 @@ class RowCollector:
         kept = self._running[-1]
         shown = self.detail.places(layers, heads)
         if self._queries is None:
-            room = min(int(self._left / row_bytes(*map(len, shown), runs)), max(4, _WORK // kept.length))
+            size = row_bytes(len(shown[0]), len(shown[1]), runs)
+            room = min(int(self._left / size), max(4, _WORK // kept.length))
             self._queries = interesting(kept, room)
-            self._left -= len(self._queries) * row_bytes(*map(len, shown), runs)
+            self._left -= len(self._queries) * size
         if self._queries:
             self._packed.append(kept.pack(self._queries, *shown))
         if not self.keep_keys:
@@ -318,7 +319,7 @@ class RowCollector:
         """Note what was found in the text that is done."""
         shown = self.detail.places(layers, heads)
         packed, queries = tuple(self._packed), tuple(self._queries or ())
-        self.found.append(TextRows(queries, *map(tuple, shown), packed) if packed else None)
+        self.found.append(TextRows(queries, tuple(shown[0]), tuple(shown[1]), packed) if packed else None)
         if self.keep_keys:
             self.keys.append(tuple(self._running))
         self._running, self._queries, self._packed = [], None, []

@@ -90,8 +90,8 @@ def analyze(
         baseline_name: likewise.
         detail: which single heads a page of the report shows, and what it may take for the rows of single queries.
         keep_keys: keep the queries and keys of every layer of the texts that are kept, so that
-            `AttentionReport.rows_of` has the row of any query: for a model of L layers about
-            ``L (H + 2 Hk) D`` numbers for each token and run. Default: no.
+            `attnrb.analysis.serve.ReportServer` can compute the row of any query: ``L (H + Hk) D`` numbers in the
+            model's dtype for each token and run. Default: no.
         progress: a function called after every layer, or True for a bar on stderr.
 
     Returns:
