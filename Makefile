@@ -6,7 +6,7 @@ include tools/environment.mk tools/native.mk
 # Stages follow each other, whatever -j says; each uses all cores by itself.
 .NOTPARALLEL:
 .PHONY: help demo check test test-long bench docs install scorecard setup-system lint test-quick test-python test-oldest test-vllm test-cpp \
-  cpp-verdict test-cuda cuda test-cuda-mutations test-gpu bench-gpu bench-history test-aarch64 clean
+  cpp-verdict test-native test-beside test-cuda cuda test-cuda-mutations test-gpu bench-gpu bench-history test-aarch64 clean
 
 help:
 	@echo 'make demo          set up everything and compare a real model with and without an edit'
@@ -44,8 +44,15 @@ lint: $(DONE)/test
 
 check: lint test-quick
 
-# pytest comes last, so that its summary is the last line.
-test: lint $(DONE)/test-cpp cpp-verdict $(DONE)/test-cuda-host $(DONE)/cuda-library test-oldest test-python
+# Installing, type checks and starting up take one core, so they go on beside what compiles. pytest comes last: it needs
+# both, and its summary is then the last line.
+test: $(DONE)/native
+	@$(BIN)/python tools/side_by_side.py build/test-beside.log '$(MAKE) --no-print-directory test-beside' \
+	  '$(MAKE) --no-print-directory test-native'
+	@$(MAKE) --no-print-directory $(DONE)/test-cuda-host test-python
+
+test-native: $(DONE)/test-cpp cpp-verdict $(DONE)/cuda-host $(DONE)/cuda-library
+test-beside: lint $(DONE)/model $(DONE)/gemma test-oldest
 
 test-quick: $(DONE)/test
 	ATTNRB_TEST_SAMPLE=40 ATTNRB_TEST_GRADIENT_SAMPLE=13 $(PYTEST) -m 'not (slow or real_model or browser or vllm)'
@@ -72,8 +79,9 @@ docs: $(DONE)/docs
 bench: $(DONE)/test $(DONE)/model
 	tools/bench $(CMAKE) $(JOBS) $(BIN)/python
 
-bench-history: $(DONE)/native
-	$(BIN)/python bench/python/history.py add build/bench
+# Draws also where something got slower; the status still says so.
+bench-history: $(DONE)/test
+	$(BIN)/python bench/python/history.py add build/bench; status=$$?; $(BIN)/python docs/images/history.py && exit $$status
 
 # Rows of two processes at a time; one row again: .venv/bin/python tests/scorecard/run.py --rows NAME.
 scorecard: $(DONE)/test $(DONE)/model

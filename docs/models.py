@@ -67,7 +67,7 @@ It builds each architecture with random weights and a handful of layers. A model
   at most {own:g} times what rounding does to the unpatched model: how far its logits are from those of the same model
   in float64. Some architectures round activations to few bits or choose experts, and there a last bit grows.
 
-A refused model is left as it was: nothing runs without re-balancing in silence. Two kinds of attention raise when the
+A refused model is left as it was. It never runs silently without re-balancing. Two kinds of attention raise when the
 model is patched or at its first forward: attention that does not go through transformers' interface, and attention
 modules that do not know their layer. A mask of a pattern that is none of transformers' own is used as it is, as a
 boolean matrix. `general_masks` of the patch's `stats` counts such masks, and a warning says why.

@@ -1,6 +1,6 @@
 """Makes ``cards.jsonl``: stock cards of a fastener warehouse, each with the same fields, the same bytes every time.
 
-    python examples/make_cards.py            # writes examples/cards.jsonl anew
+    python examples/make_cards.py            # writes examples/cards.jsonl
     python examples/make_cards.py --check    # exit code 1 where the file differs
 
 The warehouse is made up. On each card some fields are drawn (family, size, length, material, finish, pack) and the

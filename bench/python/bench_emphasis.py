@@ -1,6 +1,6 @@
 """Emphasis in a whole model: tokens per second and memory, against the same model plain and against two other ways.
 
-    python bench/python/bench_emphasis.py [--quick] [--model MODEL] [--threads N] [--json FILE]
+    python bench/python/bench_emphasis.py [--quick] [--untimed] [--model MODEL] [--threads N] [--json FILE]
 
 Greedy, 64 new tokens after prompts of 512 and of 4096 tokens, of which some in the middle are marked, in float32 and in
 bfloat16. The models are SmolLM2-135M and one of 8 layers with random weights and the widths of large models (H 32/8,
@@ -14,7 +14,8 @@ eager hook        eager attention; a hook gives each layer a matrix for each hea
 Tokens per second count the new tokens over the whole call, prompt included. First each contender runs once in a process
 of its own: that gives its peak of memory above the loaded model, and what it computes. The three that emphasise must
 agree: in float32 in the logits behind the prompt and in all tokens; in bfloat16 none may be further from the float32
-logits than twice what stock attention with a mask is. Then they take turns on the clock in one process.
+logits than twice what stock attention with a mask is. Then they take turns on the clock in one process. Cases that
+--json's file holds already, of the same machine, are not measured again. --untimed leaves the clock to a later run.
 """
 
 from __future__ import annotations
@@ -185,8 +186,16 @@ def verified(
         check_exact(found, logits)
         exact[name, length] = logits[MASK]
     else:
+        if (name, length) not in exact:  # the float32 case was finished by a run before this one
+            exact[name, length] = stock_logits(name, length, new_tokens)
         check_rounded(logits, exact[name, length])
     return {contender: found[contender]["peak"] for contender in CONTENDERS}
+
+
+def stock_logits(name: str, length: int, new_tokens: int) -> Any:
+    """Of stock attention with a mask, in float32."""
+    model = load_model(name, "float32")
+    return run(MASK, model, prompt(model, length), new_tokens)[0].double()
 
 
 def check_exact(found: dict[str, Any], logits: dict[str, Any]) -> None:
@@ -220,14 +229,32 @@ def check_rounded(logits: dict[str, Any], exact: Any) -> None:
             )
 
 
-def measure(
+def tokens_of(options: argparse.Namespace) -> int:
+    return 8 if options.quick else NEW_TOKENS
+
+
+def case_name(name: str, dtype: str, length: int, options: argparse.Namespace) -> str:
+    return f"{name or 'SmolLM2-135M'} {dtype} prompt {length} + {tokens_of(options)}"
+
+
+def verify(
     name: str, dtype: str, length: int, options: argparse.Namespace, exact: dict[tuple[str, int], Any]
 ) -> dict[str, Any]:
-    """One case, verified and then timed."""
+    """One case with its peaks, not timed yet."""
+    return {
+        "name": case_name(name, dtype, length, options),
+        "model": name or "SmolLM2-135M",
+        "dtype": dtype,
+        "prompt": length,
+        "peak": verified(name, dtype, length, tokens_of(options), options.threads, exact),
+    }
+
+
+def measure(name: str, dtype: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The times of a case."""
     from timing import interleaved
 
-    new_tokens, seconds = (8, 1.0) if options.quick else (NEW_TOKENS, options.seconds)
-    peaks = verified(name, dtype, length, new_tokens, options.threads, exact)
+    new_tokens, seconds = tokens_of(options), 1.0 if options.quick else options.seconds
     model = load_model(name, dtype)
     ids = prompt(model, length)
 
@@ -236,18 +263,23 @@ def measure(
 
     times = interleaved({each: call(each) for each in CONTENDERS}, seconds=seconds, least=1 if options.quick else 3)
     return {
-        "name": f"{name or 'SmolLM2-135M'} {dtype} prompt {length} + {new_tokens}",
-        "model": name or "SmolLM2-135M",
-        "dtype": dtype,
-        "prompt": length,
         "seconds": {each: asdict(taken) for each, taken in times.items()},
         "tokens_per_second": {each: new_tokens / taken.median for each, taken in times.items()},
-        "peak": peaks,
     }
+
+
+def line(case: dict[str, Any]) -> str:
+    """Of the printed table."""
+    cells = []
+    for each in CONTENDERS:
+        speed = f"{case['tokens_per_second'][each]:.1f} t/s " if "seconds" in case else ""
+        cells.append(f"{speed}{case['peak'][each] / 1e6:,.0f} MB")
+    return f"{case['name']:<48}" + "".join(f"{cell:>26}" for cell in cells)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = option_parser(__doc__, quick="short prompts, few tokens", seconds=(20.0, "a case"), model=True)
+    parser.add_argument("--untimed", action="store_true", help="verify and measure memory only, on a busy machine")
     parser.add_argument("--alone", nargs=6, help=argparse.SUPPRESS)  # the child process
     options = parser.parse_args(arguments)
     if options.alone is not None:
@@ -255,19 +287,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     figures = Figures(options)
+    cases = {case["name"]: case for case in figures.stored()}
+    exact = dict[tuple[str, int], Any]()
     print(f"{'case':<48}" + "".join(f"{each:>26}" for each in CONTENDERS))
-    results, exact = [], dict[tuple[str, int], Any]()
     for name in (options.model or "", WIDE):
         for dtype in ("float32", "bfloat16"):
             for length in (64, 256) if options.quick else (512, 4096):
-                result = measure(name, dtype, length, options, exact)
-                results.append(result)
-                cells = (
-                    f"{result['tokens_per_second'][each]:.1f} t/s {result['peak'][each] / 1e6:,.0f} MB"
-                    for each in CONTENDERS
-                )
-                print(f"{result['name']:<48}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
-    figures.store(cases=results)
+                case = cases.setdefault(case_name(name, dtype, length, options), {})
+                if not case:
+                    case.update(verify(name, dtype, length, options, exact))
+                    figures.store(cases=list(cases.values()))
+                if "seconds" not in case and not options.untimed:
+                    case.update(measure(name, dtype, length, options))
+                    figures.store(cases=list(cases.values()))
+                print(line(case), flush=True)
     return 0
 
 

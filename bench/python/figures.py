@@ -43,6 +43,18 @@ class Figures:
         path: Path | None = self._options.json
         if path is None:
             return
-        quick = {"quick": self._options.quick} if "quick" in self._options else {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.description | quick | figures, indent=1) + "\n")
+        path.write_text(json.dumps(self._head() | figures, indent=1) + "\n")
+
+    def stored(self) -> list[dict[str, Any]]:
+        """The cases that a run before this one finished, on the same machine with the same versions; else none."""
+        path: Path | None = self._options.json
+        if path is None or not path.exists():
+            return []
+        found = json.loads(path.read_text())
+        same = all(found.get(name) == value for name, value in self._head().items() if name != "command")
+        return list(found.get("cases", [])) if same else []
+
+    def _head(self) -> dict[str, Any]:
+        """What stands before the figures."""
+        return self.description | ({"quick": self._options.quick} if "quick" in self._options else {})

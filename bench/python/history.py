@@ -1,6 +1,6 @@
 """Keeps results of the benches over time, in bench/history, and compares them.
 
-    python bench/python/history.py add build/bench [--commit NAME] [--date YYYY-MM-DD]
+    python bench/python/history.py add build/bench [--commit NAME] [--date YYYY-MM-DDTHHMM]
     python bench/python/history.py compare [--tolerance 0.1]
 
 `add` compares every result with cases in a folder with the newest stored one of this kind of processor, says what got
@@ -114,7 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("add", "compare"))
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/bench"))
     parser.add_argument("--commit", default=None, help="what was measured (default: the commit that git names)")
-    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="when (default: today)")
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H%M")
+    parser.add_argument("--date", default=now, help="when, in UTC and with the time of day (default: now)")
     parser.add_argument(
         "--tolerance", type=float, default=0.1, help="relative slowdown that is let pass (default: 0.1)"
     )

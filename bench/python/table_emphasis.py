@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     figures = json.loads(options.figures.read_text())
     if figures.get("quick"):
         raise SystemExit(f"{options.figures} is of a quick run: a look, not a figure")
+    if not all("seconds" in case for case in figures["cases"]):
+        raise SystemExit(f"{options.figures} has cases without times: run bench_emphasis.py again with it")
     text = options.page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, behind = rest.partition(END)

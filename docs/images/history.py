@@ -30,7 +30,9 @@ def series(kind: Path) -> Series:
         stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         ratios = [measure_of(case) for case in stored["cases"] if any(each in case["seconds"] for each in YARDSTICKS)]
         if ratios:
-            found[stored["bench"]].append((f"{stored['date']}\n{stored['commit']}", geometric_mean(ratios)))
+            found[stored["bench"]].append(
+                (f"{stored['date'].replace('T', ' ')}\n{stored['commit']}", geometric_mean(ratios))
+            )
     return found
 
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from attnrb import __version__
 from attnrb.evaluation.page import COLOURS, plot, table, whole_page
+from attnrb.models import DEFAULT_MODEL_NAME
 from attnrb.reports.html_page import escape
+
+from structured.settings import LEARNING_RATES
 
 _ARMS = {"plain": "plain", "rebalanced": "re-balanced", "gains": "learnt gains"}
 _COLOUR = {"plain": COLOURS[0], "rebalanced": COLOURS[1], "gains": COLOURS[2]}
@@ -20,7 +23,7 @@ def page(report: Mapping[str, Any]) -> str:
     """The page of what `structured.report.collect` gives."""
     study = report["study"]
     what = {"lora": "LoRA", "full": "Full fine-tuning", "gains": "Learnt gains"}[study["train"]]
-    title = f"{what} of {study['model'] or 'SmolLM2-135M-Instruct'} on {study['data']}"
+    title = f"{what} of {study['model'] or DEFAULT_MODEL_NAME} on {study['data']}"
     lead = "The same data in the same order for every arm; seeds differ in order and in the adapters' start."
     parts = [_findings(report), _losses(report), _gains(report), _attention(report), _limits(report), _settings(study)]
     return whole_page(title, escape(lead), parts, __version__)
@@ -99,13 +102,12 @@ def _gains(report: Mapping[str, Any]) -> str:
             "z": moved,
             "zmin": -limit,
             "zmax": limit,
-            "colorscale": "RdBu",
-            "reversescale": True,
+            "colorscale": "change",
             "hovertemplate": "layer %{y}, head %{x}: %{z:+.4f}<extra></extra>",
         }
         layout = {
             "xaxis": {"title": {"text": "head"}, "dtick": 1},
-            "yaxis": {"title": {"text": "layer"}, "autorange": "reversed"},
+            "yaxis": {"title": {"text": "layer"}},
         }
         parts.append(
             f"<h3>{escape(_name(run))}: learnt less fixed gain, layer by head</h3>"
@@ -175,8 +177,16 @@ def _limits(report: Mapping[str, Any]) -> str:
 
 
 def _settings(study: Mapping[str, Any]) -> str:
+    used = {
+        "model": DEFAULT_MODEL_NAME,
+        "learning_rate": LEARNING_RATES[study["train"]],
+        "steps": "as many as the epochs take",
+        "epochs": 1.0 if study["steps"] is None else "as many as the steps take",
+        "limit": "none",
+    }
     rows = []
     for name, value in study.items():
+        value = used.get(name, value) if value is None else value
         inner = value.items() if isinstance(value, dict) else [(None, value)]
         rows += [[name if key is None else f"{name}.{key}", str(each)] for key, each in inner]
     return f"<section><h2>Settings</h2>{table(['option', 'value'], rows, 2)}</section>"

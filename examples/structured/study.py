@@ -68,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class _Loader:
-    """Loads the model anew for each run, since training changes it."""
+    """Loads the model again for each run, since training changes it."""
 
     def __init__(self, settings: Settings, say: Say) -> None:
         self._settings, self._say = settings, say

@@ -23,6 +23,7 @@ DECISIONS: Final = {
     "conversion": "weights are converted on loading",
     "dense": "plain PyTorch computes in place of a native op, for memory of all weights of a block of queries",
     "dense_gradient": "the backward pass of such a call computes its weights again, or keeps all of them",
+    "gathered": "keys and values are copied out of their blocks, and each sequence has a call of its own",
     "general_mask": "a mask of all queries and keys is built, whose memory grows with both",
     "no_cuda_ops": "CUDA tensors are computed by plain PyTorch",
     "outliers_kept": "outliers are kept from one layer to those above it",

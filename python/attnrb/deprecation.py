@@ -16,4 +16,6 @@ def deprecated(name: str, instead: str, *, removed_in: str) -> None:
         removed_in: the version without it, such as ``"0.4.0"``. A test fails once the package has this version.
     """
     # A FutureWarning is shown by default wherever it arises, once for each line of the user's.
-    warnings.warn(f"{name} is deprecated and goes in attnrb {removed_in}: use {instead}", FutureWarning, stacklevel=3)
+    warnings.warn(
+        f"{name} is deprecated and will be removed in attnrb {removed_in}: use {instead}", FutureWarning, stacklevel=3
+    )

@@ -4,8 +4,7 @@
 //
 // differential  every instruction set on the same cases, each against the oracle
 // threads       the same bits on 1, 2, 3 and 4 threads, and again
-// hidden        NaN and infinity in everything that no query may see change no bit of a forward, and nothing but the
-//               rounding of a backward
+// hidden        NaN and infinity in everything that no query may see change no bit, forward or backward
 // calls         calls of kernels on small cases and few large ones: for builds with ASan and UBSan; N counts calls
 // callers       8 threads at once, each with a pool of 2: for a build with TSan; N counts calls
 //
@@ -215,14 +214,11 @@ int64_t poison(Drawn& drawn, Random& random) {
   return places;
 }
 
-// A backward sums in another order where a block holds what is not finite, so it may round otherwise: it is held to the
-// oracle of the clean case.
 void hidden(Fuzz& fuzz) {
   const std::vector<const Kernels*> tables = tested_kernels();
   run_seeds(fuzz, [&](uint64_t seed) {
     const bool small = seed % 3 != 0;
     Drawn drawn(seed, small), kept(seed, small);  // a backward starts from the oracle's output
-    const GradientTruth slopes = gradient_truth(kept.gradient->problem());
     std::vector<Written> forwards;
     std::vector<std::vector<float>> received;
     std::vector<std::vector<unsigned char>> backwards;
@@ -241,19 +237,11 @@ void hidden(Fuzz& fuzz) {
     for (size_t t = 0; t < tables.size(); ++t) {
       const Kernels& kernels = *tables[t];
       const Calls poisoned{kernels, drawn.attention, nullptr, 1};
-      ++fuzz.counts["forwards and received attentions with the same bits"];
+      fuzz.counts["forwards, received attentions and backwards"] += 3;
       if (!(poisoned.forward() == forwards[t])) fuzz.fault("forward: " + place(kernels, seed, drawn.attention));
       if (!same(poisoned.received(), received[t])) fuzz.fault("received: " + place(kernels, seed, drawn.attention));
-      if (Calls{kernels, kept.attention, kept.gradient.get(), 1}.backward() == backwards[t]) {
-        ++fuzz.counts["backwards with the same bits"];
-        continue;
-      }
-      ++fuzz.counts["backwards that round otherwise, within the bounds of the oracle"];
-      check_gradient(kernels, *kept.gradient, slopes);
-      if (::testing::Test::HasFailure()) {
+      if (Calls{kernels, kept.attention, kept.gradient.get(), 1}.backward() != backwards[t])
         fuzz.fault("backward: " + place(kernels, seed, drawn.attention));
-        fuzz.count = 0;  // GoogleTest keeps a failure
-      }
     }
   });
 }

@@ -72,11 +72,13 @@ size_t bias_place(const GradientProblem& problem, int64_t b, int64_t h, int64_t 
 GradientTruth gradient_truth(const GradientProblem& problem) {
   const Shape& shape = problem.shape;
   const DType dtype = problem.dtype;
-  const RowSource source{shape, dtype, problem.query, problem.key, problem.visibility, problem.scoring, &problem.edit};
+  const RowSource source = row_source(problem);
   const int64_t group = shape.heads / shape.key_heads, keys = shape.keys, width = shape.width,
                 value_width = shape.value_width;
   const bool received = problem.grad_received != nullptr, edits = problem.edit.indices != nullptr;
   const bool normalize = edits && problem.edit.rule == Rule::row, shares = edits && problem.edit.rule == Rule::rest;
+  const Loaded values(problem.value, dtype, {shape.batch, shape.key_heads, keys, value_width});
+  const Loaded upstreams(problem.grad_output, dtype, {shape.batch, shape.heads, shape.queries, value_width});
   const double cap = problem.scoring.softcap;
   const double rounding = dtype == DType::bfloat16 ? tile_probability_rounding(dtype) : 0.0;
   const double cuda_rounding = cuda_probability_rounding(dtype), least = dtype == DType::float16 ? 0x1p-25 : 0.0;
@@ -119,8 +121,7 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
             size = std::fabs(sum);
           } else if (row.visible[size_t(j)]) {
             for (int64_t d = 0; d < value_width; ++d) {
-              const double term =
-                  element(problem.grad_output, dtype, b, h, i, d) * element(problem.value, dtype, b, key_head, j, d);
+              const double term = upstreams.row(b, h, i)[d] * values.row(b, key_head, j)[d];
               sum += term;
               size += std::fabs(term);
             }
@@ -141,9 +142,8 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
           for (int64_t d = 0; d < value_width; ++d) {
             double output = 0.0;
             for (int64_t j = 0; j < keys; ++j)
-              if (row.visible[size_t(j)])
-                output += factor(j) * row.weights[size_t(j)] * element(problem.value, dtype, b, key_head, j, d);
-            const double upstream_d = element(problem.grad_output, dtype, b, h, i, d);
+              if (row.visible[size_t(j)]) output += factor(j) * row.weights[size_t(j)] * values.row(b, key_head, j)[d];
+            const double upstream_d = upstreams.row(b, h, i)[d];
             delta.value += upstream_d * output;
             error += std::fabs(upstream_d) * (stored(dtype, output, 0.0) + sum_error(value_width) * std::fabs(output));
           }
@@ -204,14 +204,13 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
             biases[bias_place(problem, b, h, j)].add(
                 p * inner, {score_error(&Errors::plain), score_error(&Errors::tile), score_error(&Errors::cuda)});
           for (int64_t d = 0; d < width; ++d) {
-            const double k = element(problem.key, dtype, b, key_head, j, d),
-                         q = element(problem.query, dtype, b, h, i, d);
+            const double k = source.key.row(b, key_head, j)[d], q = source.query.row(b, h, i)[d];
             query[size_t(index * width + d)].add(gradient * k, error, std::fabs(k));
             key[size_t(((b * shape.key_heads + key_head) * keys + j) * width + d)].add(gradient * q, error,
                                                                                        std::fabs(q));
           }
           for (int64_t d = 0; d < value_width; ++d) {
-            const double dy = element(problem.grad_output, dtype, b, h, i, d), term = w * p * dy;
+            const double dy = upstreams.row(b, h, i)[d], term = w * p * dy;
             // What the others get is a difference.
             const double whole = edited.hopeless ? kAnything : shares && !marked ? 1.0 + 3.0 * ratio : std::fabs(w);
             const Errors of_term{weight_error.plain, weight_error.tile + rounding, weight_error.cuda + cuda_rounding};

@@ -67,6 +67,14 @@ double element(const View& view, DType dtype, int64_t a, int64_t b, int64_t c, i
   return load_element(view.data, dtype, a * s[0] + b * s[1] + c * s[2] + d * s[3]);
 }
 
+Loaded::Loaded(const View& view, DType dtype, const std::array<int64_t, 4>& sizes) : sizes_(sizes) {
+  elements_.reserve(size_t(sizes[0] * sizes[1] * sizes[2] * sizes[3]));
+  for (int64_t a = 0; a < sizes[0]; ++a)
+    for (int64_t b = 0; b < sizes[1]; ++b)
+      for (int64_t c = 0; c < sizes[2]; ++c)
+        for (int64_t d = 0; d < sizes[3]; ++d) elements_.push_back(element(view, dtype, a, b, c, d));
+}
+
 RowEdit row_edit(const Edit& edit, const Shape& shape, const Visibility& visibility, const Scoring& scoring,
                  const RowTruth& row, int64_t b, int64_t h, int64_t i) {
   RowEdit edited;
@@ -109,15 +117,16 @@ RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i) {
   std::vector<double> scores(size_t(keys), -kInfinity);
   row.scores = scores;
   double largest_error = 0.0, largest_score = 0.0, largest_size = 0.0;
+  const double* query = source.query.row(b, h, i);
   for (int64_t j = 0; j < keys; ++j) {
-    const double bias = source.edit != nullptr ? bias_of(*source.edit, source.visibility, b, h, i, j) : 0.0;
+    const double bias = bias_of(source.edit, source.visibility, b, h, i, j);
     row.visible[size_t(j)] = visible(source.visibility, b, h, i, j) && bias != -kInfinity;
     if (!row.visible[size_t(j)]) continue;
-    row.biased[size_t(j)] = source.edit != nullptr && reaches(*source.edit, source.visibility, b, i);
+    row.biased[size_t(j)] = reaches(source.edit, source.visibility, b, i);
+    const double* key = source.key.row(b, key_head, j);
     double product = 0.0, size = 0.0;
     for (int64_t d = 0; d < width; ++d) {
-      const double term =
-          element(source.query, source.dtype, b, h, i, d) * element(source.key, source.dtype, b, key_head, j, d);
+      const double term = query[d] * key[d];
       product += term;
       size += std::fabs(term);
     }
@@ -137,9 +146,10 @@ RowTruth row_truth(const RowSource& source, int64_t b, int64_t h, int64_t i) {
   const double sink = source.scoring.sinks != nullptr ? double(source.scoring.sinks[h]) : -kInfinity;
   largest = std::max(largest, sink);
   double sum = std::exp(sink - largest);
-  for (const double score : scores) sum += std::exp(score - largest);
+  for (int64_t j = 0; j < keys; ++j)
+    if (row.visible[size_t(j)]) sum += row.weights[size_t(j)] = std::exp(scores[size_t(j)] - largest);
   row.lse = largest + std::log(sum);
-  for (int64_t j = 0; j < keys; ++j) row.weights[size_t(j)] = std::exp(scores[size_t(j)] - row.lse);
+  for (double& weight : row.weights) weight /= sum;
   row.error = 2.0 * (largest_error + 4.0 * kRounding * std::max(largest_score, std::fabs(largest))) + kExp2Error +
               sum_error(keys + 1);
   row.tile_error = row.error;
@@ -165,10 +175,22 @@ bool visible(const Visibility& visibility, int64_t batch, int64_t head, int64_t 
   return visibility.mask[batch * s[0] + head * s[1] + query * s[2] + key * s[3]];
 }
 
+namespace {
+
+// Sums over the keys that a row sees, for one column of its output: of the output itself, and of absolute values.
+struct ColumnSums {
+  double value = 0.0, size = 0.0;
+  double strengthened = 0.0;  // of outliers that a gain changes
+  double rest = 0.0;          // of what the others give or get under rule rest
+  double unweighted = 0.0;    // of the values alone
+};
+
+}  // namespace
+
 AttentionTruth attention_truth(const AttentionProblem& problem) {
   const Shape& shape = problem.shape;
-  const RowSource source{shape,           problem.dtype, problem.query, problem.key, problem.visibility,
-                         problem.scoring, &problem.edit};
+  const RowSource source = row_source(problem);
+  const Loaded values(problem.value, problem.dtype, {shape.batch, shape.key_heads, shape.keys, shape.value_width});
   AttentionTruth truth;
   for (int64_t b = 0; b < shape.batch; ++b)
     for (int64_t h = 0; h < shape.heads; ++h)
@@ -191,29 +213,37 @@ AttentionTruth attention_truth(const AttentionProblem& problem) {
                                    row.cuda_error + lse_rounding});
           truth.visible.push_back(row.visible[size_t(j)]);
         }
-        for (int64_t d = 0; d < shape.value_width; ++d) {
-          double value = 0.0, size = 0.0, strengthened = 0.0, unweighted = 0.0, rest = 0.0;
-          for (int64_t j = 0; j < shape.keys; ++j) {
-            if (!row.visible[size_t(j)]) continue;
-            const double v = element(problem.value, problem.dtype, b, h / (shape.heads / shape.key_heads), j, d);
-            const bool marked = edited.marked[size_t(j)];
-            const double term = (marked ? edited.of_marked : edited.of_others) * row.weights[size_t(j)] * v;
-            value += term;
-            // What the others get is a difference, and the ratio in it errs twice as a weight does.
-            if (!marked) rest += std::fabs(edited.ratio * row.weights[size_t(j)] * v);
-            size += std::fabs(marked ? term : row.weights[size_t(j)] / divisor * v);
-            if (marked && problem.edit.gain[h] != 0.0f) strengthened += std::fabs(term);
-            unweighted += std::fabs(v);
+        std::vector<ColumnSums> columns(size_t(shape.value_width));
+        for (int64_t j = 0; j < shape.keys; ++j) {
+          if (!row.visible[size_t(j)]) continue;
+          const bool marked = edited.marked[size_t(j)];
+          const double weight = row.weights[size_t(j)];
+          const double factor = (marked ? edited.of_marked : edited.of_others) * weight;
+          const double size_factor = std::fabs(marked ? factor : weight / divisor);
+          const double strengthened = marked && problem.edit.gain[h] != 0.0f ? std::fabs(factor) : 0.0;
+          const double of_rest = marked ? 0.0 : std::fabs(edited.ratio * weight);
+          const double* v = values.row(b, h / (shape.heads / shape.key_heads), j);
+          for (ColumnSums& column : columns) {
+            const double magnitude = std::fabs(*v);
+            column.value += factor * *v++;
+            column.size += size_factor * magnitude;
+            column.strengthened += strengthened * magnitude;
+            column.rest += of_rest * magnitude;
+            column.unweighted += magnitude;
           }
-          size += 3.0 * rest;
+        }
+        for (const ColumnSums& column : columns) {
+          // What the others get is a difference, and the ratio in it errs twice as a weight does.
+          double size = column.size + 3.0 * column.rest;
           if (edited.hopeless) size = 1e30;  // any finite number does
           // Strengthening multiplies a probability that is rounded already, and rounds it again.
-          const double tile_error = (row.tile_error + rounding + divisor_rounding) * size + rounding * strengthened;
+          const double tile_error =
+              (row.tile_error + rounding + divisor_rounding) * size + rounding * column.strengthened;
           double cuda_error =
               (row.cuda_error + cuda_rounding + cuda_divisor_rounding + cut_off_error(shape.keys)) * size;
-          if (problem.dtype == DType::float16) cuda_error += 0x1p-25 * unweighted / divisor;
-          truth.output.push_back({value, stored(problem.dtype, value, row.error * size),
-                                  stored(problem.dtype, value, tile_error), stored(problem.dtype, value, cuda_error)});
+          if (problem.dtype == DType::float16) cuda_error += 0x1p-25 * column.unweighted / divisor;
+          const auto within = [&](double error) { return stored(problem.dtype, column.value, error); };
+          truth.output.push_back({column.value, within(row.error * size), within(tile_error), within(cuda_error)});
         }
       }
   return truth;
@@ -221,8 +251,7 @@ AttentionTruth attention_truth(const AttentionProblem& problem) {
 
 std::vector<Bounded> received_truth(const ReceivedProblem& problem) {
   const Shape& shape = problem.shape;
-  const RowSource source{shape,           problem.dtype, problem.query, problem.key, problem.visibility,
-                         problem.scoring, &problem.edit};
+  const RowSource source = row_source(problem);
   std::vector<Bounded> received;
   for (int64_t b = 0; b < shape.batch; ++b)
     for (int64_t h = 0; h < shape.heads; ++h) {
@@ -289,27 +318,30 @@ RebalanceGradientTruth rebalance_gradient_truth(const RebalanceGradientProblem& 
         const auto marked = [&](int64_t j) {
           return static_cast<const bool*>(problem.mask.data)[b * s[0] + h * s[1] + i * s[2] + j * s[3]];
         };
-        const auto weight = [&](int64_t j) { return element(problem.weights, problem.dtype, b, h, i, j); };
-        const auto upstream = [&](int64_t j) { return element(problem.grad_output, problem.dtype, b, h, i, j); };
-        const auto boosted = [&](int64_t j) { return weight(j) * (marked(j) ? 1.0 + double(problem.gain[h]) : 1.0); };
+        std::vector<double> weights, upstream, boosted;
+        for (int64_t j = 0; j < shape.keys; ++j) {
+          weights.push_back(element(problem.weights, problem.dtype, b, h, i, j));
+          upstream.push_back(element(problem.grad_output, problem.dtype, b, h, i, j));
+          boosted.push_back(weights.back() * (marked(j) ? 1.0 + double(problem.gain[h]) : 1.0));
+        }
         double z = 0.0;
-        for (int64_t j = 0; j < shape.keys; ++j) z += boosted(j);
+        for (const double each : boosted) z += each;
         const bool divided = problem.normalize && z != 0.0;
         for (int64_t j = 0; j < shape.keys; ++j) {
           double slope = 0.0, size = 0.0;  // of the loss along u_j
           for (int64_t k = 0; k < shape.keys; ++k) {
             const double own = j == k ? (divided ? 1.0 / z : 1.0) : 0.0;
-            const double others = divided ? boosted(k) / (z * z) : 0.0;
-            slope += upstream(k) * (own - others);
-            size += std::fabs(upstream(k)) * (own + std::fabs(others));
+            const double others = divided ? boosted[size_t(k)] / (z * z) : 0.0;
+            slope += upstream[size_t(k)] * (own - others);
+            size += std::fabs(upstream[size_t(k)]) * (own + std::fabs(others));
           }
           const double factor = marked(j) ? 1.0 + double(problem.gain[h]) : 1.0;
           // The kernel works in double from 1 + gain in float32, which enters twice, and rounds once.
           const double tolerance = stored(problem.dtype, factor * slope, 4.0 * kRounding * std::fabs(factor) * size);
           truth.weights.push_back({factor * slope, tolerance, tolerance, tolerance});
           if (!marked(j)) continue;
-          gains[size_t(h)] += weight(j) * slope;
-          gain_sizes[size_t(h)] += std::fabs(weight(j)) * size;
+          gains[size_t(h)] += weights[size_t(j)] * slope;
+          gain_sizes[size_t(h)] += std::fabs(weights[size_t(j)]) * size;
         }
       }
   for (size_t h = 0; h < gains.size(); ++h) {

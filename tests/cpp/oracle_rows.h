@@ -1,6 +1,7 @@
 // What the oracles of the forward and of the backward share: one row of weights, and how errors add up.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -22,15 +23,43 @@ double stored(DType dtype, double value, double error);
 
 double element(const View& view, DType dtype, int64_t a, int64_t b, int64_t c, int64_t d);
 
+// An operand as doubles, read once: an oracle asks for each element many times.
+class Loaded {
+ public:
+  Loaded(const View& view, DType dtype, const std::array<int64_t, 4>& sizes);
+
+  // Row c of [a, b], all its columns.
+  const double* row(int64_t a, int64_t b, int64_t c) const {
+    return elements_.data() + ((a * sizes_[1] + b) * sizes_[2] + c) * sizes_[3];
+  }
+
+ private:
+  std::array<int64_t, 4> sizes_;
+  std::vector<double> elements_;
+};
+
 // What the rows of an attention problem, fused or received, have in common.
 struct RowSource {
   const Shape& shape;
   DType dtype;
-  const View &query, &key;
+  Loaded query, key;
   const Visibility& visibility;
   const Scoring& scoring;
-  const Edit* edit = nullptr;  // for its bias
+  const Edit& edit;  // for its bias
 };
+
+// Of any problem with a shape, queries, keys, a visibility, a scoring and an edit.
+template <class Problem>
+RowSource row_source(const Problem& problem) {
+  const Shape& shape = problem.shape;
+  return {shape,
+          problem.dtype,
+          Loaded(problem.query, problem.dtype, {shape.batch, shape.heads, shape.queries, shape.width}),
+          Loaded(problem.key, problem.dtype, {shape.batch, shape.key_heads, shape.keys, shape.width}),
+          problem.visibility,
+          problem.scoring,
+          problem.edit};
+}
 
 struct RowTruth {
   std::vector<double> weights, scores;  // [N]; scores before the bias

@@ -53,6 +53,7 @@ TEST_P(Elementwise, OutlierMaskMatchesItsDefinition) {
     const int64_t offset = int64_t(seed % 7) - 3 + shape.keys - shape.queries;
     const size_t count = size_t(shape.batch * shape.heads * shape.queries * shape.keys);
     const std::unique_ptr<bool[]> mask = std::make_unique<bool[]>(count + 1);
+    mask[count] = true;  // behind the last row, whose own key may be the one after the last
     OutlierMaskProblem problem;
     problem.shape = shape;
     problem.dtype = given.weights.dtype();
@@ -61,6 +62,7 @@ TEST_P(Elementwise, OutlierMaskMatchesItsDefinition) {
     problem.query_offset = offset;
     problem.mask = mask.get();
     GetParam()->outlier_mask(problem, test_pool(2));
+    ASSERT_TRUE(mask[count]);
     size_t at = 0;
     for (int64_t b = 0; b < shape.batch; ++b)
       for (int64_t h = 0; h < shape.heads; ++h)

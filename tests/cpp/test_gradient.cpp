@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <utility>
 
 #include "gradient_case.h"
@@ -188,6 +189,33 @@ TEST_P(GradientEdges, PaddingIsNeverRead) {
   }
 }
 
+// Keys that a mask or a bias hides from every query, amid others: NaN there changes no bit either, though the block
+// holds keys that some queries see and others do not.
+TEST_P(GradientEdges, WhatNoQuerySeesChangesNoBit) {
+  if (on_device(kernels())) GTEST_SKIP() << "a device may sum such a block in another order";
+  for (const bool received : {false, true}) {
+    AttentionCase attention = simple_case({1, 4, 2, 70, 150, 24, 24});
+    Random random(8);
+    attention.mask = std::make_unique<bool[]>(70 * 150);
+    attention.visibility.mask_strides[2] = 150;
+    attention.visibility.mask_strides[3] = 1;
+    for (int64_t i = 0; i < 70 * 150; ++i) attention.mask[size_t(i)] = i % 150 != 20 && random.chance(0.7);
+    attention.bias_sizes[0] = attention.bias_sizes[1] = attention.bias_strides[2] = 1;
+    attention.bias_sizes[2] = 150;
+    attention.bias.assign(150, 0.5f);
+    attention.bias[140] = -std::numeric_limits<float>::infinity();
+    GradientCase gradient(attention, random, received);
+    const std::vector<unsigned char> clean = run_gradient(kernels(), gradient, 2);
+    for (const int64_t j : {20, 140})
+      for (int64_t h = 0; h < 2; ++h)
+        for (int64_t d = 0; d < 24; ++d) {
+          attention.key.set(0, h, j, d, kNaN);
+          attention.value.set(0, h, j, d, kNaN);
+        }
+    EXPECT_TRUE(run_gradient(kernels(), gradient, 2) == clean);
+  }
+}
+
 // A NaN that some queries see reaches what depends on it and nothing else.
 TEST_P(GradientEdges, NaNStaysWhereItIsSeen) {
   AttentionCase attention = simple_case({1, 1, 1, 60, 60, 8, 8});
@@ -200,6 +228,24 @@ TEST_P(GradientEdges, NaNStaysWhereItIsSeen) {
   for (int64_t i = 0; i < 60; ++i) EXPECT_EQ(std::isnan(gradient.grad_query.at(0, 0, i, 0)), i >= 30) << i;
   for (int64_t j = 31; j < 60; ++j) EXPECT_TRUE(std::isnan(gradient.grad_value.at(0, 0, j, 0))) << j;
   EXPECT_TRUE(std::isnan(gradient.grad_value.at(0, 0, 0, 0)));  // through the weights of later queries
+}
+
+// NaN in what one query brings, or in the gradient of its output, reaches the keys that it sees and no others.
+TEST_P(GradientEdges, NaNOfOneQueryStaysWithItsKeys) {
+  if (on_device(kernels())) GTEST_SKIP() << "a device may multiply what a row does not see by zero";
+  for (const bool upstream : {false, true}) {
+    AttentionCase attention = simple_case({1, 1, 1, 60, 60, 8, 8});
+    Random random(9);
+    GradientCase gradient(attention, random, false);
+    gradient.grad_output.fill_uniform(random, 0.5, 1.0);
+    for (int64_t d = 0; d < 8; ++d) (upstream ? gradient.grad_output : attention.query).set(0, 0, 20, d, kNaN);
+    run_gradient(kernels(), gradient, 1);
+    for (int64_t j = 0; j < 60; ++j) {
+      EXPECT_EQ(std::isnan(gradient.grad_key.at(0, 0, j, 0)), j <= 20) << j;
+      EXPECT_EQ(std::isnan(gradient.grad_value.at(0, 0, j, 0)), j <= 20) << j;
+      EXPECT_EQ(std::isnan(gradient.grad_query.at(0, 0, j, 0)), j == 20) << j;
+    }
+  }
 }
 
 TEST_P(GradientEdges, OutlierRowsThatBreakTheRulesAreReported) {

@@ -47,6 +47,26 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.ops.load_library(emulated)
     if os.environ.get("ATTNRB_TEST_DEVICE") == "cuda":
         _run_ops_on_the_gpu()
+    _draw_the_same_examples()
+
+
+def _draw_the_same_examples() -> None:
+    """A run says something of the tree and not of the day: hypothesis draws the same examples each time, on any load.
+
+    `make test-long` draws others every time.
+    """
+    if find_spec("hypothesis") is None:
+        return
+    from hypothesis import HealthCheck, settings
+
+    drawn = settings(
+        deadline=None,
+        derandomize="ATTNRB_LONG" not in os.environ,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.register_profile("attnrb", drawn)
+    settings.load_profile("attnrb")
 
 
 # A fixture that says by itself what a test needs.
@@ -70,6 +90,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for fixture, marker in _MARKED_BY_FIXTURE.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(marker)
+    # Files with long tests first: what is left at the end is short, so that all processes end at about the same time.
+    long = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "real_model", "browser")))}
+    items.sort(key=lambda item: item.path not in long)
     if "ATTNRB_TEST_EMULATED_CUDA" in os.environ:
         without = [item for item in items if item.get_closest_marker("autograd")]
         if without:

@@ -1,9 +1,9 @@
 """One of several processes of a patched model; `test_patch_processes.py` starts it under torchrun or accelerate.
 
-    process_worker.py WAY FOLDER
+    process_worker.py WAY FOLDER [WAY FOLDER ...]
 
-FOLDER has the model, ``ids.pt`` and ``expected.pt`` (what one process gave). Exit code 0 and ``ok`` on every rank mean
-that everything was equal.
+FOLDER has the model, ``ids.pt`` and ``expected.pt`` (what one process gave). Exit code 0 and ``ok WAY NAME`` on every
+rank mean that everything was equal. Several ways run one after the other, so that the processes start once.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def fully_sharded(folder: Path, ids: torch.Tensor, expected: dict[str, Any]) -> 
     """Parameters are split between the ranks and gathered layer by layer; patched before or after that."""
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     for before in (True, False):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         patched = attnrb.patch(model, CONFIG) if before else None
@@ -141,7 +142,8 @@ WAYS = {"tensor": tensor_parallel, "data": data_parallel, "sharded": fully_shard
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    way, folder = sys.argv[1], Path(sys.argv[2])
     with process_group():
-        WAYS[way](folder, torch.load(folder / "ids.pt"), torch.load(folder / "expected.pt"))
-        print("ok", flush=True)
+        for way, folder in zip(sys.argv[1::2], map(Path, sys.argv[2::2]), strict=True):
+            WAYS[way](folder, torch.load(folder / "ids.pt"), torch.load(folder / "expected.pt"))
+            sys.stdout.write(f"ok {way} {folder.name}\n")  # at once: the other rank writes to the same pipe
+            sys.stdout.flush()

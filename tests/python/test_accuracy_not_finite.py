@@ -1,8 +1,8 @@
 """NaN and infinity in query, key or value: they reach the rows that see them, and no other row by one bit.
 
 But where a kernel of PyTorch's computes the dense part, which is 16-bit prefill on a CUDA device, a row that such a
-kernel spoiled is done anew by another, which rounds otherwise: there, the promise is that what a row does not see has
-no influence beyond rounding.
+kernel spoiled is computed again by another, which rounds otherwise: there, the promise is that what a row does not see
+has no influence beyond rounding.
 """
 
 from __future__ import annotations

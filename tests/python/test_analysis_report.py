@@ -134,6 +134,15 @@ def test_texts_may_be_a_generator_and_only_some_are_kept(model: Any, tokenizer: 
     assert len(seen) == 3 * LAYERS and seen[-1].fraction == 1.0 and seen[0].texts is None
 
 
+def test_a_bar_says_how_many_texts_there_are(model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    analyze(model, tokenizer, TEXTS, progress=True)
+    shown = capsys.readouterr().err
+    assert "3.00 of 3 texts" in shown and "None" not in shown
+    analyze(model, tokenizer, iter(TEXTS), progress=True)
+    shown = capsys.readouterr().err
+    assert "3.00 texts" in shown and "None" not in shown
+
+
 def test_baseline_comes_first(model: Any, tokenizer: Any) -> None:
     import torch
 
@@ -175,6 +184,21 @@ def test_learnt_gains_are_measured(tmp_path: Path) -> None:
     assert learned.gains.requires_grad
     if importlib.util.find_spec("plotly"):
         assert "learnt, 0.00 to 2.00" in moved.to_html()
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/home/somebody/.cache/attnrb/SmolLM2-135M-Instruct.Q4_1-c828652dd4acaefc", "SmolLM2-135M-Instruct"),
+        ("/models/mine.Q8_0-0123456789abcdef", "mine.Q8_0"),
+        ("/models/llama-7b", "llama-7b"),
+        ("owner/name", "owner/name"),
+    ],
+)
+def test_a_model_is_named_by_its_file(tokenizer: Any, path: str, expected: str) -> None:
+    model = tiny_model()
+    model.config._name_or_path = path
+    assert analyze(model, tokenizer, "a fox").before.model == expected
 
 
 def test_model_is_left_as_it_was(tokenizer: Any) -> None:

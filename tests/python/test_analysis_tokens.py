@@ -7,8 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attnrb.analysis import TOKEN_CLASSES, describe_tokens, robust_z_scores, token_texts
+from attnrb.analysis import (
+    TOKEN_CLASSES,
+    describe_tokens,
+    expected_attention,
+    outlier_scores,
+    robust_z_scores,
+    token_texts,
+)
 from attnrb.text.function_words import FUNCTION_WORDS
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saved_tiny_model import tiny_tokenizer
@@ -107,7 +115,7 @@ def test_texts_join_to_the_text(make: Any) -> None:
     assert "".join(token_texts(tokenizer, ids)).removeprefix(" ") == text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\N{REPLACEMENT CHARACTER}"), max_size=40))
 def test_any_text_joins_in_byte_level_bpe(text: str) -> None:
     ids = BYTE_LEVEL(text, add_special_tokens=False)["input_ids"]
@@ -186,3 +194,84 @@ def test_robust_z_scores_without_spread() -> None:
     scores = robust_z_scores(np.array([1.0] * 9 + [np.e]))  # MAD 0, mean deviation 0.1
     np.testing.assert_allclose(scores, [0.0] * 9 + [1 / 0.125331], rtol=1e-4)
     assert np.isfinite(robust_z_scores(np.array([0.0, 0.5, 0.25]))).all()
+
+
+def near(length: int, heads: int, seed: int) -> Any:
+    """What tokens receive from attention that depends on nearness alone, with some noise: ``[heads, length]``.
+
+    Every row is a distribution over the keys before it that falls with the distance as d^-1.
+    """
+    distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+    scores = np.where(distance >= 0, -np.log(1.0 + np.maximum(distance, 0)), -np.inf)
+    noise = 0.3 * np.random.default_rng(seed).standard_normal((heads, 1, length))
+    weights = np.exp(scores + noise)
+    weights /= weights.sum(2, keepdims=True)
+    return weights.sum(1) / np.arange(length, 0, -1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_end_of_a_text_has_no_more_outliers_than_its_share(seed: int) -> None:
+    received = near(700, 6, seed)
+    received[:, 250] *= 40  # a sink
+    marked = outlier_scores(received) > 3.5
+    assert marked[:, 250].all()
+    last = marked[:, 630:].sum() / max(1, marked.sum())
+    # Without the expectation nearly all marks are there.
+    blind = robust_z_scores(received) > 3.5
+    assert last <= 2 * 0.1 < blind[:, 630:].sum() / blind.sum()
+
+
+def resistant_line(seen_by: Any, x: Any, at: float) -> float:
+    """Tukey's resistant line through ``x`` over ln ``seen_by``, read at ln ``at``."""
+    t, third = np.log(seen_by), len(x) // 3
+    slope = (np.median(x[-third:]) - np.median(x[:third])) / (np.median(t[-third:]) - np.median(t[:third]))
+    return float(slope * np.log(at) + np.median(x - slope * t))
+
+
+def test_expected_attention_is_a_line_through_tokens_alike() -> None:
+    length = 400
+    received = np.exp(np.random.default_rng(1).standard_normal((2, 3, length)))
+    expected = expected_attention(received)
+    assert expected.shape == received.shape
+    seen_by = np.arange(length, 0, -1)
+    for at, alike in ((1, slice(-32, None)), (400, slice(0, length - 282))):  # the ends are not read in between
+        for row, found in zip(received.reshape(6, -1), expected.reshape(6, -1), strict=True):
+            value = resistant_line(seen_by[alike], np.log(row[alike]), at)
+            np.testing.assert_allclose(np.log(found[length - at]), value, rtol=1e-9, atol=1e-12)
+    # What follows a power of the number of queries is expected exactly, but for tokens that are outliers.
+    power = np.arange(length, 0, -1.0) ** -0.7
+    power[100] = 5
+    np.testing.assert_allclose(np.delete(expected_attention(power) / power, 100), 1, rtol=0.02)
+    assert outlier_scores(power)[100] > 3.5
+    # A factor on all tokens is a factor on what is expected, and no score changes.
+    np.testing.assert_allclose(expected_attention(7 * received), 7 * expected, rtol=1e-12)
+    np.testing.assert_allclose(outlier_scores(7 * received), outlier_scores(received), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 90), st.integers(0, 2**32 - 1))
+def test_expected_attention_of_any_length(length: int, seed: int) -> None:
+    received = np.random.default_rng(seed).random((2, length)) * (np.arange(length) != length // 2)
+    expected = expected_attention(received)
+    assert expected.shape == received.shape and (expected > 0).all() and np.isfinite(expected).all()
+    assert np.isfinite(outlier_scores(received)).all()
+    if length < 12:
+        floor = np.finfo(np.float32).tiny
+        median = np.exp(np.median(np.log(np.maximum(received, floor)), axis=1, keepdims=True))
+        np.testing.assert_allclose(expected, np.broadcast_to(median, received.shape), rtol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("smollm2_folder")
+def test_marks_on_the_licence_do_not_pile_up_at_its_end() -> None:
+    from attnrb.analysis import analyze
+    from attnrb.models import load
+
+    model, tokenizer = load()
+    text = (REPOSITORY / "LICENSE").read_text("utf-8")
+    report = analyze(model, tokenizer, text, max_tokens=1024)
+    received = report.before.received[0].astype(np.float64)
+    for rows in (received, received.mean(axis=1)):  # single heads, and the means that the page shows first
+        marked = outlier_scores(rows) > report.z_threshold
+        assert marked[..., int(0.9 * marked.shape[-1]) :].sum() <= 2 * 0.1 * marked.sum()
+    assert (outlier_scores(received.mean(axis=1))[12:, 0] > report.z_threshold).all()  # the sink is still one

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from attnrb import Edit, Outliers, Visibility, functional
 from attnrb.ops.attention import OPTIONS
 from attnrb.ops.paging import PagingArguments
+from process_memory import growth
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -269,14 +267,9 @@ def test_a_second_derivative_raises_and_says_what_to_do() -> None:
 
 LENGTH = 8192
 
-# Growth of the peak of a process of its own, since a peak never falls.
 WORKER = """
-import resource, sys
 import torch
 from attnrb import Edit, Outliers, functional
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 def run(length, rule):
     query = torch.randn(1, 2, length, 16, requires_grad=sys.argv[2] == "training")
@@ -302,13 +295,4 @@ print(peak() - before)
 @pytest.mark.parametrize("what", ["inference", "training"])
 def test_no_matrix_of_all_queries_and_keys(what: str) -> None:
     """Not even one byte for each pair, in one head."""
-    ran = subprocess.run(
-        [sys.executable, "-c", WORKER, str(LENGTH), what],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert int(ran.stdout) < LENGTH * LENGTH
+    assert growth(WORKER, LENGTH, what) < LENGTH * LENGTH

@@ -130,6 +130,18 @@ def test_history_keeps_one_folder_a_kind_of_processor_and_names_what_got_slower(
     assert history.compare_newest(0.5, kept) == 0
 
 
+def test_the_newest_of_a_day_is_the_last_measured(history: Any, tmp_path: Path) -> None:
+    kept = tmp_path / "history"
+    for time, commit, ratio in (("0900", "bbb", 0.5), ("1400", "aaa", 0.7)):
+        result = measured(prefill=ratio)
+        history.add(folder_with(tmp_path / time, attention=result), commit, f"2026-01-01T{time}", 9.0, kept)
+    (kind,) = kept.iterdir()
+    assert [path.name[:19] for path in history.stored(kind, "attention")] == [
+        "2026-01-01T0900-bbb",
+        "2026-01-01T1400-aaa",
+    ]
+
+
 def test_history_takes_no_quick_look(history: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = folder_with(tmp_path / "quick", attention=measured(prefill=0.5) | {"quick": True})
     assert history.add(quick, "aaa", "2026-01-01", 0.1, tmp_path / "history") == 1
@@ -148,3 +160,7 @@ def test_history_is_drawn(history: Any, tmp_path: Path) -> None:
     assert [ratio for _, ratio in picture.series(kind)["attention"]] == pytest.approx([0.5, 2.0])
     assert picture.draw(tmp_path / "history", tmp_path / "history.svg") == 1
     assert "2026-01-02" in (tmp_path / "history.svg").read_text(encoding="utf-8")
+    hook = script(REPOSITORY / "docs" / "measured.py")
+    page = (REPOSITORY / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert "](images/history.svg)" in hook.on_page_markdown(page, None, None, None, tmp_path / "history.svg")
+    assert "history.svg" not in hook.on_page_markdown(page, None, None, None, tmp_path / "none.svg")

@@ -85,7 +85,7 @@ def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tenso
 
 
 def test_values_that_are_hidden_stay_hidden() -> None:
-    """The library lets them through, as the zero weight of a row times a NaN; our kernels do those tiles anew."""
+    """The library lets them through, as the zero weight of a row times a NaN; our kernels compute those tiles again."""
     query, key, value, upstream, outliers, gain = operands()
     clean = gradients(query, key, value, upstream, outliers, gain)
     value[1, 0, 100, 7] = math.nan  # key head 0: query heads 0 and 1, queries from 100 on

@@ -116,7 +116,7 @@ def test_what_it_does_not_take_is_ours(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_tiles_that_it_leaves_in_doubt_are_done_anew(poison: float) -> None:
+def test_tiles_that_it_leaves_in_doubt_are_computed_again(poison: float) -> None:
     """Its zero weight times a NaN that a row does not see is NaN."""
     query = torch.randn(2, 4, 200, 64).bfloat16()
     key, value = (torch.randn(2, 2, 200, 64).bfloat16() for _ in range(2))

@@ -297,6 +297,8 @@ def test_generate_wants_a_marked_prompt() -> None:
         ({"share": 1.0}, ValueError, "share: expected a number between 0 and 1"),
         ({"share": 0.3, "outside": 0.1}, ValueError, "outside: expected without share"),
         ({"outside": -0.1}, ValueError, "outside: expected 0 or above"),
+        ({"outside": "0.1"}, TypeError, "outside: expected a number"),
+        ({"share": "0.3"}, TypeError, "share: expected a number"),
         ({"heads": "nowhere.json"}, FileNotFoundError, "there is no file 'nowhere.json'"),
         ({"layers": []}, ValueError, "layers: expected at least one"),
     ],
@@ -304,6 +306,11 @@ def test_generate_wants_a_marked_prompt() -> None:
 def test_options_out_of_range(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Emphasis(**options)
+
+
+def test_options_at_the_end_of_their_range() -> None:
+    least = Emphasis(strength=0, outside=0)
+    assert (least.strength, least.outside) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_two_threads_with_spans_of_their_own() -> None:
 
         def serve(place: int) -> None:
             torch.set_num_threads(1)
-            both.wait(timeout=60)
+            both.wait(timeout=600)  # a machine may be busy
             results[place] = [logits(chosen[place]) for _ in range(5)]
 
         threads = [threading.Thread(target=serve, args=(place,)) for place in range(2)]

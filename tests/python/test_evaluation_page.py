@@ -14,10 +14,12 @@ for package in ("lm_eval", "plotly", "optuna"):
 from attnrb.evaluation.grid import evaluate  # noqa: E402
 from attnrb.evaluation.page import letter_notes, page, points, sentence  # noqa: E402
 from attnrb.evaluation.plan import Plan  # noqa: E402
+from attnrb.evaluation.report import headline  # noqa: E402
 from attnrb.evaluation.search_page import search_page  # noqa: E402
 from attnrb.evaluation.trials import SearchPlan, search  # noqa: E402
 from attnrb.hosts.lm_eval.model import AttnrbLM  # noqa: E402
 from attnrb.policies.rebalance import RebalanceConfig  # noqa: E402
+from attnrb.reports.printable import printable  # noqa: E402
 from browser import Heard, opened  # noqa: E402
 from saved_tiny_model import tiny_tokenizer  # noqa: E402
 from tiny_evaluation import roomy_model, save_data  # noqa: E402
@@ -68,6 +70,44 @@ def test_an_evaluation(chromium: Any, evaluation: Path) -> None:
         assert plots.count() == 2 + 2  # differences, accuracies, and two groups over budgets
         for number in range(plots.count()):
             assert plots.nth(number).locator("svg.main-svg").count() >= 1
+    assert heard == Heard()
+
+
+# What Plotly reads in a text that is not made literal: tags, links, entities, and what ends a template.
+PSEUDO_HTML = (
+    "<b>&lt;&#x3c;i&#x3e;</b>\x1b\u202e",
+    "<a href=javascript:alert(1)>a</a><br>",
+    "<extra></extra>%{x}<sup>2",
+    "</text><script>alert(1)</script>",
+)
+
+
+def renamed(value: Any, names: dict[str, str]) -> Any:
+    """The same report with other names in it, keys among them."""
+    if isinstance(value, dict):
+        return {names.get(key, key): renamed(each, names) for key, each in value.items()}
+    if isinstance(value, list):
+        return [renamed(each, names) for each in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def test_names_in_pictures_are_text(chromium: Any, report: dict[str, Any], tmp_path: Path) -> None:
+    plain, *arms = dict.fromkeys(result["arm"] for result in report["results"])
+    groups = list(dict.fromkeys(name for result in report["results"] for name in result["groups"]))
+    names = dict(zip([*arms, *groups], PSEUDO_HTML, strict=True))
+    (tmp_path / "page.html").write_text(page(renamed(report, names)), "utf-8")
+    with opened(chromium, tmp_path / "page.html") as (tab, heard):
+        accuracies = tab.locator('.plot[data-spec="accuracies"]')
+        assert accuracies.locator(".legendtext").all_text_contents() == [
+            plain,
+            *(printable(names[arm]) for arm in arms),
+        ]
+        ticks = accuracies.locator(".xtick2 text, .xtick text").all_text_contents()
+        assert {printable(names[group]) for group in groups} <= set(ticks)
+        assert tab.locator(".plot a, .plot b, .plot script, .plot [style*='font-weight:bold']").count() == 0
+        accuracies.evaluate("plot => Plotly.Fx.hover(plot, [{curveNumber: 1, pointNumber: 0}])")
+        tip = "".join(accuracies.locator(".hoverlayer text").all_text_contents())
+        assert printable(names[arms[0]]) in tip and printable(names[groups[0]]) in tip
     assert heard == Heard()
 
 
@@ -163,12 +203,12 @@ def difference(**changes: Any) -> dict[str, Any]:
 
 
 def test_one_letter_is_told() -> None:
-    groups = {"stem": {"items": 10, "answers": {"A": 9, "B": 1}}, "siqa": {"items": 10, "answers": {"A": 8, "B": 2}}}
+    groups = {"stem": {"items": 20, "answers": {"A": 18, "B": 2}}, "siqa": {"items": 20, "answers": {"A": 17, "B": 3}}}
     (note,) = letter_notes({"results": [{"arm": "plain", "label": "direct", "groups": groups}]})
-    assert note.startswith("plain, direct, answers A to nearly everything (9 of 10 in stem), so that")
-    both = {"stem": groups["stem"], "siqa": {"items": 10, "answers": {"A": 10}}}
+    assert note.startswith("plain, direct, answers A to nearly everything (18 of 20 in stem), so that")
+    both = {"stem": groups["stem"], "siqa": {"items": 20, "answers": {"A": 20}}}
     (note,) = letter_notes({"results": [{"arm": "plain", "label": "direct", "groups": both}]})
-    assert "(9 of 10 in stem, 10 of 10 in siqa)" in note
+    assert "(18 of 20 in stem, 20 of 20 in siqa)" in note
 
 
 def test_sentences() -> None:
@@ -181,3 +221,55 @@ def test_sentences() -> None:
     assert "right on the same items" in said
     assert "improves accuracy" in sentence("stem", difference(verdict="improves"), "alpha=0.2", "direct")
     assert points(-0.015) == "−1.5"
+
+
+def test_one_letter_needs_answers_enough() -> None:
+    few = {"piqa": {"items": 3, "answers": {"A": 3}}, "siqa": {"items": 30, "answers": {}}}
+    assert letter_notes({"results": [{"arm": "plain", "label": "direct", "groups": few}]}) == []
+
+
+def pairs(**verdicts: str) -> dict[str, Any]:
+    return {"arm": "alpha=0.2", "label": "direct", "groups": {k: difference(verdict=v) for k, v in verdicts.items()}}
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([], "Nothing was compared."),
+        ([pairs(stem="no difference shown")], "No difference shown in 1 of 1 group."),
+        (
+            [pairs(stem="no difference shown", siqa="worsens", piqa="improves")],
+            "Better in 1 of 3 groups: piqa. Worse in 1 of 3 groups: siqa. No difference shown in 1 of 3 groups.",
+        ),
+        (
+            [pairs(stem="improves"), {**pairs(stem="no difference shown"), "label": "cot 64"}],
+            "Better in 1 of 2 comparisons: stem (alpha=0.2, direct). No difference shown in 1 of 2 comparisons.",
+        ),
+    ],
+)
+def test_headline(differences: list[dict[str, Any]], expected: str) -> None:
+    assert headline(differences) == expected
+
+
+def test_the_headline_comes_first(chromium: Any, evaluation: Path, report: dict[str, Any]) -> None:
+    with opened(chromium, evaluation) as (tab, heard):
+        assert tab.locator("main section").first.locator(".headline").inner_text() == headline(report["differences"])
+        assert not tab.locator("main section").first.locator("li").first.is_visible()
+        with tab.expect_download() as told:
+            tab.locator(".save").first.get_by_text("data").click()
+        lines = Path(told.value.path()).read_text("utf-8").splitlines()
+        assert len(lines) == 1 + sum(len(pair["groups"]) for pair in report["differences"])
+    assert heard == Heard()
+
+
+def test_a_subject_alone_has_its_own_name(report: dict[str, Any]) -> None:
+    assert {name for result in report["results"] for name in result["groups"]} == {"mmlu_anatomy", "siqa"}
+    assert all(result["subjects"] == {} for result in report["results"])
+
+
+def test_in_a_notebook(lm: AttnrbLM, data: Path, tmp_path: Path) -> None:
+    found = evaluate(lm, Plan(("siqa",), data, limit=2), tmp_path / "run.jsonl", model=HOSTILE)
+    assert found is not None
+    assert len(repr(found)) < 400 and "of 1 group" in repr(found)
+    shown = found._repr_html_()
+    assert "<script" not in shown and "<img" not in shown and "siqa" in shown

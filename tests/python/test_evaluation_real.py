@@ -16,6 +16,7 @@ from attnrb.evaluation.plan import Plan
 from attnrb.evaluation.selection import Cell, select
 from attnrb.hosts.lm_eval.model import AttnrbLM
 from attnrb.policies.rebalance import RebalanceConfig
+from tiny_evaluation import no_tasks
 
 TASKS = ("mmlu_anatomy", "mmlu_sociology", "piqa", "siqa")
 ITEMS = 2
@@ -50,7 +51,7 @@ def test_plain_is_the_harness_own_model_item_by_item(lm: AttnrbLM, answers: Answ
 
     harness = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=3)
     tasks = [each.build(Cell("direct")) for each in select(TASKS, shared / "data")]
-    expected = simple_evaluate(harness, tasks=tasks, limit=ITEMS, bootstrap_iters=0)["samples"]
+    expected = simple_evaluate(harness, tasks=tasks, limit=ITEMS, bootstrap_iters=0, task_manager=no_tasks())["samples"]
     for task in TASKS:
         assert len(expected[task]) == ITEMS
         for sample in expected[task]:

@@ -20,7 +20,7 @@ from attnrb.evaluation.selection import Cell, select
 from attnrb.hosts.lm_eval.model import AttnrbLM
 from attnrb.policies.rebalance import RebalanceConfig
 from saved_tiny_model import tiny_tokenizer
-from tiny_evaluation import PAIRS, roomy_model, save_data
+from tiny_evaluation import PAIRS, no_tasks, roomy_model, save_data
 
 STRONG = RebalanceConfig(alpha=3.0)
 TASKS = ("mmlu_anatomy", "mmlu_sociology", "piqa", "siqa")
@@ -61,7 +61,7 @@ def test_plain_is_the_harness_own_model_item_by_item(data: Path, model: Any, tmp
     found = answers(lm_of(model), Plan(TASKS, data), tmp_path / "run.jsonl")
     harness = HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=3)
     tasks = [each.build(Cell("direct")) for each in select(TASKS, data)]
-    expected = simple_evaluate(harness, tasks=tasks, bootstrap_iters=0)
+    expected = simple_evaluate(harness, tasks=tasks, bootstrap_iters=0, task_manager=no_tasks())
     compared = 0
     for task, samples in expected["samples"].items():
         for sample in samples:
@@ -81,7 +81,7 @@ def test_the_harness_own_loop_takes_the_model(data: Path, model: Any, tmp_path: 
     (task,) = [each.build(Cell("direct")) for each in select(["siqa"], data)]
     lm = lm_of(model, plain=False, config=STRONG)
     try:
-        samples = simple_evaluate(lm, tasks=[task], bootstrap_iters=0)["samples"]["siqa"]
+        samples = simple_evaluate(lm, tasks=[task], bootstrap_iters=0, task_manager=no_tasks())["samples"]["siqa"]
     finally:
         lm._patch.remove()
     for sample in samples:
@@ -107,12 +107,22 @@ def test_rebalancing_reaches_the_scores(data: Path, model: Any, tmp_path: Path) 
             assert record["loglikelihoods"] != pytest.approx(found[(*key[:2], "alpha=3", *key[3:])]["loglikelihoods"])
 
 
+@pytest.fixture(scope="module")
+def usual(data: Path, model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], dict[str, Any]]:
+    return answers(lm_of(model), mixed(data), tmp_path_factory.mktemp("usual") / "auto.jsonl")
+
+
+def mixed(data: Path) -> Plan:
+    """Questions of every kind, answered directly and after computed tokens."""
+    return Plan((*TASKS, "gsm8k"), data, (STRONG,), "both", (0, 10))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_batch_size_changes_no_answer(data: Path, model: Any, tmp_path: Path, batch_size: int) -> None:
-    plan = Plan((*TASKS, "gsm8k"), data, (STRONG,), "both", (0, 10))
-    usual = answers(lm_of(model), plan, tmp_path / "auto.jsonl")
-    other = answers(lm_of(model, batch_size), plan, tmp_path / "other.jsonl")
+def test_batch_size_changes_no_answer(
+    data: Path, model: Any, usual: dict[tuple[Any, ...], dict[str, Any]], tmp_path: Path, batch_size: int
+) -> None:
+    other = answers(lm_of(model, batch_size), mixed(data), tmp_path / "other.jsonl")
     assert usual.keys() == other.keys()
     for key, record in usual.items():
         assert other[key]["answer"] == record["answer"], key

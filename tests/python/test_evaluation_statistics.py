@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 Z = 1.959963984540054
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 400), st.data())
 def test_wilson(items: int, data: st.DataObject) -> None:
     correct = data.draw(st.integers(0, items))
@@ -35,7 +35,7 @@ def answers(both: int, only_plain: int, only_rebalanced: int, neither: int) -> t
     return plain, rebalanced
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 40), st.integers(0, 30), st.integers(0, 30), st.integers(1, 40))
 def test_mcnemar_is_a_binomial_test(both: int, only_plain: int, only_rebalanced: int, neither: int) -> None:
     found = difference(*answers(both, only_plain, only_rebalanced, neither))
@@ -86,7 +86,7 @@ def test_holm() -> None:
     assert holm([]) == []
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_step_by_step(p_values: list[float]) -> None:
     order = np.argsort(p_values, kind="stable")
@@ -117,7 +117,7 @@ def test_needed_items_refuses() -> None:
     assert needed_items(-1.0, 1.0) == 4  # all against none
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 20), st.integers(0, 40), st.integers(0, 40), st.integers(0, 20), st.floats(0, 1))
 def test_never_improves_where_the_interval_holds_zero(
     both: int, only_plain: int, only_rebalanced: int, neither: int, p: float
@@ -131,3 +131,9 @@ def test_never_improves_where_the_interval_holds_zero(
         assert word == "no difference shown"
     else:
         assert word == ("improves" if low > 0 else "worsens")
+
+
+@pytest.mark.parametrize(("differing", "planned"), [(1, False), (9, False), (10, True), (40, True)])
+def test_a_number_of_items_is_planned_from_enough_of_them(differing: int, planned: bool) -> None:
+    plain, other = [True] * 100, [place >= differing for place in range(100)]
+    assert (difference(plain, other).needed_items is not None) == planned

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ import make_cards  # noqa: E402
 from attnrb import LearnedGains, RebalanceConfig  # noqa: E402
 from saved_tiny_model import LAYERS, save_tiny_model, tiny_model, tiny_tokenizer  # noqa: E402
 from structured.data import read_records  # noqa: E402
+from typer.testing import CliRunner, Result  # noqa: E402
 
+THREADS = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 SIZES = ("--held-out", "4", "--length", "32", "--evaluations", "2", "--analysis-texts", "1", "--alpha", "0.5")
 
 
@@ -46,12 +47,12 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, str(EXAMPLES / "finetune_structured.py"), *map(str, arguments)]
 
 
-def run(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "COLUMNS": "200"}
-    done = subprocess.run(
-        command(*arguments), env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
+def run(*arguments: str | Path, code: int = 0) -> Result:
+    """In this process: importing takes longer than training these models."""
+    from finetune_structured import app
+
+    done = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200"})
+    assert done.exit_code == code, done.output
     return done
 
 
@@ -62,29 +63,39 @@ def report(folder: Path) -> Any:
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
-def kill_after_checkpoint(arguments: list[str], folder: Path) -> None:
-    """Start, and kill without a word as soon as a checkpoint of the second arm is whole."""
-    process = subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "2"}, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 300
-        while not list(folder.glob("rebalanced-seed0/checkpoints/*/complete")):
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+# The program, killed by itself as soon as a checkpoint of the second arm is whole: no clock decides where.
+KILLED = """
+import os, runpy, signal, sys
+from pathlib import Path
+
+touch = Path.touch
+
+def touch_and_die(path, *arguments, **options):
+    touch(path, *arguments, **options)
+    if path.name == "complete" and "rebalanced-seed0" in path.parts:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Path.touch = touch_and_die
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def test_a_killed_study_goes_on_and_ends_as_if_nothing_had_been(model: Path, data: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ("--model", model, "--data", data, "--steps", "24", "--learning-rate", "0.02", *SIZES)
     run("--output", whole, *options)
-    kill_after_checkpoint(command("--output", killed, *options), killed)
+    python, *program = command("--output", killed, *options)
+    died = subprocess.run([python, "-c", KILLED, *program], env=THREADS, capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stdout + died.stderr
     finished = json.loads((killed / "plain-seed0" / "result.json").read_text())
     half = killed / "rebalanced-seed0" / "checkpoints" / "checkpoint-999"
     half.mkdir()  # as a kill in the middle of saving leaves it
-    run("--output", killed, *options)
+    resumed = subprocess.run(
+        command("--output", killed, *options), env=THREADS, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert json.loads((killed / "plain-seed0" / "result.json").read_text()) == finished, "what is finished is kept"
 
     found, expected = report(killed), report(whole)
@@ -127,7 +138,7 @@ def test_gains_learn_alone(model: Path, data: Path, tmp_path: Path) -> None:
     before = report(folder)["before"]["held_out"]
     assert found["held_out"]["float32"] < before["rebalanced"]["float32"], "they learnt"
     assert not list(folder.rglob("model.safetensors")), "no copy of the frozen model"
-    # The same again does nothing but write the report anew; other settings are refused.
+    # The same again does nothing but write the report again; other settings are refused.
     run("--output", folder, *options, "--learning-rate", "0.05")
     refused = run("--output", folder, *options, "--learning-rate", "0.06", code=1)
     assert "holds a study with another learning_rate, 0.05 and not 0.06" in refused.stderr
@@ -237,11 +248,7 @@ def test_records_become_text(tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_one_sentence(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    from finetune_structured import app
-    from typer.testing import CliRunner
-
-    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "study")])
-    assert result.exit_code == 1
+    result = run(*arguments, "--output", tmp_path / "study", code=1)
     assert result.stderr.startswith(f"attnrb: {message}")
     assert not (tmp_path / "study").exists(), "nothing was begun"
 

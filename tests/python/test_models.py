@@ -208,7 +208,7 @@ class TestGguf:
     def test_folder_that_holds_one(self, path: Path, cache: Path) -> None:
         self.steps(path.parent)
 
-    def test_a_changed_file_is_converted_anew(self, path: Path, cache: Path) -> None:
+    def test_a_changed_file_is_converted_again(self, path: Path, cache: Path) -> None:
         self.steps(path)
         with path.open("ab") as file:
             file.write(bytes(32))

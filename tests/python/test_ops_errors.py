@@ -63,6 +63,16 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         r"key: expected the dtype of query, .*32, got .*16",
     ),
+    "sparse": (
+        {"query": zeros(2, 4, 5, 16).to_sparse()},
+        TypeError,
+        r"query: expected a dense .* layout torch.sparse_",
+    ),
+    "jagged": (
+        {"key": torch.nested.nested_tensor([zeros(2, 7, 16)] * 2, layout=torch.jagged)},
+        TypeError,
+        r"key: expected a dense tensor, got one of the layout torch.jagged",
+    ),
     "mixed devices": ({"key": zeros(2, 2, 7, 16).to("meta")}, ValueError, r"key: expected on cpu.*got meta"),
     "batches differ": ({"key": zeros(1, 2, 7, 16)}, ValueError, r"key: expected the batch size of query, 2, got \[1"),
     "widths differ": (
@@ -343,3 +353,16 @@ def test_backward_ops_refuse_operands_of_two_devices(op: str) -> None:
         arguments = (rows, query, key.to("meta"), rows, True, 0, 0, 0, None, None, None, 1.0, 0.0, None)
     with pytest.raises(ValueError, match="expected on cpu"):
         getattr(torch.ops.attnrb, op)(*arguments)
+
+
+def test_on_the_meta_device_results_have_shapes() -> None:
+    query, key, value = (zeros(*shape).to("meta") for shape in ((2, 4, 5, 16), (2, 2, 7, 16), (2, 2, 7, 6)))
+    attended = functional.attention(query, key, value, emit=0.1)
+    assert (attended.output.shape, attended.lse.shape) == ((2, 4, 5, 6), (2, 4, 5))
+    assert attended.outliers.counts.shape == (2, 4, 5) and attended.output.is_meta
+    assert (
+        functional.received_attention(query, key).shape
+        == functional.received_attention(
+            torch.zeros_like(query, device="cpu"), torch.zeros_like(key, device="cpu")
+        ).shape
+    )

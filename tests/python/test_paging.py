@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attnrb import _C, Attended, Edit, Paging, functional
+from attnrb.ops import paged
 from attnrb.ops.reference_paging import paged_attention
 from paged_problems import DTYPES, PagedProblem, gathered, random_problem
 from tolerance import one_rounding
@@ -123,6 +124,23 @@ def test_dense_path_is_the_reference() -> None:
             assert truth.outliers is not None
             assert torch.equal(result.outliers.indices, torch.from_numpy(truth.outliers.indices))
             assert torch.equal(result.outliers.counts, torch.from_numpy(truth.outliers.counts))
+
+
+def test_a_device_without_blocks_has_them_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as strided calls, bit for bit, since the op is the same."""
+    monkeypatch.setattr(paged, "_BLOCK_DEVICES", frozenset())
+    for seed in range(120):
+        problem = random_problem(seed, longest=60)
+        result = problem.run()
+        for b, rows, length in problem.sequences():
+            expected = problem.strided(b, rows, length)
+            assert same_bits(result.output[rows], expected.output[0].transpose(0, 1)), f"problem {seed}"
+            assert same_bits(result.lse[rows], expected.lse[0].transpose(0, 1)), f"problem {seed}"
+            if expected.outliers is not None:
+                assert result.outliers is not None
+                indices, counts = (each[0].transpose(0, 1) for each in expected.outliers)
+                assert torch.equal(result.outliers.indices[rows][..., : indices.shape[2]], indices)
+                assert torch.equal(result.outliers.counts[rows], counts)
 
 
 def test_long_decodes() -> None:

@@ -127,6 +127,14 @@ def test_a_profile_of_another_model_is_refused(model: Any) -> None:
         attnrb.patch(model, attnrb.Emphasis(heads="smollm2-135m-instruct"))
 
 
+def test_what_is_no_profile_is_refused() -> None:
+    options = attnrb.HeadProfile([[0.5] * HEADS] * LAYERS, keep=2).to_dict()
+    assert attnrb.HeadProfile.from_dict(options).keep == 2
+    for changed, message in (({"version": 99}, "this attnrb reads version"), ({"format": "x"}, "expected a mapping")):
+        with pytest.raises(ValueError, match=f"profile: {message}"):
+            attnrb.HeadProfile.from_dict(options | changed)
+
+
 def test_bundled_profiles_have_names() -> None:
     assert "smollm2-135m-instruct" in bundled_profiles()
     for name in bundled_profiles():

@@ -125,7 +125,7 @@ def test_something_deprecated_warns_the_line_that_uses_it() -> None:
         assert old() == 1
     (warning,) = said
     assert warning.category is FutureWarning
-    assert str(warning.message) == "old() is deprecated and goes in attnrb 99.0.0: use new()"
+    assert str(warning.message) == "old() is deprecated and will be removed in attnrb 99.0.0: use new()"
     assert warning.filename == __file__
 
 

@@ -275,7 +275,7 @@ rows_of_scores = st.lists(st.floats(-30, 30), min_size=1, max_size=40)
 thresholds = st.floats(0.001, 0.999)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows_of_scores, thresholds, st.floats(-0.9, 3.0))
 def test_properties_of_a_row(scores: list[float], threshold: float, gain: float) -> None:
     operands = tiny([scores])
@@ -297,7 +297,7 @@ def test_properties_of_a_row(scores: list[float], threshold: float, gain: float)
     np.testing.assert_allclose(undone, output, **CLOSE)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows_of_scores, st.floats(-50, 50))
 def test_scores_may_be_shifted(scores: list[float], shift: float) -> None:
     output, lse, _ = reference.source_attention(**tiny([scores]))
@@ -306,7 +306,7 @@ def test_scores_may_be_shifted(scores: list[float], shift: float) -> None:
     np.testing.assert_allclose(shifted_lse, lse + shift, rtol=1e-11, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_decoding_row_by_row_is_prefill(groups: int, queries: int, before: int, random: Any) -> None:
     """Each new query finds its outliers at the source and uses them below, in the same step, as in one prefill."""

@@ -11,9 +11,12 @@ import pytest
 import torch
 from attnrb import Compose, Custom, Edit, Emphasis, LearnedGains, Policy, Rebalance, SinkDamping, Visibility
 from attnrb.functional import attention, write_keys
+from attnrb.hosts.vllm import attend as attending
 from attnrb.hosts.vllm.asked import Ask, policy_text
-from attnrb.hosts.vllm.attend import Forward, Layer, Step, attend
+from attnrb.hosts.vllm.attend import Forward, Layer, LayerScores, Step, attend
 from attnrb.hosts.vllm.batch import Batch, Row, Rows
+from attnrb.hosts.vllm.merging import Merging, Share
+from attnrb.ops.edit import EditArguments
 from attnrb.ops.paging import Paging
 from attnrb.policies import Mixture, ModelShape, Plain
 from attnrb.policies.base import LayerPlan, LayerView
@@ -58,6 +61,10 @@ POLICIES: list[Policy | None] = [
 ]
 
 
+PLANS: dict[int, LayerPlan] = {}
+"""By the id of a policy above: texts of one policy are a group."""
+
+
 @dataclass
 class Text:
     """One text of a batch: its queries, keys and values ``[L, heads, N, D]``, and what is asked for."""
@@ -81,9 +88,9 @@ def text(generator: torch.Generator, numbers: random.Random, policy: Policy | No
         return torch.randn(LAYERS, heads, tokens, WIDTH, generator=generator)
 
     prompt = max(3, tokens - numbers.randrange(4))
-    plan = None if policy is None else policy.resolve(SHAPE)
+    plan = None if policy is None else PLANS.setdefault(id(policy), policy.resolve(SHAPE))
     spans: tuple[Span, ...] = ()
-    if plan is not None and plan.wants_spans:
+    if plan is not None and plan.wants_spans and numbers.random() < 0.8:
         start = numbers.randrange(prompt - 1)
         spans = (Span(start, numbers.randrange(start + 1, prompt)),)
         if numbers.random() < 0.5:
@@ -147,7 +154,8 @@ def together(
     widest = max(len(table) for table in tables)
     block_table = torch.tensor([table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32)
     lengths = torch.tensor([end for _, end in ranges], dtype=torch.int32)
-    step, forward = Step(Paging(block_table, starts, lengths)), Forward(batch)
+    step = Step(Paging(block_table, starts, lengths))
+    forward = Forward(batch, step)
     slots = torch.tensor(
         [
             table[slot // BLOCK] * BLOCK + slot % BLOCK
@@ -155,7 +163,7 @@ def together(
             for slot in range(start, end)
         ]
     )
-    scores = {"visibility": Visibility(window=window), "scale": None, "softcap": None, "sinks": sinks}
+    scores = LayerScores(window, None, None, sinks)
     found = []
     for layer in range(LAYERS):
 
@@ -181,7 +189,7 @@ def test_a_batch_is_its_rows(seed: int) -> None:
     sinks = numbers.choice([None, SINKS])
     chosen = [numbers.choice(POLICIES) for _ in range(numbers.randrange(1, 9))]
     if seed < len(POLICIES):
-        chosen.append(POLICIES[seed])
+        chosen += [POLICIES[seed]] * 3
     texts = [text(generator, numbers, policy, numbers.randrange(4, 30)) for policy in chosen]
     pool = Pool(generator, 64)
     tables = [pool.take(one.query.shape[2]) for one in texts]
@@ -199,6 +207,76 @@ def test_a_batch_is_its_rows(seed: int) -> None:
         for one, (start, end), found in zip(texts, ranges, got, strict=True):
             wanted = alone(one, start, end, window, sinks)
             assert (found.double() - wanted).abs().max() <= TOLERANCE * max(1.0, float(wanted.abs().max())), one.policy
+
+
+@pytest.mark.parametrize(
+    ("policies", "calls"),
+    [
+        # Plain, biased and strengthened rows, some of them both, whose thresholds agree.
+        (
+            [
+                None,
+                Rebalance(alpha=1.5, threshold=0.05),
+                Emphasis(strength=6.0),
+                Rebalance(alpha=0.3, threshold=0.05, heads=[0, 3]),
+                Emphasis(strength=3.0, rows="last", outside=0.5),
+                Compose(Emphasis(strength=4.0), Rebalance(alpha=1.0, threshold=0.05)),
+            ],
+            [1, 1, 1, 1],
+        ),
+        # Two thresholds: a call each in the layer that finds outliers, and tables put together above it.
+        ([Rebalance(alpha=1.5, threshold=0.05), Rebalance(alpha=0.5, threshold=0.1), None], [2, 1, 1, 1]),
+        # Two rules: a call each in the layers that strengthen them; the last layer's gains are 0.
+        (
+            [Rebalance(threshold=0.05), Rebalance(threshold=0.05, normalize=True), Emphasis(strength=2.0)],
+            [1, 2, 2, 1],
+        ),
+    ],
+)
+def test_a_mixed_batch_has_few_calls(
+    policies: list[Policy | None], calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, numbers = torch.Generator().manual_seed(7), random.Random(7)
+    texts = [text(generator, numbers, policy, numbers.randrange(6, 30)) for policy in policies]
+    pool = Pool(generator, 64)
+    ranges = [(0, one.query.shape[2]) for one in texts]
+    tables = [pool.take(end) for _, end in ranges]
+    counted: list[int] = []
+    serve = attending.attend_blocks
+
+    def counting(query: Tensor, key: Tensor, *rest: Any) -> Any:
+        layer = next(at for at in range(LAYERS) if pool.key[at].data_ptr() == key.data_ptr())
+        counted.append(layer)
+        return serve(query, key, *rest)
+
+    monkeypatch.setattr(attending, "attend_blocks", counting)
+    got = together(texts, ranges, tables, pool, Batch([one.row for one in texts]), None, SINKS)
+    assert [counted.count(layer) for layer in range(LAYERS)] == calls
+    for one, (start, end), found in zip(texts, ranges, got, strict=True):
+        wanted = alone(one, start, end, None, SINKS)
+        assert (found.double() - wanted).abs().max() <= TOLERANCE * max(1.0, float(wanted.abs().max())), one.policy
+
+
+def test_what_a_share_says_of_other_rows_does_not_count() -> None:
+    starts = torch.tensor([0, 2, 3, 5])
+    indices, counts = torch.zeros(5, HEADS, 1, dtype=torch.int32), torch.ones(5, HEADS, dtype=torch.int32)
+    gain, bias = torch.arange(4.0), torch.full((1, 1, 3), 2.0)
+    shares = [
+        Share((0,), EditArguments(indices, counts, gain)),
+        Share((2,), EditArguments(key_bias=bias, first_query=torch.tensor([4, 5, 6]))),
+        Share((1,)),
+    ]
+    (call,) = Merging(starts).calls(shares)
+    edit = call.edit
+    assert call.rows == (0, 1, 2)
+    assert edit.counts is not None
+    assert edit.counts[:, 0].tolist() == [1, 1, 0, 0, 0]
+    assert edit.gain is gain
+    assert edit.key_bias is not None
+    assert edit.key_bias[:, 0].tolist() == [[0.0] * 3, [0.0] * 3, [2.0] * 3]
+    assert edit.first_query is not None
+    assert edit.first_query[2] == 6
+    assert (edit.first_query[:2] > 1 << 40).all()
 
 
 def test_rows_follow_what_they_are_told() -> None:
@@ -220,7 +298,7 @@ def test_rows_follow_what_they_are_told() -> None:
         return round(float(plan.gain(view)[0]) / (1 - 1 / (LAYERS - 1)), 6)  # type: ignore[attr-defined]
 
     assert plans(4) == [0.1, None, 0.2, 0.1]
-    assert [group.rows for group in rows.batch(4).groups] == [[0, 3], [2]]
+    assert [group.rows for group in rows.batch(4).groups] == [(0, 3), (2,)]
     rows.change(moved=[(0, 1, True)])
     assert plans(4) == [None, 0.1, 0.2, 0.1]
     rows.change(removed=[1], moved=[(3, 1, False)])
@@ -247,11 +325,11 @@ def test_a_policy_that_reads_no_keys_must_not_look_at_them() -> None:
     plan = Custom(looks).resolve(SHAPE)
     plan.reads_keys = False
     layer = Layer(0, torch.zeros(2, HEADS, WIDTH), torch.zeros(1, KEY_HEADS, BLOCK, WIDTH),
-                  torch.zeros(1, KEY_HEADS, BLOCK, WIDTH), {"visibility": Visibility(), "scale": None, "softcap": None,
-                  "sinks": None}, torch.zeros(2, HEADS, WIDTH))  # fmt: skip
-    table = Paging(torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 2]), torch.tensor([2]))
+                  torch.zeros(1, KEY_HEADS, BLOCK, WIDTH), LayerScores(None, None, None, None),
+                  torch.zeros(2, HEADS, WIDTH))  # fmt: skip
+    step = Step(Paging(torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 2]), torch.tensor([2])))
     with pytest.raises(RuntimeError, match="reads_keys"):
-        attend(layer, Step(table), Forward(Batch([Row(plan, (), 2)])))
+        attend(layer, step, Forward(Batch([Row(plan, (), 2)]), step))
 
 
 def test_attnrb_policies_that_read_keys_are_those_that_must() -> None:

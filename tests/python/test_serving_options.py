@@ -116,7 +116,7 @@ json_values = st.recursive(
 names = st.sampled_from(["policy", "spans", "alpha", "strength", "heads", "layers", "rows", "tokens", "version", "x"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(names, json_values | st.sampled_from(["rebalance", "emphasis", "sinks", "compose"])))
 def test_whatever_comes_is_served_or_refused(options: dict[str, Any]) -> None:
     found = None

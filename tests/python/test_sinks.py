@@ -208,6 +208,10 @@ def test_a_graph_with_a_cache_is_refused() -> None:
         ({"threshold": 0.0}, ValueError, "threshold: expected a number between 0 and 1"),
         ({"first_key": -1.0}, ValueError, "first_key: expected 0 or above"),
         ({"first_key": math.inf}, ValueError, "first_key: expected a finite number"),
+        ({"first_key": "2"}, TypeError, "first_key: expected a number"),
+        ({"strength": "1"}, TypeError, "strength: expected a number"),
+        ({"threshold": "0.1"}, TypeError, "threshold: expected a number"),
+        ({"layers": [-1]}, ValueError, "layers: expected 0 or above"),
         ({"heads": "nowhere.json"}, FileNotFoundError, "there is no file"),
     ],
 )
@@ -219,3 +223,8 @@ def test_options_out_of_range(options: dict[str, Any], error: type[Exception], m
 def test_options_beyond_the_model() -> None:
     with pytest.raises(ValueError, match="layers: the model's layers are 0 to 4"):
         attnrb.patch(tiny("llama"), SinkDamping(layers=[LAYERS]))
+
+
+def test_options_at_the_end_of_their_range() -> None:
+    assert (SinkDamping(strength=0).strength, SinkDamping(strength=1).strength) == (0.0, 1.0)
+    assert SinkDamping(first_key=0).first_key == 0.0

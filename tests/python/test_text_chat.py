@@ -175,7 +175,7 @@ def test_json_in_a_template_keeps_what_it_does_not_escape() -> None:
         mark(tokenizer, [{"role": "user", "content": 'say (("so"))'}])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.tuples(texts(max_size=5), st.booleans()), min_size=1, max_size=3), min_size=1, max_size=3))
 def test_any_chat_equals_the_text_that_its_template_writes(messages: list[list[tuple[str, bool]]]) -> None:
     """Rendered with brackets in the place of spans, a template that adds but does not change gives the truth."""
@@ -194,7 +194,7 @@ def test_any_chat_equals_the_text_that_its_template_writes(messages: list[list[t
     assert marked.texts[0] == tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts(min_size=1, max_size=8), st.sampled_from(["\U000f0000", "\U000f0001\U000f0002", "x"]))
 def test_private_characters_of_the_user_are_text(inside: str, private: str) -> None:
     assume(inside.strip())

@@ -90,7 +90,7 @@ def test_bad_calls_are_refused(inputs: Any, phrases: Any, error: type[Exception]
 
 
 @pytest.mark.parametrize("name", EXACT)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=texts(max_size=16))
 def test_tokens_are_told_apart_as_their_tokenizer_maps_them(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
@@ -120,7 +120,7 @@ def _is_told_apart(tokenizer: Any, ids: list[int]) -> bool:
     return True
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 319), max_size=24))
 def test_any_ids_decode_or_are_refused(ids: list[int]) -> None:
     """A model may write half a character, and what follows it need not finish it."""

@@ -26,7 +26,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(parts=pieces(SIMPLE))
 @example(parts=[(" a ", "span"), ("b", "plain")])
 def test_any_markup_on_any_text(name: str, parts: list[tuple[str, str]]) -> None:
@@ -34,7 +34,7 @@ def test_any_markup_on_any_text(name: str, parts: list[tuple[str, str]]) -> None
 
 
 @pytest.mark.parametrize("name", ["byte-level", "Gemma"])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(parts=pieces(HARD.replace("▁", "").replace("Ġ", "")))
 def test_any_markup_by_counting_bytes(name: str, parts: list[tuple[str, str]]) -> None:
     check_markup(TOKENIZERS[name], parts, characters_by_bytes)
@@ -235,7 +235,7 @@ def test_bad_calls_are_refused(text: Any, options: dict[str, Any], error: type[E
         mark(TOKENIZERS["byte-level"], text, **options)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pieces("ab e(7.,\n数ם😀"))
 def test_tokenizers_without_offsets_are_served_by_what_their_tokens_say(parts: list[tuple[str, str]]) -> None:
     check_markup(SlowTokenizer(), parts, characters_by_pairs)

@@ -176,7 +176,7 @@ SOUP = st.text(r"()\:4x a", max_size=24)
 DELIMITERS = st.sampled_from([("((", "))"), ("(", ")"), ("(", "))"), ("x", "a"), ("a", "a"), ("(:", ":)")])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(SOUP, DELIMITERS)
 def test_any_text_is_read_or_refused(markup: str, delimiters: tuple[str, str]) -> None:
     refused = None
@@ -204,7 +204,7 @@ def test_any_text_is_read_or_refused(markup: str, delimiters: tuple[str, str]) -
             )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(SOUP, DELIMITERS)
 def test_escaped_text_stands_for_itself(text: str, delimiters: tuple[str, str]) -> None:
     assert parse_markup(escape_markup(text, *delimiters), *delimiters) == (text, [])
@@ -217,7 +217,7 @@ def _balanced(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 BALANCED = st.recursive(st.sampled_from(["b", " c ", "d.", r"\e", "7"]), _balanced, max_leaves=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(BALANCED, BALANCED)
 def test_balanced_brackets_stay_in_or_out_of_a_span(inner: str, outer: str) -> None:
     assert parse_markup(f"(({inner}))") == (inner, [(0, len(inner), None)])

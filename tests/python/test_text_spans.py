@@ -25,7 +25,7 @@ def spans(draw: st.DrawFn) -> Spans:
     return Spans(tuple(draw(st.lists(row, min_size=1, max_size=3))))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(spans(), st.one_of(st.just(0.0), st.floats(1e-3, 1e3)), st.integers(0, 3))
 def test_tensors_are_what_the_spans_say(marked: Spans, default: float, more: int) -> None:
     slots = marked.slots + more
@@ -58,7 +58,7 @@ def test_tensors_are_what_the_spans_say(marked: Spans, default: float, more: int
     assert marked.ends().tolist() == last
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(spans())
 def test_a_dictionary_gives_the_spans_back(marked: Spans) -> None:
     assert Spans.from_dict(json.loads(json.dumps(marked.to_dict()))) == marked

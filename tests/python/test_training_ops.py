@@ -315,7 +315,7 @@ def test_a_compiled_training_step_is_one_graph(backend: str, dynamic: bool) -> N
 
 
 def double_leaves() -> tuple[list[Tensor], Tensor, Tensor]:
-    sizes = ((2, 4, 5, 6), (2, 2, 7, 6), (2, 2, 7, 3))
+    sizes = ((2, 4, 4, 3), (2, 2, 5, 3), (2, 2, 5, 2))
     leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
     gain = torch.rand(4, dtype=torch.float64, requires_grad=True)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -116,6 +117,57 @@ def test_json_of_what_is_not_finite() -> None:
             print_json({"value": value})
 
 
+class Full(io.StringIO):
+    """A stream on a full disk: it takes text, and fails where that has to be written out."""
+
+    encoding = "utf-8"
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--json"), ("info", "--report"), ("generate", "hi", "-n2")])
+def test_a_full_disk_behind_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(SystemExit) as ended:
+        app([*arguments, *(("-m", str(folder)) if "hi" in arguments else ())])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "attnrb: No space left on device."
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--json"), ("generate", "hi", "-n2"), ("generate", "-")])
+def test_closed_streams(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, arguments: tuple[str, ...]
+) -> None:
+    """As a shell's ``>&-`` and ``<&-`` leave them: without an output there is nothing to say, and no input to read."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as ended:
+        app([*arguments, *(() if "info" in arguments else ("-m", str(folder)))])
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    if arguments[-1] == "-":
+        assert (ended.value.code, error) == (1, "attnrb: standard input is closed, so nothing can be read from it.\n")
+    else:
+        assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(("value", "shown"), [("0", False), ("", False), ("1", True)])
+def test_debugging_is_off_by_zero(run: Run, monkeypatch: pytest.MonkeyPatch, value: str, shown: bool) -> None:
+    monkeypatch.setenv("ATTNRB_DEBUG", value)
+    result = run("generate", "-m", "/nowhere/at/all", "hi")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, models.ModelError) is shown
+
+
+def test_a_profile_that_cannot_be_written_is_refused_before_the_work(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for options in (("--out", tmp_path / "a"), ("--html", tmp_path / "none" / "a.html")):
+        assert "cannot be written" in failed(run("profile", *options, "-m", "/nowhere/at/all"))
+
+
 @pytest.mark.parametrize("command", ["generate", "compare", "analyze", "info"])
 def test_an_interrupt(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     from attnrb.cli import about
@@ -148,7 +200,7 @@ def test_an_interrupt_while_importing(tmp_path: Path, place: str) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
         # A shell has its jobs in the background ignore interrupts, and so would this program.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -242,6 +294,33 @@ def test_a_user_without_a_home(run: Run, monkeypatch: pytest.MonkeyPatch, folder
 
 
 # -------------------------------------------------------------------------------------------- a model's own settings
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--temperature", text) for text in ("nan", "inf", "-1", "1e-300", "1e-7")),
+        *(("--seed", str(number)) for number in (2**64, -(2**63) - 1)),
+    ],
+)
+def test_numbers_that_sampling_cannot_take(run: Run, folder: Path, option: str, value: str) -> None:
+    error = failed(run("generate", "-m", folder, "-n", "2", option, value, TEXT))
+    assert error.startswith(f"attnrb: {option[2:]}: expected")
+
+
+@pytest.mark.parametrize("value", ["1e-6", "1e300"])
+def test_the_outermost_temperatures(run: Run, folder: Path, value: str) -> None:
+    result = run("generate", "-m", folder, "-n", "2", "--temperature", value, "--seed", str(2**64 - 1), TEXT)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no user') }}", "{% if %}", "{{ messages[9].a.b }}"])
+@pytest.mark.parametrize("prompt", ["plain", "((marked)) text"])
+def test_a_chat_template_that_fails(run: Run, tmp_path: Path, template: str, prompt: str) -> None:
+    save_tiny_model(tmp_path / "m", template)
+    error = failed(run("generate", "-m", tmp_path / "m", "-n", "2", prompt))
+    assert "chat: the model's chat template fails: " in error and "--no-chat" in error
+    assert run("generate", "-m", tmp_path / "m", "-n", "2", "--no-chat", prompt).exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,12 @@ def test_a_misspelt_option_raises_and_names_near_ones(folder: Path, option: str,
         "heads=99",
         "normalize=maybe",
         "parallelize=perhaps",
+        "max_length=-5",
+        "max_length=0",
+        "max_length=many",
+        "prefix_token_id=-1",
+        "max_batch_size=0",
+        "max_batch_size=some",
     ],
 )
 def test_what_cannot_be_honoured_raises_and_names_it(folder: Path, option: str) -> None:
@@ -100,6 +106,44 @@ def test_every_option_of_hf_is_honoured_or_refused_by_name(folder: Path) -> None
     parameters = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
     served = set(options._KNOWN) | set(options._REFUSED)
     assert parameters <= served
+
+
+@pytest.mark.parametrize("rows", [0, -1, "0", "some", "autos", True, 1.5, ""])
+def test_numbers_of_rows(folder: Path, rows: Any) -> None:
+    with pytest.raises(ValueError, match="batch_size: expected a number of 1 or above or 'auto'"):
+        AttnrbLM(str(folder), plain=True, batch_size=rows)
+    with pytest.raises(ValueError, match="max_batch_size: expected a number of 1 or above, got"):
+        AttnrbLM(str(folder), plain=True, max_batch_size=rows)
+
+
+def changed(what: str) -> tuple[Any, Any]:
+    """The tiny model and its tokenizer, in one respect another."""
+    model, tokenizer = roomy_model(), tiny_tokenizer()
+    if what == "a weight":
+        with torch.no_grad():
+            model.lm_head.weight[-1, -1] += 1e-3
+    if what == "an option of the model":
+        model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5e5}
+    if what == "a token":
+        tokenizer.add_tokens(["<new>"])
+    if what == "the chat template":
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    if what == "the padding":
+        tokenizer("the quick brown", truncation=True, max_length=2)
+        tokenizer.backend_tokenizer.enable_padding(length=9)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("what", ["a weight", "an option of the model", "a token", "the chat template"])
+def test_answers_of_another_model_do_not_answer(what: str) -> None:
+    """Neither from the harness' cache nor from a run's file, both of which go by the digest."""
+
+    def digest(what: str) -> str:
+        model, tokenizer = changed(what)
+        return AttnrbLM(model, tokenizer=tokenizer, plain=True).digest()
+
+    assert digest(what) != digest("nothing")
+    assert digest("the padding") == digest("nothing") == digest("nothing")  # how it was called last is no matter
 
 
 def test_plain_and_a_policy_contradict(folder: Path) -> None:

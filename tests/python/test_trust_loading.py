@@ -87,6 +87,31 @@ def test_a_weight_of_another_shape_is_refused_with_both_shapes(folder: Path) -> 
     models.load(folder, allow_missing=True)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "stray"),
+    [
+        ("num_hidden_layers", 2, "model.layers.2.input_layernorm.weight"),
+        ("architectures", None, "model.layers.0.self_attn.q_proj.bias"),
+    ],
+)
+def test_weights_without_a_place_are_named(folder: Path, field: str, value: Any, stray: str) -> None:
+    """A configuration that knows of fewer layers, or of no biases, gives another model than was trained."""
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, field: value}))
+    if stray.endswith("bias"):
+        file = folder / "model.safetensors"
+        save_file({**load_file(file), stray: torch.ones(32)}, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="has weights that its configuration has no place for") as warned:
+        models.load(folder)
+    assert any(stray in str(each.message) for each in warned)
+
+
+def test_nothing_is_said_of_a_whole_checkpoint(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        models.load(folder)
+
+
 def test_a_tied_output_layer_is_not_missing(tmp_path: Path) -> None:
     model = tiny_model()
     model.config.tie_word_embeddings = True

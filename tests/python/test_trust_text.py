@@ -15,10 +15,12 @@ for package in ("typer", "rich", "transformers"):
 import attnrb  # noqa: E402
 from attnrb.cli.analyze import names_a_file, read_texts  # noqa: E402
 from attnrb.cli.app import app  # noqa: E402
+from attnrb.cli.profile import read_examples  # noqa: E402
 from attnrb.evaluation.data import DataError, read_items  # noqa: E402
-from attnrb.policies.parse import parse_policy  # noqa: E402
+from attnrb.policies import HeadProfile  # noqa: E402
+from attnrb.policies.parse import parse_option, parse_policy  # noqa: E402
 from attnrb.text.reading import check_text, read_text  # noqa: E402
-from saved_tiny_model import TEXT, save_tiny_model  # noqa: E402
+from saved_tiny_model import TEXT, save_tiny_model, tiny_tokenizer  # noqa: E402
 from typer.testing import CliRunner, Result  # noqa: E402
 
 MARK = b"\xef\xbb\xbf"
@@ -64,6 +66,11 @@ def test_marks_before_options_words_and_items(tmp_path: Path) -> None:
     assert parse_policy(str(tmp_path / "c.json")) == attnrb.RebalanceConfig(alpha=0.3)
     (tmp_path / "rebalance_config.json").write_bytes(MARK + b'{"alpha": 0.3}')
     assert attnrb.RebalanceConfig.from_pretrained(tmp_path).alpha == 0.3
+    saved = HeadProfile([[1.0, 2.0]], keep=1).save(tmp_path / "p.json")
+    saved.write_bytes(MARK + saved.read_bytes())
+    assert HeadProfile.load(saved).chosen == {0: (1,)}
+    (tmp_path / "e.jsonl").write_bytes(MARK + b'{"prompt": "((a)) b", "answer": " c"}\n')
+    assert read_examples(tiny_tokenizer(), tmp_path / "e.jsonl")[0][1] == " c"
     (tmp_path / "words").write_bytes(MARK + b"der die")
     assert read_text(tmp_path / "words").split() == ["der", "die"]
     (tmp_path / "t.jsonl").write_bytes(MARK + b'{"context": "How many?", "answer": 12}\n')
@@ -81,11 +88,81 @@ def test_what_holds_a_lone_surrogate_is_refused() -> None:
         check_text("x", fine)
 
 
+def test_a_prompt_with_one() -> None:
+    tokenizer = tiny_tokenizer("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    chat = [{"role": "user", "content": "((a)) \ud83d"}]
+    for prompt in ("((a\ud83d)) b", ["fine", "((b)) \udc00"], chat, [chat]):
+        with pytest.raises(ValueError, match="text: expected text, but character"):
+            attnrb.mark(tokenizer, prompt)
+    with pytest.raises(ValueError, match="text: expected text, but character 1 is"):
+        attnrb.spans(tokenizer, "\udfffa", [(0, 1)])
+
+
 def test_texts_with_one(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine enough"}\n{"text": "half \\ud83d a pair"}\n')
     result = run("analyze", "--model", folder, "--text", tmp_path / "a.jsonl")
     assert result.exit_code == 1
     assert "a.jsonl:2: expected text, but character 6 is U+D83D" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize("text", ["1_000", "1_0.5", "١٢", "0x10", "1 000", "--1", "1e", "."])
+def test_what_is_no_number_is_no_option(text: str) -> None:
+    assert parse_option("strength", text) == text
+    with pytest.raises((TypeError, ValueError), match="strength"):
+        parse_policy(f"emphasis(strength={text})")
+
+
+@pytest.mark.parametrize("text", ["8", "-8", "+8", "8.", ".5", "0.25", "1e3", "1E-3", "inf", "-Infinity"])
+def test_what_is_a_number_is_one_as_an_option(text: str) -> None:
+    found = parse_option("strength", text)
+    assert found == float(text) and isinstance(found, (int, float))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"policy": "rebalance", "alpha": \xff}', "is no UTF-8 text: byte 33"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"policy": "rebalance", "alpha": NaN}', "alpha: expected a finite number"),
+        (b"[1]", "options: expected a mapping"),
+        (b"", "is no JSON"),
+    ],
+)
+def test_a_file_that_is_no_policy(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "c.json").write_bytes(content)
+    with pytest.raises((TypeError, ValueError), match=message):
+        parse_policy(str(tmp_path / "c.json"))
+
+
+# ------------------------------------------------------------------------------------------------ examples
+
+
+def test_a_separator_within_an_example_ends_no_line(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "((a\u2028b)) c", "answer": " d\u0085"}, ensure_ascii=False)
+    (tmp_path / "e.jsonl").write_text(f"{line}\r\n{line}\n", "utf-8", newline="")
+    assert [answer for _, answer in read_examples(tiny_tokenizer(), tmp_path / "e.jsonl")] == [" d\u0085"] * 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "((a)) b", "answer": NaN}',
+        '{"prompt": "((a)) b", "answer": 3}',
+        '{"prompt": "((a)) b", "answer": ""}',
+        '{"prompt": "((a)) b", "answer": " \\ud800"}',
+        '{"prompt": "((a \\udc00)) b", "answer": " c"}',
+        '{"prompt": ["((a)) b"], "answer": " c", "more": 1}',
+        "[" * 100_000,
+    ],
+)
+def test_an_example_that_is_none_names_its_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "e.jsonl").write_text(f'{{"prompt": "((a)) b", "answer": " c"}}\n{line}\n', "utf-8")
+    with pytest.raises(ValueError, match=r"examples: line 2 of e\.jsonl"):
+        read_examples(tiny_tokenizer(), tmp_path / "e.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------ items

@@ -68,6 +68,13 @@ def save_task(folder: Path) -> Path:
     return folder
 
 
+def no_tasks() -> Any:
+    """A manager without the harness' ten thousand tasks, which take it seconds to list: for tasks that are built."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False)
+
+
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

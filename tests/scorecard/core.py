@@ -18,49 +18,31 @@ import subprocess
 import sys
 from pathlib import Path
 
-from row import ROOT, Tally, run
+from builds import PLAIN, SANITIZED, THREADED, build
+from row import Tally, run
 
-_BUILD = ROOT / "build" / "scorecard"
-# Mode: the folder of the build, and the sanitizers it has.
+# Mode: the build that its program is of.
 MODES = {
-    "differential": ("cpp", ""),
-    "threads": ("cpp", ""),
-    "hidden": ("cpp", ""),
-    "calls": ("cpp-asan", "address,undefined"),
-    "callers": ("cpp-tsan", "thread"),
+    "differential": PLAIN,
+    "threads": PLAIN,
+    "hidden": PLAIN,
+    "calls": SANITIZED,
+    "callers": THREADED,
 }
 
 
-def build(mode: str, target: str = "attnrb_fuzz") -> Path:
-    """The program, built where it is not or where something changed since."""
-    folder, sanitizers = MODES[mode]
-    tools = ROOT / ".venv" / "bin"
-    command = [
-        tools / "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        _BUILD / folder,
-        "-G",
-        "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
-    ]
-    command += ["-DATTNRB_BUILD_PACKAGE=OFF", "-DATTNRB_BUILD_TESTS=ON"]
-    if sanitizers:
-        command += ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", f"-DATTNRB_SANITIZE={sanitizers}"]
-    for step in (command, [tools / "cmake", "--build", _BUILD / folder, "--target", target]):
-        built = subprocess.run(step, capture_output=True, text=True, check=False)
-        if built.returncode:
-            raise SystemExit(built.stdout[-3000:] + built.stderr[-3000:])
-    return _BUILD / folder / "tests" / "cpp" / target
+def program(mode: str) -> Path:
+    """The program of a mode, built where it is not there or something changed since."""
+    build(MODES[mode], "attnrb_fuzz")
+    return MODES[mode] / "tests" / "cpp" / "attnrb_fuzz"
 
 
 def work(tally: Tally) -> None:
     """Run the program and take over what it counted."""
     mode = tally.options.mode
-    program = Path(tally.options.program) if tally.options.program else build(mode)
+    path = Path(tally.options.program) if tally.options.program else program(mode)
     tally.restart()  # the time to build is not the row's
-    command = [program, mode, "--count", str(tally.count), "--seed", str(tally.seed)]
+    command = [path, mode, "--count", str(tally.count), "--seed", str(tally.seed)]
     if tally.seconds != float("inf"):
         command += ["--seconds", str(tally.seconds)]
     environment = {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}

@@ -3,9 +3,9 @@
     python tests/scorecard/killed.py --count 40
 
 Each is started in a child that has torch and transformers loaded already, killed after a random part of the time that
-it takes undisturbed, and started again; kills are spread evenly. At the end its
-results are compared with those of a run that nobody killed: every item once and with the same answer, the same losses,
-the same weights.
+it takes undisturbed, and started again; each kind of work gets as many kills. What a run's file held at a kill must be
+in it after the next. At the end its results are compared with those of a run that nobody killed: every item once and
+with the same answer, the same losses, the same weights.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from row import ROOT, Tally, run
 
 sys.path[:0] = [str(ROOT / "tests" / "python"), str(ROOT / "examples")]
 
+_RUN = "run.jsonl"
 _LIMIT = 1200  # seconds for one undisturbed start
 
 
@@ -67,6 +68,8 @@ class Work:
 
     def __init__(self, given: Path) -> None:
         self.given = given
+        self.finished: list[str] = []
+        """The whole lines of a run's file when it was last looked at."""
 
     def do(self, folder: Path) -> None:
         """Do it, or go on with it."""
@@ -87,13 +90,13 @@ class _CommandLine(Work):
     def do(self, folder: Path) -> None:
         from attnrb.cli.app import app
 
-        names = ["--run", folder / "run.jsonl", "--json", folder / "out.json"]
+        names = ["--run", folder / _RUN, "--json", folder / "out.json"]
         common = ["--data", self.given / "data", "-m", self.given / "roomy", "--batch-size", "1"]
         app([str(each) for each in (*self.options(), *common, *names)])
 
     def result(self, folder: Path) -> Any:
-        lines = (folder / "run.jsonl").read_text("utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+        self.check_half(folder)
+        records = [json.loads(line) for line in self.finished]
         answers = {}
         for each in records:
             if "task" not in each:
@@ -103,6 +106,13 @@ class _CommandLine(Work):
             answers[key] = [each.get("answer"), each.get("output"), each.get("loglikelihoods")]
         found = json.loads((folder / "out.json").read_text("utf-8"))
         return answers, found.get("results"), found.get("chosen"), found.get("differences")
+
+    def check_half(self, folder: Path) -> None:
+        """What was on disk at the last kill still is."""
+        data = (folder / _RUN).read_bytes() if (folder / _RUN).exists() else b""
+        whole = data[: data.rfind(b"\n") + 1].decode().split("\n")[:-1]
+        assert whole[: len(self.finished)] == self.finished, "finished items are gone"
+        self.finished = whole
 
 
 class Evaluation(_CommandLine):
@@ -179,6 +189,11 @@ class Conversion(Work):
 WORKS = (Evaluation, Search, Training, Conversion)
 
 
+def kills_of(work: Work | type[Work]) -> str:
+    """The figure that counts them."""
+    return f"kills of {'an' if work.name[0] in 'aeiou' else 'a'} {work.name}"
+
+
 def prepare(folder: Path) -> None:
     """Models and data, and in this process what every child needs."""
     import make_cards
@@ -204,7 +219,7 @@ def attempt(
         code, _ = in_child(lambda: work.do(folder), log, rng.uniform(0.0, 0.9) * whole)
         if code == -signal.SIGKILL:
             tally.counts["kills"] += 1
-            tally.counts[f"kills of {'an' if work.name[0] in 'aeiou' else 'a'} {work.name}"] += 1
+            tally.counts[kills_of(work)] += 1
             work.check_half(folder)
         else:
             assert code == 0, log.read_text("utf-8")[-500:]
@@ -215,16 +230,20 @@ def attempt(
 
 
 def work(tally: Tally) -> None:
-    """Every kind of work in turn, a few kills each time."""
-    rng, kills = random.Random(tally.seed), 5
+    """Always the kind of work that was killed least so far, a few kills each time."""
+    rng, most = random.Random(tally.seed), 5
+    each = -(-tally.count // len(WORKS))
     with tempfile.TemporaryDirectory() as place:
         given = Path(place) / "given"
         given.mkdir()
         prepare(given)
         known: dict[str, tuple[Any, float]] = {}
         rounds = 0
-        while tally.counts["kills"] < tally.count and not tally.over():
-            kind = WORKS[rounds % len(WORKS)](given)
+        while not tally.over():
+            kind = min(WORKS, key=lambda work: tally.counts[kills_of(work)])(given)
+            kills = min(most, each - tally.counts[kills_of(kind)])
+            if kills <= 0:
+                break
             folder = Path(place) / f"{rounds}-{kind.name}"
             try:
                 if kind.name not in known:

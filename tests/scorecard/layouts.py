@@ -120,7 +120,7 @@ def shared(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def lay_out(arguments: dict[str, Any], rng: random.Random, tally: Tally) -> dict[str, Any]:
-    """Every tensor anew; indices and counts keep their values."""
+    """Every tensor in a new layout; indices and counts keep their values."""
     if rng.random() < 0.15:
         tally.counts["one buffer for all"] += 1
         return shared(arguments)

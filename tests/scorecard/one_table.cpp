@@ -1,4 +1,4 @@
-// One table in the place of all that a processor runs: planted_core.py builds the tests with it.
+// One table in the place of all that a processor runs, for planted_core.py.
 #include <cstring>
 
 #include "core/kernels.h"

@@ -18,19 +18,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from faults import Planted, draw, try_all
+from builds import PLAIN, TOOLS, build, run_step
+from faults import Arguments, Planted, Verdict, draw, try_all
 from row import ROOT, Tally, run
 
 HERE = Path(__file__).resolve().parent
 CORE = ROOT / "csrc" / "core"
-BUILD = ROOT / "build" / "scorecard" / "cpp"
 FOLDER = ROOT / "build" / "scorecard" / "planted-core"
 FLAGS = ["-std=c++17", "-O1", "-w", "-fPIC"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 FILES = (
     "visibility.h",
     "edit.h",
-    "outliers.h",
     "kernels/bias.h",
     "kernels/marks.h",
     "kernels/rows.h",
@@ -69,13 +68,13 @@ OPERATORS: tuple[tuple[str, str, str], ...] = (
     ("swapped sign", r"(?<=[a-z\])]) - (?=[a-z(])", " + "),
     ("swapped sign", r"(?<=[a-z\])]) \+ (?=[a-z(])", " - "),
     ("swapped sign", r"-kInfinity", "kInfinity"),
-    ("another head", r"\bhead \* ", "0 * "),
-    ("another head", r"\bkey_head \* ", "0 * "),
+    ("another head", r"\b(?:\w+\.)?head \* ", "0 * "),
+    ("another head", r"\b(?:\w+\.)?key_head \* ", "0 * "),
     ("another head", r"\[head\]", "[0]"),
-    ("another sequence", r"\bbatch \* ", "0 * "),
+    ("another sequence", r"\b(?:\w+\.)?batch \* ", "0 * "),
     ("another sequence", r"\[batch\]", "[0]"),
-    ("wrong slot", r"visibility_?\.key_offset", "0"),
-    ("wrong slot", r"\bkey_offset\b(?=[ ;)])", "0"),
+    ("wrong slot", r"\b(?:\w+\.)?visibility_?\.key_offset", "0"),
+    ("wrong slot", r"(?<![.\w])key_offset\b(?=[ ;)])", "0"),
     ("another factor", r"\b1\.0f \+ ", "2.0f + "),
     ("another factor", r" \* to_log2", ""),
     ("another factor", r"Vec::max\(", "Vec::min("),
@@ -109,65 +108,54 @@ def faults() -> Iterator[Planted]:
 
 def build_tests() -> None:
     """The tests' own objects, and those of the core that no fault is planted in."""
-    tools = ROOT / ".venv" / "bin"
-    configure = [tools / "cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"]
-    configure += ["-DATTNRB_BUILD_PACKAGE=OFF", "-DATTNRB_BUILD_TESTS=ON"]
-    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    listed = subprocess.run(
-        [tools / "ninja", "-C", BUILD, "-t", "targets", "all"], check=True, capture_output=True, text=True
-    ).stdout
-    names = [line.split(":")[0] for line in listed.splitlines()]
-    wanted = [name for name in names if name.endswith(".o") and _stem(name) not in _LEFT_OUT and "fuzz.dir" not in name]
+    build(PLAIN, "attnrb_truth")  # also configures
+    listed = run_step([TOOLS / "ninja", "-C", PLAIN, "-t", "targets", "all"]).splitlines()
+    names = [line.split(":")[0] for line in listed]
     libraries = [name for name in names if "gtest" in name and name.endswith((".a", ".so"))]
-    subprocess.run([tools / "ninja", "-C", BUILD, *wanted, *libraries], check=True, stdout=subprocess.DEVNULL)
+    build(PLAIN, *(name for name in names if _is_test(Path(name))), *libraries)
 
 
-def _stem(path: str | Path) -> str:
-    return Path(path).name.split(".")[0]
-
-
-def link_line(fault_object: Path, program: Path) -> list[str | Path]:
-    """The tests with the kernels of one object and the portable ones, which serve 16-bit types."""
-    objects = [
-        path for path in sorted(BUILD.rglob("*.o")) if _stem(path) not in _LEFT_OUT and "fuzz.dir" not in str(path)
-    ]
-    return ["g++", fault_object, FOLDER / "dispatch.o", *objects, *_gtest(), "-pthread", "-o", program]
-
-
-_LEFT_OUT = {"avx2", "avx512", "avx512_bf16", "amx", "dispatch", "emulated_amx", "runner", "test_symbols"}
-
-
-def _gtest() -> list[str]:
-    """How the build links GoogleTest."""
-    text = (BUILD / "build.ninja").read_text("utf-8")
-    line = next(line for line in text.splitlines() if "LINK_LIBRARIES" in line and "gtest" in line)
-    found = [part for part in line.split("=", 1)[1].split() if "gtest" in part]
-    return [part if part.startswith(("/", "-")) else str(BUILD / part) for part in found]
+def _is_test(path: Path) -> bool:
+    """Whether an object file has tests of kernels, those of other tables and of symbols left out."""
+    return path.match("attnrb_tests.dir/test_*.o") and path.name.split(".")[0] not in ("test_symbols", "test_types")
 
 
 def prepare() -> None:
-    """What all faults share."""
+    """What all faults share: the tests as one object, and all that they are linked with."""
     build_tests()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp'}"]
-    for source, name in ((HERE / "one_table.cpp", "dispatch"), (ROOT / "tests" / "cpp" / "runner.cpp", "runner_one")):
-        subprocess.run(["g++", *FLAGS, *include, "-c", source, "-o", FOLDER / f"{name}.o"], check=True)
+    sources = [HERE / "one_table.cpp", ROOT / "tests" / "cpp" / "runner.cpp"]
+    sources += [ROOT / "csrc" / "core" / name for name in ("scratch.cpp", "thread_pool.cpp", "kernels/portable.cpp")]
+    for source in sources:
+        run_step(["g++", *FLAGS, *include, "-c", source, "-o", FOLDER / f"{source.stem}.o"])
+    objects = [path for path in PLAIN.rglob("*.o") if _is_test(path)] + sorted(FOLDER.glob("*.o"))
+    run_step(["ld", "-r", "-o", FOLDER / "tests.o", *objects])
 
 
-def attempt(fault: Planted) -> tuple[bool, str]:
+def link(fault_object: Path, program: Path) -> None:
+    """The tests with the kernels of one object and the portable ones, which serve 16-bit types."""
+    text = (PLAIN / "build.ninja").read_text("utf-8")
+    line = next(line for line in text.splitlines() if "LINK_LIBRARIES" in line and "gtest" in line)
+    wanted = [part for part in line.split("=", 1)[1].split() if "gtest" in part or "attnrb_truth" in part]
+    libraries = [part if part.startswith(("/", "-")) else str(PLAIN / part) for part in wanted]
+    run_step(["g++", fault_object, FOLDER / "tests.o", *libraries, "-pthread", "-o", program])
+
+
+def attempt(fault: Planted) -> tuple[Verdict, str]:
     """Whether the tests find the fault."""
     folder = FOLDER / "one"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(ROOT / "csrc" / "core", folder / "csrc" / "core")
     plant(folder / "csrc" / "core" / fault.file, fault)
     only_float32(folder / "csrc" / "core" / "kernels" / "table.h")
     target, program = folder / "fault.o", folder / "tests"
     command = ["g++", *FLAGS, *AVX2, f"-I{folder / 'csrc'}", "-c", HERE / "one_type.cpp", "-o", target]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode:
-        return True, "it does not compile"
-    subprocess.run([*link_line(target, program), FOLDER / "runner_one.o"], check=True)
+        return Verdict.NONE, "it does not compile"
+    link(target, program)
     return run_tests(program)
 
 
@@ -189,16 +177,17 @@ def only_float32(table: Path) -> None:
     table.write_text(cut, "utf-8")
 
 
-# What finds most faults soonest goes first: a few generated cases, all tests of edges, more cases.
-_STAGES = (("Cases/*", 200), ("Kernels/*", 200), ("Cases/*", 2000))
-_PROCESSOR_SECONDS = 200  # for a stage; a machine that is shared takes longer
+# What finds most faults soonest goes first: a few generated cases, tests of edges, more cases, and the slowest test.
+_SLOWEST = "Kernels/Edges.PoisonReachesOnlyTheRowsThatSeeIt/*"
+_STAGES = (("Cases/*", 60), (f"Kernels/*-{_SLOWEST}", 120), ("Cases/*", 500), (_SLOWEST, 1))
+_PROCESSOR_SECONDS = 30  # for a stage, which takes less than ten: a fault may make threads wait for ever
 
 
 def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_PROCESSOR_SECONDS, _PROCESSOR_SECONDS))
 
 
-def run_tests(program: Path) -> tuple[bool, str]:
+def run_tests(program: Path) -> tuple[Verdict, str]:
     """Stops at the first failure."""
     for tests, cases in _STAGES:
         environment = {**os.environ, "ATTNRB_TEST_CASES": str(cases), "GTEST_FAIL_FAST": "1", "GTEST_BRIEF": "1"}
@@ -208,30 +197,32 @@ def run_tests(program: Path) -> tuple[bool, str]:
                 [program], env=environment, capture_output=True, text=True, timeout=3600, check=False, preexec_fn=_limit
             )
         except subprocess.TimeoutExpired:
-            return True, "it never ends"
+            return Verdict.CAUGHT, "it never ends"
         if ran.returncode > 0:
             failed = [
                 line.split("]")[1].split(",")[0].strip() for line in ran.stdout.splitlines() if "FAILED  ]" in line
             ]
-            return True, failed[0] if failed else "a test fails"
+            return Verdict.CAUGHT, failed[0] if failed else "a test fails"
         if ran.returncode < 0:
-            return True, f"signal {-ran.returncode}"
-    return False, "all tests pass"
+            return Verdict.CAUGHT, f"signal {-ran.returncode}"
+    return Verdict.SURVIVED, "all tests pass"
 
 
 def work(tally: Tally) -> None:
     """Plant as many as asked for."""
-    chosen = draw(faults(), tally.count, tally.seed)
+    chosen = draw(faults(), tally.seed)
     prepare()
-    healthy, how = attempt(Planted("edit.h", 1, "none", *[(CORE / "edit.h").read_text("utf-8").splitlines()[0]] * 2))
-    if healthy:
+    tally.restart()  # the time to build is not the row's
+    line = (CORE / "edit.h").read_text("utf-8").splitlines()[0]
+    healthy, how = attempt(Planted("edit.h", 1, "none", line, line))
+    if healthy != Verdict.SURVIVED:
         tally.fault(f"the tests fail without any fault: {how}")
         return
-    try_all(tally, chosen, attempt, HERE / "survivors_core.json")
+    try_all(tally, chosen, attempt, Arguments.read(HERE / "survivors_core.json"))
 
 
 if __name__ == "__main__":
     if "--list" in sys.argv:
         print(*(f"{each.line}: {each.kind}: {each.name}" for each in faults()), sep="\n")
     else:
-        sys.exit(run("planted-core", __doc__, work, count=120))
+        sys.exit(run("planted-core", __doc__, work, count=120, only=""))

@@ -19,14 +19,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("ATTNRB_TEST_GRADIENT_SAMPLE", "13")
 os.environ.setdefault("ATTNRB_TEST_SAMPLE", "11")
 
-from faults import Planted, draw, try_all
+from faults import Arguments, Planted, Verdict, draw, try_all
 from row import ROOT, Tally, run
 
 PACKAGE = ROOT / "python" / "attnrb"
@@ -34,6 +34,7 @@ FOLDER = ROOT / "build" / "scorecard" / "planted-host"
 _PROCESSOR_SECONDS = 120  # for the tests of one fault; a machine that is shared takes longer
 _LIMIT = 1800  # by the clock
 
+_QUICK = "not (slow or real_model or browser or vllm)"
 _SLOW = "not compile and not inductor and not reach_every and not memory and not process"
 _ATTENTION = ("attention_errors", "attention_edits", "attention_accuracy", "dense_calls")
 _PATCH = ("patch_masks", "patch_batches", "patch_stats", "patch_generate", "patch_cleanup", "patch_refusals")
@@ -41,14 +42,14 @@ _EMPHASIS = ("emphasis", "emphasis_generate")
 _TEXT = ("text_markup", "text_spans", "text_mark", "text_find", "text_chat", "text_show")
 # Which tests know a module.
 TESTS: dict[str, tuple[str, ...]] = {
-    "ops/attention.py": (*_ATTENTION, "ops_errors"),
+    "ops/attention.py": (*_ATTENTION, "ops_errors", "attention_registration"),
     "ops/edit.py": (*_ATTENTION, "ops_errors"),
     "ops/visibility.py": ("attention_errors", "ops_errors", "reference", "attention_accuracy"),
     "ops/operands.py": ("attention_errors", "ops_errors", "attention_edits"),
     "ops/dense.py": ("attention_accuracy", "dense_calls", "dense_gradients"),
-    "ops/scores.py": ("attention_accuracy", "dense_calls", "patch_stats"),
-    "ops/rebalancing.py": ("ops_errors", "ops_gradient", "dense_calls"),
-    "ops/received.py": ("ops_errors", "dense_calls", "attention_edits"),
+    "ops/scores.py": ("ops_errors", "attention_accuracy", "dense_calls", "patch_stats"),
+    "ops/rebalancing.py": ("ops_errors", "ops_registration", "ops_gradient", "dense_calls"),
+    "ops/received.py": ("ops_errors", "ops_registration", "dense_calls", "attention_edits"),
     "ops/weights_in_memory.py": ("accuracy_weights", "ops_errors", "ops_gradient"),
     "policies/base.py": ("policies", "config", "trust_cli"),
     "policies/checks.py": ("policies", "config", "emphasis"),
@@ -89,7 +90,7 @@ TESTS: dict[str, tuple[str, ...]] = {
 _COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 _COMPARED |= {ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 _SWAPPED = {"query_offset": "key_offset", "key_offset": "query_offset", "key_start": "key_end", "key_end": "key_start"}
-_QUIET = ("warn", "debug", "info", "say", "print", "prefetch")  # calls whose loss changes no result
+_QUIET = ("warn", "debug", "info", "say", "print", "prefetch", "tell")  # calls whose loss changes no result
 _SHOWN = ("__repr__", "__str__", "describe")
 
 
@@ -169,30 +170,28 @@ def places(tree: ast.Module) -> Iterator[tuple[ast.AST, str, int | None, ast.AST
                 stack.append(node)
 
 
-def faults_of(name: str) -> Iterator[tuple[Planted, str]]:
-    """Every fault of one module, with the module's text that has it."""
-    source = (PACKAGE / name).read_text("utf-8")
-    tree = ast.parse(source)
+def faults_of(name: str) -> Iterator[tuple[Planted, Callable[[], str]]]:
+    """Every fault of one module, with what gives the module's text that has it: asked for before the next fault."""
+    tree = ast.parse((PACKAGE / name).read_text("utf-8"))
+    owners = _statements(tree)
     for parent, field, index, node in places(tree):
         for kind, new in changes(node):
-            kept = _statement(tree, node) if new is None or isinstance(new, ast.expr) else node
+            kept = owners[node] if new is None or isinstance(new, ast.expr) else node
             before = ast.unparse(kept)
             _put(parent, field, index, new if new is not None else ast.Pass())
             after = "" if new is None else ast.unparse(kept if isinstance(new, ast.expr) else new)
-            yield (
-                Planted(name, node.lineno, kind, _short(before), _short(after)),
-                ast.unparse(ast.fix_missing_locations(tree)),
-            )
+            fault = Planted(name, node.lineno, kind, _short(before), _short(after))
+            yield fault, lambda: ast.unparse(ast.fix_missing_locations(tree))
             _put(parent, field, index, node)
 
 
-def _statement(tree: ast.Module, node: ast.AST) -> ast.AST:
-    """The innermost statement that holds a node."""
-    found: ast.AST = node
-    for each in ast.walk(tree):
-        if isinstance(each, ast.stmt) and any(inner is node for inner in ast.walk(each)):
-            found = each  # ast.walk goes from the outside in
-    return found
+def _statements(tree: ast.Module) -> dict[ast.AST, ast.AST]:
+    """Of every node the innermost statement that holds it."""
+    owners: dict[ast.AST, ast.AST] = {tree: tree}
+    for node in ast.walk(tree):  # from the outside in
+        for child in ast.iter_child_nodes(node):
+            owners[child] = child if isinstance(child, ast.stmt) else owners[node]
+    return owners
 
 
 def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
@@ -234,46 +233,46 @@ def prepare() -> None:
         importlib.import_module(name)
 
 
-def attempt(fault: Planted) -> tuple[bool, str]:
+def attempt(fault: Planted) -> tuple[Verdict, str]:
     """Whether the tests of the fault's module find it."""
-    text = next((text for each, text in faults_of(fault.file) if each == fault), None)
+    text = next((text() for each, text in faults_of(fault.file) if each == fault), None)
     if text is None:
         raise SystemExit(f"{fault.name}: no such place")
     original = (FOLDER / "attnrb" / fault.file).read_text("utf-8")
     (FOLDER / "attnrb" / fault.file).write_text(text, "utf-8")
     try:
-        return run_tests(fault.file)
+        return run_tests(TESTS[fault.file])
     finally:
         (FOLDER / "attnrb" / fault.file).write_text(original, "utf-8")
 
 
-def run_tests(module: str) -> tuple[bool, str]:
+def run_tests(stems: Iterable[str], processor_seconds: int = _PROCESSOR_SECONDS) -> tuple[Verdict, str]:
     """In a child, which has everything loaded already."""
     log = FOLDER / "log"
     child = os.fork()
     if child == 0:
         os.setsid()
-        _child(module, log)
+        _child(stems, log, processor_seconds)
     deadline = time.monotonic() + _LIMIT
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
             if code == 0:
-                return False, "all tests pass"
+                return Verdict.SURVIVED, "all tests pass"
             lines = [
                 line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith(("FAILED", "ERROR"))
             ]
-            return True, lines[0][:100] if lines else f"exit code {code}"
+            return Verdict.CAUGHT, lines[0][:100] if lines else f"exit code {code}"
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return True, "it never ends"
+    return Verdict.CAUGHT, "it never ends"
 
 
-def _child(module: str, log: Path) -> None:
+def _child(stems: Iterable[str], log: Path, processor_seconds: int) -> None:
     used = int(sum(os.times()[:2]))
-    resource.setrlimit(resource.RLIMIT_CPU, (used + _PROCESSOR_SECONDS,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (used + processor_seconds,) * 2)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -281,9 +280,21 @@ def _child(module: str, log: Path) -> None:
     try:
         import pytest
 
-        files = [str(ROOT / "tests" / "python" / f"test_{stem}.py") for stem in TESTS[module]]
+        files = [str(ROOT / "tests" / "python" / f"test_{stem}.py") for stem in stems]
         os.chdir(ROOT)
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-m", "not model", "-k", _SLOW]
+        options = [
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "--tb=line",
+            "-m",
+            "not (slow or real_model or browser or vllm)",
+            "-k",
+            _SLOW,
+        ]
         code = int(pytest.main([*options, *files]))
     finally:
         os._exit(code)
@@ -291,9 +302,14 @@ def _child(module: str, log: Path) -> None:
 
 def work(tally: Tally) -> None:
     """Plant as many as asked for."""
-    chosen = draw(faults(), tally.count, tally.seed)
+    chosen = draw(faults(), tally.seed)
     prepare()
-    try_all(tally, chosen, attempt, Path(__file__).parent / "survivors_host.json")
+    every = sorted({stem for stems in TESTS.values() for stem in stems})
+    healthy, how = run_tests(every, 10 * _PROCESSOR_SECONDS)
+    if healthy != Verdict.SURVIVED:
+        tally.fault(f"the tests fail without any fault: {how}")
+        return
+    try_all(tally, chosen, attempt, Arguments.read(Path(__file__).parent / "survivors_host.json"))
 
 
 if __name__ == "__main__":
@@ -303,6 +319,6 @@ if __name__ == "__main__":
         prepare()
         for each in TESTS:
             begun = time.monotonic()
-            print(each, *run_tests(each), f"{time.monotonic() - begun:.1f} s", flush=True)
+            print(each, *run_tests(TESTS[each]), f"{time.monotonic() - begun:.1f} s", flush=True)
     else:
-        sys.exit(run("planted-host", __doc__, work, count=120))
+        sys.exit(run("planted-host", __doc__, work, count=120, only=""))

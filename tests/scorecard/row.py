@@ -129,7 +129,10 @@ def run(name: str, doc: str | None, work: Callable[[Tally], None], *, count: int
     options = parser.parse_args()
     started = datetime.now(timezone.utc)
     tally = Tally(options.seed, options.count, options.seconds, options=options)
-    work(tally)
+    try:
+        work(tally)
+    except (Exception, SystemExit) as error:  # the page says that too: no row is without a figure
+        tally.fault(f"the row ended early: {type(error).__name__}: {' '.join(str(error).split())[:1500]}")
     result = {
         "row": name,
         "command": " ".join(

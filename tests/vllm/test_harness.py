@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'attnrb[eval]'")
@@ -42,3 +47,45 @@ def test_choices_are_scored_alike() -> None:
             assert abs(one[0] - other[0]) < MOST
             assert one[1] == other[1]
     assert any(abs(one[0] - other[0]) > 10 * MOST for one, other in zip(*wanted, strict=True))
+
+
+def test_the_command_line_has_the_same_numbers(tmp_path: Path) -> None:
+    rows = [
+        {"query": f"Question: {context}\n", "choices": [choice.strip() for choice in choices], "gold": 0}
+        for context, choices in QUESTIONS
+    ]
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+    def records(engine: str) -> dict[tuple[int, str], dict[str, object]]:
+        command = [
+            "eval",
+            "-t",
+            "piqa",
+            "--data",
+            ".",
+            "--policy",
+            "rebalance",
+            "--set",
+            "alpha=1.0",
+            "--engine",
+            engine,
+        ]
+        command += ["--json", f"{engine}.json"]
+        ran = subprocess.run(
+            [sys.executable, "-m", "attnrb", *command], cwd=tmp_path, capture_output=True, text=True, timeout=900
+        )
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        lines = (tmp_path / f"{engine}.items.jsonl").read_text("utf-8").splitlines()
+        return {(each["item"], each["arm"]): each for each in map(json.loads, lines) if "task" in each}
+
+    wanted, found = records("transformers"), records("vllm")
+    assert len(wanted) == 2 * len(QUESTIONS)
+    assert found.keys() == wanted.keys()
+    for key, each in wanted.items():
+        assert found[key]["answer"] == each["answer"]
+        assert found[key]["loglikelihoods"] == pytest.approx(each["loglikelihoods"], abs=MOST)
+    reports = [json.loads((tmp_path / f"{engine}.json").read_text("utf-8")) for engine in ("transformers", "vllm")]
+    accuracies = [
+        [group["accuracy"] for result in report["results"] for group in result["groups"].values()] for report in reports
+    ]
+    assert accuracies[0] == accuracies[1]

@@ -216,17 +216,14 @@ class Decode : Driver<Decode<Dot>> {
         partial = partial || worker.bias[g].removes;
       }
     for (int64_t r = 0; r < row_count; ++r) {
-      const auto rescale = [&](float factor) {
-        scale_sums(sums + r * sum_columns_, sum_columns_, factor);
-        if (rules_.marks.parts()) scale_sums(marked_ + (index + r) * sum_columns_, sum_columns_, factor);
-      };
-      const auto take = [&](int64_t j, float weight) {
-        add_scaled(marked_ + (index + r) * sum_columns_, weight,
-                   problem_.value.template row<Input>(batch, key_head, key + j), problem_.value.column_stride(),
-                   shape_.value_width);
-      };
-      rules_.template absorb<Dot>(rows[r], worker.scores + r * kBlockKeys, key, padded, count,
-                                  partial || count < padded, worker.probabilities + r * kBlockKeys, rescale, take);
+      const BlockOfRow of{key, padded, count, partial || count < padded};
+      float* scores = worker.scores + r * kBlockKeys;
+      Probability* probabilities = worker.probabilities + r * kBlockKeys;
+      if (rules_.whole(rows[r], of))
+        rules_.template absorb_whole<Dot>(rows[r], of, scores, probabilities,
+                                          [&](float factor) { rescale(index + r, factor); });
+      else
+        absorb_other(rows[r], of, scores, probabilities, index + r, batch, key_head);
     }
 
     if (partial && !all_finite<Input>(problem_.value, batch, key_head, key, count, shape_.value_width)) {
@@ -236,8 +233,10 @@ class Decode : Driver<Decode<Dot>> {
           if (rules_.visible(rows[r], key + j)) {
             const float weight = Dot::load_probability(worker.probabilities + r * kBlockKeys, j);
             const Input* values = problem_.value.template row<Input>(batch, key_head, key + j);
-            for (int64_t d = 0; d < shape_.value_width; ++d)
-              sums[r * sum_columns_ + Dot::place(d)] += weight * to_float(values[d * problem_.value.column_stride()]);
+            for (int64_t d = 0; d < shape_.value_width; ++d) {
+              float& sum = sums[r * sum_columns_ + Dot::place(d)];
+              sum = fma_alone(weight, to_float(values[d * problem_.value.column_stride()]), sum);
+            }
           }
       return;
     }
@@ -252,6 +251,23 @@ class Decode : Driver<Decode<Dot>> {
       keys_ahead.divide((shape_.value_width + kMixColumns - 1) / kMixColumns);
       mix_rows(worker, row_count, values, stride, at, run, sums, keys_ahead);
     }
+  }
+
+  // Of the partial row `index`; stands apart so that the loop over whole rows stays small.
+  [[gnu::noinline]] void absorb_other(Row& row, const BlockOfRow& of, float* scores, Probability* probabilities,
+                                      int64_t index, int64_t batch, int64_t key_head) const {
+    rules_.template absorb_other<Dot>(
+        row, of, scores, probabilities, [&](float factor) { rescale(index, factor); },
+        [&](int64_t j, float weight) {
+          add_scaled(marked_ + index * sum_columns_, weight,
+                     problem_.value.template row<Input>(batch, key_head, of.key + j), problem_.value.column_stride(),
+                     shape_.value_width);
+        });
+  }
+
+  [[gnu::noinline]] void rescale(int64_t index, float factor) const {
+    scale_sums(sums_ + index * sum_columns_, sum_columns_, factor);
+    if (rules_.marks.parts()) scale_sums(marked_ + index * sum_columns_, sum_columns_, factor);
   }
 
   Upcoming upcoming(const KeyRows& operand, int64_t batch, int64_t key_head, int64_t key, int64_t count,

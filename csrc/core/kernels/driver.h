@@ -101,6 +101,13 @@ ATTNRB_INLINE void add_scaled(float* sums, float factor, const T* row, int64_t s
   }
 }
 
+// a * b + c of one number with the rounding of a vector: left to a compiler, it would depend on its options.
+inline float fma_alone(float a, float b, float c) {
+  float lanes[Vec::width];
+  Vec::fma(Vec::set(a), Vec::set(b), Vec::set(c)).store(lanes);
+  return lanes[0];
+}
+
 // out = factor * sums.
 template <class T>
 ATTNRB_INLINE void write_scaled(T* out, const float* sums, int64_t width, float factor) {

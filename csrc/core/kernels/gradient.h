@@ -242,21 +242,47 @@ class Gradient : Driver<Gradient<Engine>> {
   void pack_block(const Worker& worker, Block& block) const {
     const Interval seen = visible_interval(problem_.visibility, block.batch, 0, shape_.queries, shape_.keys);
     const int64_t key_stride = problem_.key.column_stride(), value_stride = problem_.value.column_stride();
-    block.finite = true;
     for (int64_t j = 0; j < kKeys; ++j) {
       const int64_t key = block.key + j;
       const bool held = j < block.count && key >= seen.low && key < seen.high;
       const bool valued = held && !received();
       worker.queries[j] = held ? problem_.key.template row<Input>(block.batch, block.key_head, key) : nullptr;
       worker.outputs[j] = valued ? problem_.value.template row<Input>(block.batch, block.key_head, key) : nullptr;
-      if (held)
-        block.finite = block.finite && all_finite(worker.queries[j], 0, key_stride, 1, shape_.width) &&
-                       (received() || all_finite(worker.outputs[j], 0, value_stride, 1, shape_.value_width));
+    }
+    block.finite = holds_finite(worker);
+    if (!block.finite) {
+      drop_unseen(worker, block);
+      block.finite = holds_finite(worker);
     }
     Engine::pack_across(worker.keys_across, worker.queries, kKeys, key_stride, shape_.width);
     if (!received()) Engine::pack_across(worker.values_across, worker.outputs, kKeys, value_stride, shape_.value_width);
     if (pass == Pass::deltas) return;
     Engine::template pack_along<kKeys>(worker.keys_along, worker.queries, kKeys, key_stride, shape_.width);
+  }
+
+  bool holds_finite(const Worker& worker) const {
+    const int64_t key_stride = problem_.key.column_stride(), value_stride = problem_.value.column_stride();
+    for (int64_t j = 0; j < kKeys; ++j)
+      if ((worker.queries[j] != nullptr && !all_finite(worker.queries[j], 0, key_stride, 1, shape_.width)) ||
+          (worker.outputs[j] != nullptr && !all_finite(worker.outputs[j], 0, value_stride, 1, shape_.value_width)))
+        return false;
+    return true;
+  }
+
+  // Keys within the interval of some query that a mask or a bias hides from every one. Looked for only where a block
+  // holds NaN or infinity: if all of it is hidden, the sums have the order, and the bits, that they have without.
+  void drop_unseen(const Worker& worker, const Block& block) const {
+    bool seen[kKeys] = {};
+    for (int64_t head = block.key_head * group_; head < (block.key_head + 1) * group_; ++head) {
+      if (rules_.bias.any()) *worker.bias = rules_.bias.block(block.batch, head, block.key, kKeys, worker.bias_values);
+      for (int64_t query = 0; query < shape_.queries; ++query) {
+        Row row;
+        rules_.start(row, block.batch, head, query, worker.bias);
+        for (int64_t j = 0; j < block.count; ++j) seen[j] = seen[j] || rules_.visible(row, block.key + j);
+      }
+    }
+    for (int64_t j = 0; j < kKeys; ++j)
+      if (!seen[j]) worker.queries[j] = worker.outputs[j] = nullptr;
   }
 
   void write_block(const GradientProblem::Target& target, const Block& block, const float* sums, int64_t columns,

@@ -258,6 +258,23 @@ class Prefill : Driver<Prefill<Engine>> {
     engine_.stop_worker();
   }
 
+  // Stands apart so that the loop over whole rows stays small.
+  [[gnu::noinline]] void absorb_other(const Worker& worker, int64_t r, const BlockOfRow& of, float* scores,
+                                      Probability* probabilities, int64_t batch, int64_t key_head) const {
+    rules_.template absorb_other<Engine>(
+        worker.rows[r], of, scores, probabilities, [&](float factor) { rescale(worker, r, factor); },
+        [&](int64_t j, float weight) {
+          add_scaled(worker.marked + r * engine_.value_columns, weight,
+                     problem_.value.template row<Input>(batch, key_head, of.key + j), problem_.value.column_stride(),
+                     shape_.value_width);
+        });
+  }
+
+  [[gnu::noinline]] void rescale(const Worker& worker, int64_t r, float factor) const {
+    scale_sums(worker.sums + r * engine_.value_columns, engine_.value_columns, factor);
+    if (rules_.marks.parts()) scale_sums(worker.marked + r * engine_.value_columns, engine_.value_columns, factor);
+  }
+
   void attend_strip(const Worker& worker, const Sequence& sequence, int64_t key_head, int64_t block, int64_t first_row,
                     int64_t rows) {
     const int64_t key = block * Engine::block_keys, batch = sequence.batch;
@@ -278,20 +295,15 @@ class Prefill : Driver<Prefill<Engine>> {
     char* keys = packed_keys(packed_block(sequence, key_head, block));
     engine_.scores(worker.queries, first_row, rows, keys, first, last, worker.scores);
     const bool partial = all_low > key + first || all_high < key + last || problem_.visibility.mask != nullptr;
+    const BlockOfRow of{key + first, last - first, last - first, partial};
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = worker.scores + r * Engine::block_keys + first;
       Probability* probabilities = worker.probabilities + r * Engine::block_keys + first;
-      const int64_t sums = (first_row + r) * engine_.value_columns;
-      const auto rescale = [&](float factor) {
-        scale_sums(worker.sums + sums, engine_.value_columns, factor);
-        if (rules_.marks.parts()) scale_sums(worker.marked + sums, engine_.value_columns, factor);
-      };
-      const auto take = [&](int64_t j, float weight) {
-        add_scaled(worker.marked + sums, weight, problem_.value.template row<Input>(batch, key_head, key + first + j),
-                   problem_.value.column_stride(), shape_.value_width);
-      };
-      rules_.template absorb<Engine>(row[r], scores, key + first, last - first, last - first, partial, probabilities,
-                                     rescale, take);
+      if (rules_.whole(row[r], of))
+        rules_.template absorb_whole<Engine>(row[r], of, scores, probabilities,
+                                             [&](float factor) { rescale(worker, first_row + r, factor); });
+      else
+        absorb_other(worker, first_row + r, of, scores, probabilities, batch, key_head);
     }
     if (shape_.value_width == 0) return;
     float* sums = worker.sums + first_row * engine_.value_columns;

@@ -20,7 +20,8 @@
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-struct Row {
+// On cache lines of its own: threads work at neighbouring rows.
+struct alignas(64) Row {
   float max = -kInfinity;  // m
   float sum = 0.0f;        // l; under rule rest without the outliers
   bool seen = false;       // some key was visible
@@ -31,6 +32,14 @@ struct Row {
   float to_log2 = kLog2E;           // of its finished scores
   Marks marks;
   Candidates found;
+};
+
+// A block of keys as a row meets it: its products with the keys from `key` on, of which `held` are keys and the rest,
+// up to `count`, padding. Partial: the row may not see all of them.
+struct BlockOfRow {
+  int64_t key, count, held;
+  bool partial;
+  int64_t end() const { return key + held; }
 };
 
 // What every row of a problem has in common.
@@ -112,20 +121,33 @@ class RowRules {
     }
   }
 
-  // One block of the online softmax: the products scores[0, count) of the keys from `key` on, of which `held` count,
-  // become probabilities relative to row.max. `rescale` multiplies what the row accumulated so far when row.max moves;
-  // under rule rest take(place, weight) gets each outlier in place of the probabilities.
+  // Whether a row sees all keys of a block as the engine left them, and no outlier is to be taken out of it, which is
+  // true of nearly all rows of nearly all blocks.
+  ATTNRB_INLINE bool whole(const Row& row, const BlockOfRow& of) const {
+    return !of.partial && row.bias == nullptr && !lifts(row, of);
+  }
+
+  // One block of the online softmax: products become probabilities relative to row.max. `rescale` multiplies what the
+  // row accumulated so far when row.max moves.
+  template <class Engine, class Rescale>
+  ATTNRB_INLINE void absorb_whole(Row& row, const BlockOfRow& of, float* scores,
+                                  typename Engine::Probability* probabilities, Rescale&& rescale) const {
+    cap(scores, of.count);
+    absorb_scores<Engine, false, false>(row, of, scores, probabilities, rescale, [](int64_t, float) {});
+  }
+
+  // The same for rows that are not whole. Under rule rest take(place, weight) gets each outlier in place of the
+  // probabilities.
   template <class Engine, class Rescale, class Take>
-  ATTNRB_INLINE void absorb(Row& row, float* scores, int64_t key, int64_t count, int64_t held, bool partial,
-                            typename Engine::Probability* probabilities, Rescale&& rescale, Take&& take) const {
-    // What is rare stands apart, so that the loop over rows that see all keys of a block stays small.
-    const bool lifts = row.marks.key < key + held && marks.parts();
-    if (partial || lifts || row.bias != nullptr) {
-      absorb_other<Engine>(row, scores, key, count, held, partial, lifts, probabilities, rescale, take);
+  ATTNRB_INLINE void absorb_other(Row& row, const BlockOfRow& of, float* scores,
+                                  typename Engine::Probability* probabilities, Rescale&& rescale, Take&& take) const {
+    if (!of.partial && !removes(row) && !lifts(row, of)) {
+      cap(scores, of.count);
+      absorb_scores<Engine, false, true>(row, of, scores, probabilities, rescale, take);
       return;
     }
-    cap(scores, count);
-    absorb_scores<Engine, false, false>(row, scores, key, count, held, probabilities, rescale, take);
+    finish_scores(row, scores, of.key, of.count, of.held, of.partial);
+    absorb_scores<Engine, true, false>(row, of, scores, probabilities, rescale, take);
   }
 
   // The sum over all weights of a row, before any is strengthened.
@@ -146,18 +168,8 @@ class RowRules {
   }
 
  private:
-  // Rows that do not see all keys of a block, whose outliers are taken out of it, or which have a bias.
-  template <class Engine, class Rescale, class Take>
-  [[gnu::noinline]] void absorb_other(Row& row, float* scores, int64_t key, int64_t count, int64_t held, bool partial,
-                                      bool lifts, typename Engine::Probability* probabilities, Rescale& rescale,
-                                      Take& take) const {
-    if (!partial && !lifts && !removes(row)) {
-      cap(scores, count);
-      absorb_scores<Engine, false, true>(row, scores, key, count, held, probabilities, rescale, take);
-      return;
-    }
-    finish_scores(row, scores, key, count, held, partial);
-    absorb_scores<Engine, true, false>(row, scores, key, count, held, probabilities, rescale, take);
+  ATTNRB_INLINE bool lifts(const Row& row, const BlockOfRow& of) const {
+    return row.marks.key < of.end() && marks.parts();
   }
 
   ATTNRB_INLINE void add_bias(const Row& row, float* scores, int64_t key, int64_t count) const {
@@ -175,8 +187,9 @@ class RowRules {
 
   // Partial: some scores are minus infinity. Biased: the bias is still to be added.
   template <class Engine, bool Partial, bool Biased, class Rescale, class Take>
-  ATTNRB_INLINE void absorb_scores(Row& row, float* scores, int64_t key, int64_t count, int64_t held,
+  ATTNRB_INLINE void absorb_scores(Row& row, const BlockOfRow& of, float* scores,
                                    typename Engine::Probability* probabilities, Rescale&& rescale, Take&& take) const {
+    const int64_t key = of.key, count = of.count;
     constexpr int kStep = 2 * Vec::width;
     const Vec factor = Vec::set(Biased ? score_factor() : 1.0f);
     const float* values = Biased ? row.bias->values + (key - row.bias->key) : nullptr;
@@ -195,7 +208,7 @@ class RowRules {
     }
     const float block_max = Vec::max(largest0, largest1).max() * row.to_log2;
     // A maximum does not tell "sees none of these keys" from "sees only NaN", which must not end as zeros.
-    if (Partial && block_max == -kInfinity && !sees_any(row, key, held)) {
+    if (Partial && block_max == -kInfinity && !sees_any(row, key, of.held)) {
       for (int64_t j = 0; j < count; j += kStep)
         Engine::store_probabilities(probabilities, j, Vec::zero(), Vec::zero());
       return;
@@ -212,9 +225,9 @@ class RowRules {
       }
       row.max = block_max;
     }
-    if (Partial && marks.parts() && row.marks.key < key + held) {
+    if (Partial && lifts(row, of)) {
       MarkRules::Lifted lifted;
-      marks.lift(row.marks, scores, key, key + held, lifted);
+      marks.lift(row.marks, scores, key, of.end(), lifted);
       add_probabilities<Engine, Partial>(row, scores, count, probabilities);
       marks.template weigh<Engine>(row.marks, lifted, row.to_log2, row.max, take);
       if (row.found.scores != nullptr) MarkRules::put_back(lifted, scores);
@@ -223,7 +236,7 @@ class RowRules {
     }
     if (row.found.scores != nullptr)
       marks.collect(row.found, scores, key, count, row.to_log2, row.max, mass(row), block_max);
-    if (row.marks.key < key + held) marks.template strengthen<Engine>(row.marks, probabilities, key, key + held);
+    if (row.marks.key < of.end()) marks.template strengthen<Engine>(row.marks, probabilities, key, of.end());
   }
 
   template <class Engine, bool Partial>

@@ -7,8 +7,9 @@
 Pictures need the extra ``analysis``; everything else needs transformers only (the extra ``hf``).
 """
 
-from attnrb.analysis.outlier_tokens import Sink, robust_z_scores
+from attnrb.analysis.outlier_tokens import Sink, expected_attention, outlier_scores, robust_z_scores
 from attnrb.analysis.report import METRICS, AttentionReport, AttentionRun, TextReport
+from attnrb.analysis.rows import Detail
 from attnrb.analysis.run import Progress, analyze
 from attnrb.text.classes import NON_SEMANTIC, TOKEN_CLASSES, Token, TokenClass, describe_tokens, token_texts
 
@@ -18,6 +19,7 @@ __all__ = [
     "TOKEN_CLASSES",
     "AttentionReport",
     "AttentionRun",
+    "Detail",
     "Progress",
     "Sink",
     "TextReport",
@@ -25,6 +27,8 @@ __all__ = [
     "TokenClass",
     "analyze",
     "describe_tokens",
+    "expected_attention",
+    "outlier_scores",
     "robust_z_scores",
     "token_texts",
 ]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnrb.analysis.outlier_tokens import Sink, robust_z_scores
+from attnrb.analysis.outlier_tokens import Sink, outlier_scores
+from attnrb.analysis.rows import DEFAULT_DETAIL, Detail, RunKeys, TextRows
 from attnrb.policies import Policy
 from attnrb.reports.files import write_whole
 from attnrb.text.classes import NON_SEMANTIC, TOKEN_CLASSES, Token, TokenClass
@@ -75,6 +76,13 @@ class AttentionRun:
     sinks: tuple[Sink, ...]
     """Tokens on which attention collapses, over all texts; the strongest first."""
 
+    def __repr__(self) -> str:
+        means = {name: self.mean(name) for name in ("first_key", "non_semantic", "entropy")}
+        shown = ", ".join(f"{name}={value:.3g}" for name, value in means.items() if value is not None)
+        layers, heads = self.entropy.shape
+        what = f"{layers} layers x {heads} heads, {shown}, {len(self.sinks)} sinks"
+        return f"AttentionRun({self.label!r}, {self.model!r}, {what})"
+
     @property
     def non_semantic(self) -> Floats:
         """Mean share on tokens that say nothing: special ones, whitespace and punctuation."""
@@ -108,8 +116,8 @@ class AttentionRun:
         return {name: self.mean(name) for name in METRICS}
 
     def z_scores(self, text: int = 0) -> Floats:
-        """Robust z-score of what each token of a kept text receives, ``[L, H, n]``: see `robust_z_scores`."""
-        return robust_z_scores(self.received[text].astype(np.float64))
+        """Robust z-score of what each token of a kept text receives, ``[L, H, n]``: see `outlier_scores`."""
+        return outlier_scores(self.received[text].astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -119,10 +127,16 @@ class TextReport:
     name: str
     tokens: tuple[Token, ...]
 
+    def __repr__(self) -> str:
+        return f"TextReport({self.name!r}, {len(self.tokens):,} tokens)"
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionReport:
-    """Where the attention of a model goes: what `attnrb.analysis.analyze` found."""
+    """Where the attention of a model goes: what `attnrb.analysis.analyze` found.
+
+    In a notebook it shows its means, its sinks and its first text.
+    """
 
     version: str
     """Of attnrb."""
@@ -147,6 +161,22 @@ class AttentionReport:
     """The baseline if there is one, the plain model, the re-balanced model if there is one."""
     notes: tuple[str, ...] = ()
     """What else a reader should know, a sentence each."""
+    detail: Detail = DEFAULT_DETAIL
+    """Which single heads a page shows."""
+    rows: tuple[TextRows | None, ...] = ()
+    """For each kept text the rows of its most interesting queries; not in JSON."""
+    keys: tuple[tuple[RunKeys, ...], ...] = ()
+    """For each kept text what the layers of each run kept of it, where that was asked for; not in JSON."""
+
+    def __repr__(self) -> str:
+        runs = ", ".join(run.label for run in self.runs)
+        texts = f"{self.text_count:,} text{'s' if self.text_count > 1 else ''}, {self.token_count:,} tokens"
+        return f"AttentionReport({self.after.model!r}, {texts}, {len(self.layers)} layers x {self.heads} heads: {runs})"
+
+    def _repr_html_(self) -> str:
+        from attnrb.analysis.summary import summary
+
+        return summary(self)
 
     @property
     def before(self) -> AttentionRun:
@@ -166,7 +196,7 @@ class AttentionReport:
         raise KeyError(f"no run {label!r}: there are {', '.join(run.label for run in self.runs)}")
 
     def outlier_tokens(self, run: AttentionRun, text: int = 0) -> list[list[list[int]]]:
-        """For each layer and head the positions of a kept text's outlier tokens: see `robust_z_scores`."""
+        """For each layer and head the positions of a kept text's outlier tokens: see `outlier_scores`."""
         scores = run.z_scores(text)
         return [[np.flatnonzero(row > self.z_threshold).tolist() for row in layer] for layer in scores]
 

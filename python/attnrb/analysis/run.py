@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,11 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attnrb.analysis.measure import Entries, LayerSums, measure
+from attnrb.analysis.measure import Entries, LayerSums, among, measure
+from attnrb.analysis.measure_weights import measure_weights
 from attnrb.analysis.outlier_tokens import DEFAULT_Z_THRESHOLD, SinkCounter
 from attnrb.analysis.report import AttentionReport, AttentionRun, TextReport
+from attnrb.analysis.rows import DEFAULT_DETAIL, Detail, RowCollector, RunKeys
 from attnrb.hosts.session import AttentionCall
 from attnrb.hosts.transformers.patch import Patch, patch
+from attnrb.models import DEFAULT_MODEL_NAME
 from attnrb.policies import LearnedGains, Policy, Rebalance
 from attnrb.studies.generation import encode
 from attnrb.text.classes import TOKEN_CLASSES, Token, describe_tokens
@@ -57,6 +61,8 @@ def analyze(
     names: Sequence[str] | None = None,
     model_name: str | None = None,
     baseline_name: str | None = None,
+    detail: Detail = DEFAULT_DETAIL,
+    keep_keys: bool = False,
     progress: Callable[[Progress], None] | bool = False,
 ) -> AttentionReport:
     """Measure where the attention of a model goes, in every layer and head.
@@ -73,7 +79,7 @@ def analyze(
             from: it is measured too, as it is.
         threshold: weight above which an entry of attention is an outlier. Default: that of `compare`, else 0.01.
         source_layer: the layer with whose outliers those of others are compared. Default: that of `compare`, else 0.
-        z_threshold: robust z-score above which a token is an outlier (see `robust_z_scores`). Default: 3.5.
+        z_threshold: robust z-score above which a token is an outlier (see `outlier_scores`). Default: 3.5.
         chat: wrap each text as a user's message in the tokenizer's chat template. Default: the text as it is.
         max_tokens: cut every text after so many tokens, and say so in the report's notes. Default: never.
         keep_texts: for how many of the texts, from the first on, the tokens and what each receives are kept. All count
@@ -82,6 +88,10 @@ def analyze(
         names: a name for each text, for the report. Default: "text 1" and so on.
         model_name: for the report. Default: the name in the model's configuration.
         baseline_name: likewise.
+        detail: which single heads a page of the report shows, and what it may take for the rows of single queries.
+        keep_keys: keep the queries and keys of every layer of the texts that are kept, so that
+            `AttentionReport.rows_of` has the row of any query: for a model of L layers about
+            ``L (H + 2 Hk) D`` numbers for each token and run. Default: no.
         progress: a function called after every layer, or True for a bar on stderr.
 
     Returns:
@@ -108,15 +118,17 @@ def analyze(
         runs.insert(0, _Run("baseline", baseline, baseline_name or _name(baseline), plain, z_threshold))
     if compare is not None:
         name = model_name or _name(model)
-        runs.append(_Run("rebalanced", model, name, plain, z_threshold, edited=compare))
+        label = "rebalanced" if isinstance(compare, (Rebalance, LearnedGains)) else "edited"
+        runs.append(_Run(label, model, name, plain, z_threshold, edited=compare))
 
     kept: list[TextReport] = []
+    rows = RowCollector(detail, keep_keys)
     notes: list[str] = []
     counts = np.zeros(len(TOKEN_CLASSES), dtype=np.int64)
     done = tokens_done = 0
     total = len(texts) if isinstance(texts, Sized) else None
     with contextlib.ExitStack() as stack:
-        tell = stack.enter_context(_teller(progress))
+        tell = stack.enter_context(_teller(progress, total))
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts: expected strings, got {type(text).__name__}")
@@ -139,9 +151,12 @@ def analyze(
                 def layer_done(part: float, place: int = place, run: _Run = run, number: int = number) -> None:
                     tell(Progress(number, total, len(ids), run.label, (place + part) / len(runs)))  # noqa: B023
 
-                run.add(ids, tokens, classes, keep, layer_done)
+                run.add(ids, tokens, classes, keep, layer_done, rows.collect(len(ids), place) if keep else None)
+                if keep:
+                    rows.run_done(run.layers, run.heads, len(runs))
             _check_shapes(runs)
             if keep:
+                rows.finish(runs[0].layers, runs[0].heads)
                 kept.append(TextReport(name, tokens))
             counts += np.bincount(classes.numpy(), minlength=len(TOKEN_CLASSES))
             done += 1
@@ -167,6 +182,9 @@ def analyze(
         texts=tuple(kept),
         runs=tuple(run.result() for run in runs),
         notes=tuple(notes),
+        detail=detail,
+        rows=tuple(rows.found),
+        keys=tuple(rows.keys),
     )
 
 
@@ -204,10 +222,12 @@ class _Run:
         classes: torch.Tensor,
         keep: bool,
         layer_done: Callable[[float], None],
+        keys: RunKeys | None,
     ) -> None:
-        """Measure one more text."""
+        """Measure one more text, and keep of it what ``keys`` collects."""
         check_token_ids(self.model, ids)
-        observer = _Observer(classes, self.config, len(ids), layer_done)
+        known = self.edited is None or isinstance(self.edited, (Rebalance, LearnedGains))
+        observer = _Observer(classes, self.config, len(ids), layer_done, keys, known)
         with (
             torch.inference_mode(),
             _evaluating(self.model),
@@ -313,8 +333,16 @@ class _Observer:
     """Measures each layer of one forward as it runs."""
 
     def __init__(
-        self, classes: torch.Tensor, config: Rebalance, length: int, layer_done: Callable[[float], None]
+        self,
+        classes: torch.Tensor,
+        config: Rebalance,
+        length: int,
+        layer_done: Callable[[float], None],
+        keys: RunKeys | None = None,
+        by_sums: bool = True,
     ) -> None:
+        """``by_sums``: the policy is one whose edits `measure` knows."""
+        self.keys, self.by_sums = keys, by_sums
         self.classes, self.config, self.length, self.layer_done = classes, config, length, layer_done
         self.source_layer = config.source_layer
         self.total = 1
@@ -328,10 +356,15 @@ class _Observer:
             # A model that mixes attention with other layers has its source in the first one with attention.
             self.source_layer = max(self.source_layer, call.layer)
         is_source = call.layer == self.source_layer
-        sums, own = measure(call, self.classes, self.config.threshold, self._source, is_source)
+        how = measure if self.by_sums or call.edit is None else measure_weights
+        sums, own = how(call, self.classes, self.config.threshold, self._source, is_source)
         self._sums[call.layer] = sums
         if is_source:
             self._source = own
+        if self.keys is not None:
+            self.keys.add(call)
+            self.keys.source = self._source
+            self.keys.interest += np.nan_to_num(sums.on_source)
         self._waiting[call.layer] = own
         if self._source is not None:
             source = self._source.codes(self.length)
@@ -348,8 +381,7 @@ class _Observer:
 
 def _overlap(own: Entries, source: Entries, source_codes: torch.Tensor, heads: int, length: int) -> _Overlap:
     # Both lists ascend and hold no place twice.
-    codes = own.codes(length)
-    common = own.head[torch.isin(codes, source_codes, assume_unique=True)]
+    common = own.head[among(own.codes(length), source_codes)]
 
     def count(head: torch.Tensor) -> Floats:
         return np.asarray(torch.bincount(head, minlength=heads)[:heads].double().cpu().numpy())
@@ -379,8 +411,10 @@ def _ids(tokenizer: Any, text: str, chat: bool) -> list[int]:
 
 def _name(model: Any) -> str:
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-    # A hub id stays whole, of a folder's path the last part is enough.
-    return Path(name).name if Path(name).is_absolute() or name.count("/") > 1 else name
+    # A hub id stays whole, of a folder's path the last part is enough, and of a folder of the cache what its file says.
+    if Path(name).is_absolute() or name.count("/") > 1:
+        name = re.sub(r"-[0-9a-f]{16}$", "", Path(name).name)
+    return DEFAULT_MODEL_NAME if name.startswith(f"{DEFAULT_MODEL_NAME}.") else name
 
 
 def _note_context(model: Any, name: str, length: int, notes: list[str]) -> None:
@@ -423,7 +457,7 @@ def _check_shapes(runs: Sequence[_Run]) -> None:
 
 
 @contextlib.contextmanager
-def _teller(progress: Callable[[Progress], None] | bool) -> Iterator[Callable[[Progress], None]]:
+def _teller(progress: Callable[[Progress], None] | bool, total: int | None) -> Iterator[Callable[[Progress], None]]:
     if not isinstance(progress, bool):
         yield progress
     elif not progress:
@@ -431,10 +465,12 @@ def _teller(progress: Callable[[Progress], None] | bool) -> Iterator[Callable[[P
     else:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-        with tqdm(unit="text", bar_format="{l_bar}{bar}| {n:.2f}/{total} texts [{elapsed}<{remaining}]") as bar:
+        # Of texts that come one by one nobody knows how many there are.
+        known = "{l_bar}{bar}| {n:.2f} of {total_fmt} texts [{elapsed}<{remaining}]"
+        unknown = "{n:.2f} texts [{elapsed}]"
+        with tqdm(total=total, unit="text", bar_format=unknown if total is None else known) as bar:
 
             def tell(now: Progress) -> None:
-                bar.total = now.texts
                 bar.update(now.text + now.fraction - bar.n)
 
             yield tell

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json as json_module
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,14 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrb.cli import files, options
-from attnrb.cli.console import duration, errors, output, reminder, steps, user_errors
+from attnrb.cli.console import duration, errors, output, reminder, steps, user_errors, write
 from attnrb.cli.loading import Loading, load_model, takes_model
 from attnrb.policies import model_shape
 from attnrb.reports.printable import printable
 from attnrb.text.reading import check_text, read_text
 
 if TYPE_CHECKING:
-    from attnrb.analysis import AttentionReport, AttentionRun
+    from attnrb.analysis import AttentionReport, AttentionRun, Detail
     from attnrb.analysis import Progress as AnalysisProgress
     from attnrb.policies import Policy
 
@@ -121,6 +120,19 @@ def analyze(
         typer.Option(help="Layer whose outliers others are compared with.", show_default="that of --compare, or 0"),
     ] = None,
     z_threshold: Annotated[float, typer.Option(help="Robust z-score above which a token is an outlier.")] = 3.5,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers whose heads the page shows one by one, like 0,12-14.", show_default="all")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Heads that the page shows one by one, like 0-3.", show_default="all")
+    ] = None,
+    rows_mb: Annotated[
+        float, typer.Option(min=0, help="Megabytes of the page for where single tokens look; 0 leaves it out.")
+    ] = 2.0,
+    serve: Annotated[
+        bool, typer.Option(help="Show the page to this machine alone, with every token's row; Ctrl-C ends it.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve.", show_default="any")] = 0,
     html: files.HtmlFile = None,
     json: files.JsonFile = None,
     png: Annotated[
@@ -133,7 +145,8 @@ def analyze(
     with user_errors():
         chosen = _compared(compare, policy)
         texts = read_texts([*(given or []), *(text or [])], text_string or [])
-        _check_outputs(html, json, png)
+        _check_outputs(html, json, png, serve)
+        detail = _detail(layers, heads, rows_mb)
         words = None if function_words is None else read_text(function_words).split()
         with steps() as step:
             loaded, tokenizer = load_model(loading, step)
@@ -162,16 +175,47 @@ def analyze(
                 names=[each.name for each in texts],
                 model_name=loading.options.name,
                 baseline_name=replace(loading.options, model=baseline).name,
+                detail=detail,
+                keep_keys=serve,
                 progress=progress,
             )
     if files.is_standard_output(json):
         output()  # makes stdout replace what it cannot encode
-        sys.stdout.write(report.to_json())
+        write(report.to_json())
     else:
         show(output(), report)
     written = files.write_outputs({json: report.to_json, html: report.to_html, png: report.save_plots})
     if written:
         errors().print(Text(f"Wrote {', '.join(written)}"), soft_wrap=True)
+    if serve:
+        _serve(report, port)
+
+
+def _detail(layers: str | None, heads: str | None, megabytes: float) -> Detail:
+    """What the page shows of single heads."""
+    from attnrb.analysis import Detail
+    from attnrb.policies.parse import parse_layers
+
+    def chosen(name: str, text: str | None) -> tuple[int, ...] | None:
+        try:
+            return None if text is None else tuple(parse_layers(text))
+        except ValueError as error:
+            raise ValueError(str(error).replace("layers:", f"{name}:", 1)) from None
+
+    return Detail(chosen("layers", layers), chosen("heads", heads), megabytes)
+
+
+def _serve(report: AttentionReport, port: int) -> None:
+    from attnrb.analysis.serve import ReportServer
+
+    with user_errors():
+        try:
+            server = ReportServer(report, port)
+        except OSError as error:
+            raise ValueError(f"port: {port} cannot be used: {error.strerror}") from error
+    errors().print(Text(f"The page is at {server.address} until Ctrl-C."), soft_wrap=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve()
 
 
 def _compared(compare: str | None, choice: options.PolicyChoice) -> Policy | None:
@@ -255,7 +299,7 @@ def _json_lines(path: Path) -> list[NamedText]:
             value = json_module.loads(line)["text"]
             if not isinstance(value, str):
                 raise TypeError
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(f"{str(path)!r}, line {number}: expected an object with a string named text") from error
         texts.append(NamedText(f"{path.name}:{number}", value))
     return texts
@@ -274,9 +318,9 @@ def _check_tokenizers(tokenizer: Any, other: Any, texts: list[NamedText]) -> Non
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-def _check_outputs(html: Path | None, json: Path | None, png: Path | None) -> None:
+def _check_outputs(html: Path | None, json: Path | None, png: Path | None, serve: bool) -> None:
     """Refuse what could not be written in the end, before the work begins."""
-    if html is not None:
+    if html is not None or serve:
         from attnrb.analysis.page import check_installed
 
         check_installed()
@@ -381,7 +425,7 @@ def _figure(name: str, value: float | None) -> str:
 
 
 def _sink_table(report: AttentionReport, run: AttentionRun) -> Table | Text:
-    from attnrb.analysis.page import ranges, visible
+    from attnrb.analysis.words import ranges, visible
 
     title = f"Sinks, {run.label}" if len(report.runs) > 1 else "Sinks"
     if not run.sinks:

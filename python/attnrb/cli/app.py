@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ from attnrb.cli import files, options, render
 from attnrb.cli.analyze import analyze
 from attnrb.cli.cache import cache
 from attnrb.cli.command import add
-from attnrb.cli.console import OneSentence, output, steps, user_errors
+from attnrb.cli.console import OneSentence, output, steps, user_errors, write
 from attnrb.cli.data import data
 from attnrb.cli.loading import Loading, Threads, load_model, set_threads, takes_model
 from attnrb.cli.profile import demo, profile
@@ -120,8 +119,7 @@ def generate(
         output()  # makes stdout replace what it cannot encode
 
         def show(piece: str) -> None:
-            sys.stdout.write(printable(piece))
-            sys.stdout.flush()
+            write(printable(piece))
 
         read = read_prompt(loaded, tokenizer, text, chosen, chat=chat, markup=markup)
 
@@ -159,8 +157,7 @@ def generate(
         }
 
     def end() -> None:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        write("\n")
         render.generation(generation, stats, read.spans)
 
     files.print_or_write_json(json, document, end)

@@ -64,18 +64,27 @@ def print_json(value: Any) -> None:
     Raises:
         ValueError: it holds NaN or an infinity, which JSON has not.
     """
-    typer.echo(as_json(value, wide=(sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")))
+    encoding = getattr(sys.stdout, "encoding", None) or ""  # of a closed stream there is none
+    typer.echo(as_json(value, wide=encoding.lower().replace("-", "").startswith("utf")))
 
 
 def as_json(value: Any, *, wide: bool) -> str:
     """A JSON document; with ``wide``, letters beyond ASCII stand as they are. Raises ValueError as `print_json`."""
     try:
-        return json.dumps(value, indent=2, ensure_ascii=not wide, allow_nan=False)
+        document = json.dumps(value, indent=2, ensure_ascii=not wide, allow_nan=False)
     except ValueError as error:
         raise ValueError(
             "the result holds numbers that are not finite, which JSON has not: activations of the model may exceed the "
             "range of its dtype; try --dtype float32"
         ) from error
+    return document.encode("utf-8", "backslashreplace").decode()  # a lone surrogate becomes its escape in JSON
+
+
+def write(text: str) -> None:
+    """Write text on stdout as it is, at once. Nothing happens where stdout is closed."""
+    if sys.stdout is not None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def fail(message: str) -> NoReturn:
@@ -90,9 +99,25 @@ class OneSentence(TyperGroup):
     """The program, in which whatever a command raises, and wherever, ends as `user_errors` says."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        with user_errors():
-            return super().invoke(ctx)
+        """Run the command, and write out what waits in stdout while an error can still be told."""
+        try:
+            with user_errors():
+                found = super().invoke(ctx)
+                write("")
+                return found
+        finally:
+            _drop_what_cannot_be_written()
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Where stdout takes no more, as on a full disk, keep Python from trying again, aloud, as it ends."""
+    try:
+        write("")
+    except BrokenPipeError:
+        pass  # whoever read has gone, which the parser knows
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -147,7 +172,7 @@ def explain(error: Exception) -> str:
 
 
 def _debugging() -> bool:
-    return bool(os.environ.get(DEBUG_VARIABLE))
+    return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
 
 
 @contextlib.contextmanager

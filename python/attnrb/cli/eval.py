@@ -149,11 +149,13 @@ def parse_budgets(text: str) -> tuple[int, ...]:
 def render(console: Console, report: Mapping[str, Any]) -> None:
     """Print a report."""
     from attnrb.evaluation.page import letter_notes, percent, sentence
+    from attnrb.evaluation.report import headline
 
+    console.print(Text(printable(headline(report["differences"])), style="bold"), soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("group", "model", "asked"):
+    for heading in ("tasks", "model", "prompt"):
         table.add_column(heading, overflow="fold", min_width=6)
-    for heading in ("items", "right", "95 %", "none", "tokens"):
+    for heading in ("questions", "right", "95 % interval", "no answer", "tokens, mean"):
         table.add_column(heading, justify="right", no_wrap=True)
     names = list(dict.fromkeys(name for result in report["results"] for name in result["groups"]))
     for name in names:

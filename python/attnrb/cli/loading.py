@@ -77,7 +77,7 @@ Model = _parameter(next(each for each in fields(LoadOptions) if each.name == "mo
 """``--model``, for a program that loads the model by itself."""
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Threads to compute with.", show_default="all cores", rich_help_panel=PANEL),
+    typer.Option(min=1, max=1024, help="Threads to compute with.", show_default="all cores", rich_help_panel=PANEL),
 ]
 _THREADS = inspect.Parameter("threads", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Threads)
 

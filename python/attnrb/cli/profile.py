@@ -14,6 +14,8 @@ import typer
 from attnrb.cli import files
 from attnrb.cli.console import output, steps, user_errors
 from attnrb.cli.loading import Loading, load_model, takes_model
+from attnrb.reports.files import write_whole
+from attnrb.reports.printable import printable
 
 if TYPE_CHECKING:
     from attnrb.text.marked import Marked
@@ -46,9 +48,11 @@ def profile(
 
         files.check_outputs(json=json, html=html)
         policy = Emphasis(rows=rows)
+        files.check_outputs(**({"out": out} if out.absolute().parent.is_dir() else {}))  # or it is made
         loaded, tokenizer = load_model(loading, step)
         from attnrb.studies.conflict import conflict_examples
         from attnrb.studies.profile import profile_heads
+        from attnrb.studies.profile_page import profile_page
 
         pairs = conflict_examples(tokenizer, count) if examples is None else read_examples(tokenizer, examples)
         found = profile_heads(loaded, tokenizer, policy, pairs, keep, step)
@@ -57,21 +61,17 @@ def profile(
         command += [f"--rows {rows}", f"--count {count}" if examples is None else f"--examples {examples.name}"]
         about = {**found.about, "command": " ".join(filter(None, command)), "model": name}
         found = replace(found, about=about)
-        found.save(out)
-        if html is not None:
-            from attnrb.reports.files import write_whole
-            from attnrb.studies.profile_page import profile_page
-
-            write_whole(html, profile_page(found))
+        files.write_outputs({out: found.save, html: lambda path: write_whole(path, profile_page(found))})
 
     def show() -> None:
         from attnrb.cli.heat import heat_map
 
         console = output()
         console.print(heat_map(found, console))
-        console.print(f"Written to {out}: use it by --policy emphasis --set heads={out}", markup=False)
+        name = printable(str(out))
+        console.print(f"Written to {name}: use it by --policy emphasis --set heads={name}", markup=False)
         if html is not None:
-            console.print(f"The heat map is in {html}", markup=False)
+            console.print(f"The heat map is in {printable(str(html))}", markup=False)
 
     files.print_or_write_json(json, found.to_dict, show)
 
@@ -84,19 +84,22 @@ def read_examples(tokenizer: Any, path: Path) -> list[tuple[Marked, str]]:
         ValueError: a line is none of these, or its markup cannot be read. The message names the line.
     """
     from attnrb.text import mark
-    from attnrb.text.reading import read_text
+    from attnrb.text.reading import check_text, read_text
 
     pairs = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # other ends of lines may stand in JSON's texts
         if not line.strip():
             continue
         try:
             example = json_format.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"examples: line {number} of {path.name} is no JSON: {error}") from None
         if not isinstance(example, dict) or set(example) != {"prompt", "answer"}:
             raise ValueError(f"examples: line {number} of {path.name}: expected an object with prompt and answer")
         try:
+            check_text("a field", example)
+            if not isinstance(example["answer"], str) or not example["answer"]:
+                raise TypeError(f"answer: expected some text, got {example['answer']!r}")
             pairs.append((mark(tokenizer, example["prompt"]), example["answer"]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"examples: line {number} of {path.name}: {error}") from None

@@ -190,7 +190,7 @@ def _json_items(path: Path) -> Iterator[Item]:
         try:
             row = json.loads(line, parse_constant=_refuse_constant)
             check_text("a field", row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: no JSON of texts and numbers ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object, got {type(row).__name__}")

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attnrb.evaluation.report import METHODS, one_letter
+from attnrb.evaluation.report import METHODS, headline, one_letter
 from attnrb.reports.html_page import THEME_BUTTON, document, escape, json_block, plotly_source
 from attnrb.reports.printable import printable
 
@@ -26,6 +26,10 @@ __all__ = [
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _EXTRA = "eval"
+_ACCURACY_HEAD = (
+    *("model", "prompt", "questions", "right answers", "accuracy", "95 % interval"),
+    *("without an answer", "computed tokens, mean"),
+)
 
 
 def check_installed() -> None:
@@ -101,9 +105,10 @@ def sentence(name: str, each: Mapping[str, Any], arm: str, label: str) -> str:
         needed = "; both are right on the same items, so nothing is known of how small a difference may be"
     elif each["verdict"] == "no difference shown" and each["needed_items"]:
         needed = f"; {each['needed_items']:,} items would be needed to see one of this size"
+    items = f"{each['items']:,} item{'' if each['items'] == 1 else 's'}"
     return (
         f"{name}, {label}: {arm} {found}: {points(each['difference'])} [{points(low)}, {points(high)}] points, "
-        f"{percent(each['plain'])} to {percent(each['rebalanced'])} of {each['items']:,} items, corrected p = "
+        f"{percent(each['plain'])} to {percent(each['rebalanced'])} of {items}, corrected p = "
         f"{each['holm']:.2g}{needed}"
     )
 
@@ -141,8 +146,9 @@ def _summary(report: Mapping[str, Any], notes: Sequence[str]) -> str:
         for name, each in pair["groups"].items()
     ]
     noted = "".join(f"<p class='soft small'>{escape(note)}.</p>" for note in notes)
-    found = "".join(lines) or "<li>Nothing was compared.</li>"
-    return f"<section><h2>What was found</h2><ul>{found}</ul>{noted}</section>"
+    details = f"<details><summary>Each in words</summary><ul>{''.join(lines)}</ul></details>" if lines else ""
+    return f"""<section><h2>What was found</h2><p class="headline">{escape(headline(report["differences"]))}</p>
+{details}{noted}</section>"""
 
 
 def _differences(report: Mapping[str, Any]) -> str:
@@ -173,19 +179,19 @@ def _differences(report: Mapping[str, Any]) -> str:
         )
     lines = len(rows) // len(traces)
     layout = {
-        "xaxis": {"title": {"text": "percentage points"}, "zeroline": True},
+        "xaxis": {"title": {"text": "change of accuracy, percentage points"}, "zeroline": True},
         "yaxis": {"autorange": "reversed"},
         "scattermode": "group",
         "showlegend": True,
     }
     head = [
-        *("group", "model", "asked", "items", "plain", "re-balanced", "points", "95 %"),
-        *("lost", "won", "McNemar p", "Holm p"),
+        *("tasks", "model", "prompt", "questions", "plain right", "edited right", "change, points", "95 % interval"),
+        *("only plain right", "only edited right", "p (McNemar)", "p (Holm)"),
     ]
     return f"""<section><h2>Differences</h2>
-<p class="soft small">Re-balanced less plain, with the interval of the paired bootstrap. Lost and won are the items that
-one of the two alone got right. A difference is called one only where its interval excludes 0 and its corrected p is
-below 0.05.</p>
+<p class="soft small">Right answers of the edited model less those of the plain one, with the interval of the paired
+bootstrap. Only the questions that one of the two alone got right tell them apart. A difference is called one only where
+its interval excludes 0 and its corrected p is below 0.05.</p>
 {plot("differences", "Differences by group", traces, layout, 130 + lines * (20 + 14 * len(traces)))}
 {table(head, rows, 3)}</section>"""
 
@@ -198,7 +204,7 @@ def _colours(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _categories(names: Sequence[tuple[str, str]]) -> Any:
     """An axis of groups, each parted into ways of asking where there are several."""
-    groups, labels = [group for group, _ in names], [label for _, label in names]
+    groups, labels = [printable(group) for group, _ in names], [printable(label) for _, label in names]
     return groups if len(set(labels)) == 1 else [groups, labels]
 
 
@@ -287,7 +293,7 @@ def _accuracies(report: Mapping[str, Any]) -> str:
         "yaxis": {"title": {"text": "accuracy, %"}, "rangemode": "tozero"},
         "showlegend": True,
     }
-    head = ["group", "model", "asked", "items", "right", "accuracy", "95 %", "no answer", "computed tokens"]
+    head = ["tasks", *_ACCURACY_HEAD]
     return f"""<section><h2>Accuracies</h2><p class="soft small">With Wilson intervals.</p>
 {plot("accuracies", "Accuracies by group", traces, layout, 380)}
 {table(head, rows, 3)}</section>"""
@@ -317,7 +323,7 @@ def _subjects(report: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    head = ["subject", "model", "asked", "items", "right", "accuracy", "95 %", "no answer", "computed tokens"]
+    head = ["subject", *_ACCURACY_HEAD]
     return f"<section><details><summary>Single subjects</summary>{table(head, rows, 3)}</details></section>"
 
 

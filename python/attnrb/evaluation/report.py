@@ -16,9 +16,9 @@ from attnrb.evaluation import mmlu
 from attnrb.evaluation.runfile import Key
 from attnrb.evaluation.runner import PLAIN, Question
 from attnrb.evaluation.selection import Cell, Selected
-from attnrb.evaluation.statistics import LEVEL, POWER, RESAMPLES, accuracy, difference, holm, verdict
+from attnrb.evaluation.statistics import LEAST_DIFFERING, LEVEL, POWER, RESAMPLES, accuracy, difference, holm, verdict
 
-__all__ = ["Report", "make_report", "one_letter"]
+__all__ = ["Report", "headline", "make_report", "one_letter"]
 
 # Of groups that hold the same tasks, the first is named.
 _GROUP_ORDER = (mmlu.STEM, mmlu.NON_STEM, "mmlu", *(group for group in mmlu.GROUPS if group != mmlu.STEM))
@@ -30,13 +30,17 @@ METHODS = {
     "mcnemar": "exact, two-sided",
     "holm": "McNemar's p, corrected after Holm over every difference of this report",
     "verdict": f"improves or worsens only where the bootstrap interval excludes 0 and holm < {1 - LEVEL:g}",
-    "needed_items": f"items that a study needs to see such a difference with a chance of {POWER} (level {1 - LEVEL:g})",
+    "needed_items": f"items that a study needs to see such a difference with a chance of {POWER} (level "
+    f"{1 - LEVEL:g}); only where at least {LEAST_DIFFERING} items differ",
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """The findings of a run, JSON-ready. Fields are described in docs/evaluation.md."""
+    """The findings of a run, JSON-ready. Fields are described in docs/evaluation.md.
+
+    In a notebook it shows its headline and its differences.
+    """
 
     results: list[dict[str, Any]]
     differences: list[dict[str, Any]]
@@ -54,6 +58,25 @@ class Report:
             "correction": self.correction,
             "methods": METHODS,
         }
+
+    def __repr__(self) -> str:
+        return f"Report({self.about.get('model', 'a model')!r}: {headline(self.differences)})"
+
+    def _repr_html_(self) -> str:
+        from attnrb.reports.fragment import fragment, rows_table
+
+        lines = [
+            [
+                *(name, pair["arm"], pair["label"], f"{each['items']:,}", f"{100 * each['plain']:.1f} %"),
+                *(f"{100 * each['rebalanced']:.1f} %", f"{100 * each['difference']:+.1f}", each["verdict"]),
+            ]
+            for pair in self.differences
+            for name, each in pair["groups"].items()
+        ]
+        head = ["tasks", "model", "prompt", "questions", "plain right", "edited right", "change, points", "verdict"]
+        return fragment(
+            f"Evaluation of {self.about.get('model', 'a model')}", headline(self.differences), rows_table(head, lines)
+        )
 
     def to_json(self) -> str:
         """One JSON document."""
@@ -146,13 +169,11 @@ def make_report(
         by_task: dict[str, list[Question]] = {}
         for question in answered:
             by_task.setdefault(question.task, []).append(question)
+        members = {name: [q for task in tasks for q in by_task.get(task, ())] for name, tasks in groups.items()}
+        members = {name: group for name, group in members.items() if group}
         correct: dict[str, dict[str, list[bool]]] = {}
         for arm, config in arms.items():
-            kept = {
-                name: [records[q.key(arm)] for task in tasks for q in by_task.get(task, ())]
-                for name, tasks in groups.items()
-            }
-            kept = {name: answers for name, answers in kept.items() if answers}
+            kept = {name: [records[q.key(arm)] for q in group] for name, group in members.items()}
             correct[arm] = {name: [bool(each["correct"]) for each in answers] for name, answers in kept.items()}
             every = [records[question.key(arm)] for question in answered]
             results.append(
@@ -163,8 +184,8 @@ def make_report(
                     "computed_tokens": _spread([each["computed_tokens"] for each in every]),
                     "extensions": sum(each.get("extensions", 0) for each in every),
                     "truncated": sum(bool(each.get("truncated")) for each in every),
-                    "groups": {name: _group(kept[name]) for name in shared if name in kept},
-                    "subjects": {name: _group(kept[name]) for name in subjects if name in kept},
+                    "groups": {name: _group(kept[name], members[name]) for name in shared if name in kept},
+                    "subjects": {name: _group(kept[name], members[name]) for name in subjects if name in kept},
                 }
             )
         if PLAIN in arms:
@@ -186,6 +207,29 @@ def make_report(
         tasks={each.name: each.about() for each in selected},
         about=dict(about),
     )
+
+
+def headline(differences: Sequence[Mapping[str, Any]]) -> str:
+    """What was found, in a sentence: in how many comparisons, and where."""
+    several = len({(pair["arm"], pair["label"]) for pair in differences}) > 1
+    found: dict[str, list[str]] = {}
+    for pair in differences:
+        for name, each in pair["groups"].items():
+            where = f"{name} ({pair['arm']}, {pair['label']})" if several else name
+            found.setdefault(each["verdict"], []).append(where)
+    total = sum(map(len, found.values()))
+    if not total:
+        return "Nothing was compared."
+    what = "comparison" if several else "group"
+    shown = [
+        f"{words} in {len(found[verdict])} of {total} {what}{'s' if total > 1 else ''}: {', '.join(found[verdict])}"
+        for verdict, words in (("improves", "Better"), ("worsens", "Worse"))
+        if verdict in found
+    ]
+    silent = len(found.get("no difference shown", ()))
+    if silent:
+        shown.append(f"No difference shown in {silent} of {total} {what}{'s' if total > 1 else ''}")
+    return ". ".join(shown) + "."
 
 
 def _differences(pairs: Sequence[tuple[str, Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -218,14 +262,20 @@ def _cell(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _group(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _group(answers: Sequence[Mapping[str, Any]], questions: Sequence[Question]) -> dict[str, Any]:
     found = asdict(accuracy([bool(each["correct"]) for each in answers]))
     return {
         **found,
         "wilson": list(found["wilson"]),
         "no_answer": sum(each["answer"] is None for each in answers),
-        "answers": _letters(answers),
+        "answers": _letters([each for each, asked in zip(answers, questions, strict=True) if _by_letter(asked)]),
     }
+
+
+def _by_letter(question: Question) -> bool:
+    """Whether the model answers with a letter, rather than by how likely the wording of each choice is."""
+    by_likelihood = all(getattr(each, "request_type", "") == "loglikelihood" for each in question.requests)
+    return bool(question.doc.get("lettered", True)) or question.cell.prompting == "cot" or not by_likelihood
 
 
 def _letters(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -234,8 +284,16 @@ def _letters(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return dict(sorted(counts.items())) if all(len(answer) == 1 and answer.isupper() for answer in counts) else {}
 
 
+_LEAST_ANSWERS = 20  # of fewer, nine in ten being alike says little
+
+
 def one_letter(group: Mapping[str, Any]) -> str | None:
-    """The letter of nine in ten answers of a group, if there is one: its accuracy then tells of that letter alone."""
+    """The letter of nine in ten answers of a group, if there is one: its accuracy then tells of that letter alone.
+
+    None also for a group of fewer than 20 items, and where no letters are answered.
+    """
+    if group["items"] < _LEAST_ANSWERS:
+        return None
     letter = max(group["answers"], key=group["answers"].__getitem__, default=None)
     return letter if letter is not None and group["answers"][letter] >= 0.9 * group["items"] else None
 
@@ -247,15 +305,22 @@ def _spread(values: Sequence[int]) -> dict[str, float | int | None]:
 
 
 def _groups(selected: Sequence[Selected]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Tasks of each group that is compared, in the order of a report, and single subjects of MMLU, which are not."""
+    """Tasks of each group that is compared, in the order of a report, and single subjects of MMLU, which are not.
+
+    A subject that was asked for alone is compared, and under its own name.
+    """
     members: dict[str, list[str]] = {}
     for each in selected:
         for group in each.groups:
             members.setdefault(group, []).append(each.name)
     subjects = {name: tasks for name, tasks in members.items() if name.removeprefix("mmlu_") in mmlu.SUBJECTS}
+    alone = next(iter(subjects)) if len(subjects) == 1 else None
     named: dict[tuple[str, ...], str] = {}  # the first name of a set of tasks stands for it
     for name in (*_GROUP_ORDER, *members):
         if name in members and name not in subjects:
-            named.setdefault(tuple(members[name]), name)
+            tasks = tuple(members[name])
+            named.setdefault(tasks, alone if alone is not None and tasks == (alone,) else name)
+    if alone is not None:
+        subjects.clear()
     shared = {name: list(tasks) for tasks, name in named.items()}
     return shared, subjects

@@ -112,7 +112,8 @@ class RunFile:
     def _write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         # One write for each line: whole lines alone reach the disk, whoever else writes.
         for line in lines:
-            data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            # A file's name may hold a lone surrogate, which becomes its escape in JSON.
+            data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
             size = os.fstat(self._file).st_size
             try:
                 written = os.write(self._file, data)

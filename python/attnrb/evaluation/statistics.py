@@ -19,6 +19,9 @@ LEVEL = 0.95
 """Level of every interval; 1 - LEVEL is the level of every test."""
 POWER = 0.8
 """Chance to see a true difference that `needed_items` plans for."""
+LEAST_DIFFERING = 10
+"""Items that have to differ before `needed_items` is planned from them: with k of them, how often the models differ is
+known to about 1 / √k of itself, and from fewer a number of items would be read off noise."""
 RESAMPLES = 10_000
 """Resamples of the bootstrap."""
 
@@ -51,7 +54,7 @@ class Difference:
     mcnemar: float
     """p of the exact McNemar test."""
     needed_items: int | None
-    """See `needed_items`."""
+    """See `needed_items`; None also where fewer than `LEAST_DIFFERING` items differ."""
 
 
 def accuracy(correct: Sequence[bool]) -> Accuracy:
@@ -115,7 +118,9 @@ def difference(plain: Sequence[bool], rebalanced: Sequence[bool], *, seed: int =
         only_plain=only_plain,
         only_rebalanced=only_rebalanced,
         mcnemar=min(1.0, p),
-        needed_items=needed_items(float(change.mean()), float(np.mean(change != 0))),
+        needed_items=needed_items(float(change.mean()), float(np.mean(change != 0)))
+        if only_plain + only_rebalanced >= LEAST_DIFFERING
+        else None,
     )
 
 

@@ -111,6 +111,12 @@ class SearchResult:
     held_out: Report
     """The chosen setting against the plain model, on held-out items."""
 
+    def __repr__(self) -> str:
+        return f"SearchResult({self.chosen!r} of {len(self.trials)} trials; held out: {self.held_out!r})"
+
+    def _repr_html_(self) -> str:
+        return self.held_out._repr_html_()
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, JSON-ready."""
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -108,6 +109,13 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
         model, report = loaded
         if not checkpoint.allow_missing:
             _check_report(report, checkpoint.name)
+    # Towers for images and layers for drafts are left out rightly; a bias that the configuration denies is not.
+    if stray := sorted(report["unexpected_keys"]):
+        warnings.warn(
+            f"{checkpoint.name!r} has weights that its configuration has no place for, {listed(stray)}: they are not "
+            "used",
+            stacklevel=2,
+        )
     return model
 
 

@@ -167,6 +167,8 @@ def attend_unchecked(
         sinks: likewise.
     """
     if emit is None:
+        if visibility is DEFAULT_VISIBILITY and scale is None and not softcap and sinks is None:
+            return _attention_output(query, key, value, *edit), None  # each argument costs a quarter of a microsecond
         return _attention_output(query, key, value, *edit, None, *visibility, scale, softcap or 0.0, sinks), None
     options = given(edit, emit, visibility, Scores(scale, softcap or 0.0, sinks))
     with _unrecorded():

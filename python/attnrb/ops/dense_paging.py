@@ -1,9 +1,12 @@
-"""Paged attention in PyTorch: each sequence's rows are gathered, and `attnrb.ops.dense` attends to them.
+"""Paged attention by gathering: each sequence's rows are copied out of their blocks, and attended to by themselves.
 
-Slow and obvious. It is what the native ops are compared with, and it serves the devices and dtypes that they do not.
+Slow and obvious. With `attnrb.ops.dense` it is what the native ops are compared with, and it serves the dtypes that
+they do not; with a device's native op it serves devices whose ops do not read blocks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,8 +33,9 @@ def attention(
     visibility: VisibilityArguments,
     scores: Scores,
     out: Tensor,
+    attend: Callable[..., tuple[Tensor, Tensor, Outliers | None]] = dense.attention,
 ) -> tuple[Tensor, Outliers | None]:
-    """Writes the rows of ``out`` whose sequences have keys.
+    """Writes the rows of ``out`` whose sequences have keys; ``attend`` computes one sequence, as `dense.attention`.
 
     Returns:
         Log-sum-exp ``[T, H]``, and the outliers ``[T, H, C]`` and ``[T, H]`` above ``emit`` where it is given.
@@ -50,7 +54,7 @@ def attention(
         if length == 0 or mine.start == mine.stop:
             continue
         keys, values = (_gathered(pool, paging.block_table[b], length) for pool in (key, value))
-        output, own, outliers = dense.attention(
+        output, own, outliers = attend(
             _as_batch(query[mine]), keys, values, _edit_of(edit, b, mine), emit, visibility, scores
         )
         out[mine] = output[0].transpose(0, 1)

@@ -116,6 +116,7 @@ def operands(query: Any, key: Any, value: Any, *, ragged: bool = False) -> tuple
         and isinstance(value, Tensor)
         and query.dtype in _DTYPES
         and query.dtype == key.dtype == value.dtype
+        and query.layout is key.layout is value.layout is torch.strided
         and key.dim() == 4
         and query.dim() == (3 if ragged else 4)
     ):
@@ -131,6 +132,8 @@ def check_operand(name: str, operand: Any, dimensions: int = 4) -> None:
         raise TypeError(
             f"{name}: expected a tensor of dtype float32, bfloat16, float16 or float64, got {describe(operand)}"
         )
+    if operand.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of the layout {operand.layout}: call to_dense()")
     if operand.dim() != dimensions:
         raise ValueError(f"{name}: expected {dimensions} dimensions, got {operand.dim()}: {tuple(operand.shape)}")
 

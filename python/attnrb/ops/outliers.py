@@ -21,3 +21,6 @@ class Outliers(NamedTuple):
 
     indices: torch.Tensor
     counts: torch.Tensor
+
+    def __repr__(self) -> str:
+        return f"Outliers(indices {list(self.indices.shape)}, counts {list(self.counts.shape)})"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnrb.decisions import tell
-from attnrb.ops import dense_paging
+from attnrb.ops import dense, dense_paging
 from attnrb.ops.edit import RULES, Attended, EditArguments
 from attnrb.ops.everything import strengthened
 from attnrb.ops.operands import (
@@ -25,22 +25,22 @@ from attnrb.ops.paging import PagingArguments, check_seeing
 from attnrb.ops.scores import Scores
 from attnrb.ops.visibility import VisibilityArguments, describe
 
-__all__ = ["attend_paged", "write_keys"]
+__all__ = ["attend_blocks", "attend_paged", "write_blocks", "write_keys"]
 
 # Looked up once: torch.ops resolves overloads at every call.
 _attention = torch.ops.attnrb.attention.default
 _attention_into = torch.ops.attnrb.attention.into
+_attention_output_into = torch.ops.attnrb.attention.output_into
 _write_keys = torch.ops.attnrb.write_keys.default
 
 
+_BLOCK_DEVICES = frozenset(("cpu", "meta"))
+"""Those whose native ops serve blocks. Elsewhere `attnrb.ops.dense_paging` gathers the keys of each sequence."""
+
+
 def _in_blocks(query: Tensor) -> bool:
-    """Whether a native op serves blocks of this dtype and device; `attnrb.ops.dense_paging` serves all others."""
-    if not native(query):
-        return False
-    if query.device.type in ("cpu", "meta"):
-        return True
-    tell("dense", "keys lie in blocks, on a device whose native ops do not serve them")
-    return False
+    """Whether a native op serves blocks of this dtype and device."""
+    return native(query) and query.device.type in _BLOCK_DEVICES
 
 
 def attend_paged(
@@ -75,8 +75,53 @@ def attend_paged(
             lse, indices, counts = _attention_into(query, key, value, out=out, **options)
         return Attended(output, lse, None if emit is None else Outliers(indices, counts))
     output = query.new_zeros(shape) if out is None else out
-    lse, outliers = dense_paging.attention(query, key, value, paging, edit, emit, visibility, scores, output)
+    attend = dense.attention
+    if native(query):
+        tell("gathered", "they lie in blocks, on a device whose native ops do not serve these")
+        attend = _strided
+    lse, outliers = dense_paging.attention(query, key, value, paging, edit, emit, visibility, scores, output, attend)
     return Attended(output, lse, outliers)
+
+
+def _strided(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    edit: EditArguments,
+    emit: float | None,
+    visibility: VisibilityArguments,
+    scores: Scores,
+) -> tuple[Tensor, Tensor, Outliers | None]:
+    """`dense.attention` by the native op."""
+    output, lse, indices, counts = _attention(query, key, value, **given(edit, emit, visibility, scores))
+    return output, lse, None if emit is None else Outliers(indices, counts)
+
+
+def attend_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    paging: PagingArguments,
+    edit: EditArguments,
+    emit: float | None,
+    visibility: VisibilityArguments,
+    scores: Scores,
+    out: Tensor,
+) -> Outliers | None:
+    """`attend_paged` for layers that are called once a token: nothing is checked here that the op checks itself.
+
+    Nobody wants a gradient or a cast, and the visibility has no more than a window or chunks. Returned are the outliers
+    where they are asked for; no log-sum-exp is made where they are not.
+    """
+    if not _in_blocks(query) or (edit.gain is not None and edit.indices is None):
+        return attend_paged(query, key, value, paging, edit, emit, visibility, scores, out).outliers
+    options = given(edit, emit, visibility, scores)
+    table, starts, lengths = paging
+    options.update(block_table=table, query_starts=starts, seq_lens=lengths, out=out)
+    if emit is None:
+        _attention_output_into(query, key, value, **options)
+        return None
+    return Outliers(*_attention_into(query, key, value, **options)[1:])
 
 
 def _every_key(
@@ -136,6 +181,11 @@ def write_keys(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor,
     if records_gradient(key, value, key_pool, value_pool):
         raise RuntimeError("write_keys has no gradient, and one would be recorded: call it under torch.no_grad()")
     _check_pools(key, value, key_pool, value_pool, slot_mapping)
+    write_blocks(key, value, key_pool, value_pool, slot_mapping)
+
+
+def write_blocks(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor) -> None:
+    """`write_keys` for layers that are called once a token: nothing is checked here that the op checks itself."""
     if _in_blocks(key):
         _write_keys(key, value, key_pool, value_pool, slot_mapping)
     else:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from attnrb.ops import training
-from attnrb.ops.attention import attention_fake, dispatch, gradients
+from attnrb.ops.attention import attend_unchecked, attention_fake, dispatch, gradients
 from attnrb.ops.edit import NO_EDIT, RULES, EditArguments, gain_tensor
-from attnrb.ops.operands import check_threshold, operands
+from attnrb.ops.operands import check_threshold, native, operands, records_gradient
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import OLDER_OPTIONS, promoted, score_arguments
 from attnrb.ops.visibility import Visibility, describe, visibility_arguments
@@ -110,6 +110,9 @@ def rebalanced_attention(
     gain = gain_tensor(gain, query.device, promoted(query.dtype))
     edit = EditArguments(indices, counts, gain, RULES.index("row" if normalize else "none"))
     seeing, scoring = visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
+    if native(query) and not (torch.compiler.is_compiling() or records_gradient(query, key, value, gain, sinks)):
+        # A decoded token is so short a call that the log-sum-exp, and options by name, would show.
+        return attend_unchecked(query, key, value, edit, None, seeing, *scoring)[0].transpose(1, 2)
     return dispatch(query, key, value, edit, None, seeing, scoring).output
 
 

@@ -23,6 +23,7 @@ from attnrb.ops import functional
 from attnrb.ops.edit import Edit, EditArguments
 from attnrb.ops.outliers import Outliers
 from attnrb.policies.request import Request
+from attnrb.reports.files import write_whole
 
 __all__ = [
     "POLICY_FILE",
@@ -363,9 +364,7 @@ class Policy:
         """
         path = Path(folder) / self.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")
         return path
 
     @classmethod
@@ -385,7 +384,7 @@ class Policy:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8-sig")))
         except TypeError as error:
             raise TypeError(f"{path}: {error}") from error
-        except ValueError as error:  # that of JSON has arguments of its own
+        except (ValueError, RecursionError) as error:  # that of JSON has arguments of its own
             raise ValueError(f"{path}: {error}") from error
 
 

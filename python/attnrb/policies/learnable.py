@@ -13,6 +13,7 @@ import torch
 from typing_extensions import Self
 
 from attnrb.policies.base import LayerView, ModelShape, Policy
+from attnrb.reports.files import write_whole
 
 __all__ = ["LearnedPerHead", "learned_file", "load_learned"]
 
@@ -138,7 +139,7 @@ class LearnedPerHead(torch.nn.Module, Policy):
         Returns:
             The file. It replaces an older one only when it is complete.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         file = Path(path)
         if file.suffix != ".safetensors":
@@ -150,13 +151,8 @@ class LearnedPerHead(torch.nn.Module, Policy):
             "layers": json.dumps(self.layers),
             "model_layers": str(self.model_layers),
         }
-        unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            tensors = {"gains": self.gains.detach().cpu().contiguous(), "chosen": self.chosen.cpu().contiguous()}
-            save_file(tensors, unfinished, metadata=about)
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        tensors = {"gains": self.gains.detach().cpu().contiguous(), "chosen": self.chosen.cpu().contiguous()}
+        write_whole(file, save(tensors, metadata=about))
         return file
 
     @classmethod

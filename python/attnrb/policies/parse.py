@@ -27,6 +27,11 @@ from attnrb.policies.checks import read_ranges
 from attnrb.policies.learnable import learned_file, load_learned
 from attnrb.policies.profile import bundled_profiles
 from attnrb.policies.rebalance import Rebalance
+from attnrb.text.reading import read_text
+
+# As JSON writes them, and what Python prints for others; not "1_000", in which a slip of the pen reads as a number.
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 
 __all__ = ["make_policy", "parse_layers", "parse_option", "parse_policy", "policy_options"]
 
@@ -95,19 +100,24 @@ def _split(text: str) -> list[str]:
 
 
 def _from_json(text: str) -> Policy:
+    written = text
+    if not text.startswith("{"):
+        try:
+            written = read_text(Path(text))
+        except ValueError as error:
+            raise ValueError(f"config: {error}") from error
     try:
-        written = text if text.startswith("{") else Path(text).read_text("utf-8-sig")
         return Policy.from_dict(json.loads(written))
     except json.JSONDecodeError as error:
-        raise ValueError(f"config: {text!r} is no JSON: {error}") from error
-    except OSError as error:
-        raise ValueError(f"config: {text!r} could not be read: {error.strerror or error}") from error
+        raise ValueError(f"config: {text!r:.200} is no JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"config: {text[:40]!r} is no policy: it is nested too deeply") from None
 
 
 def parse_option(name: str, value: str) -> Any:
     """The value of one option: JSON, a number, true, false or none, or a list joined by plus signs; else text."""
     if value.startswith(("{", "[", '"')):
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
             return json.loads(value)
     if value.lower() in ("none", "null"):
         return None
@@ -117,10 +127,9 @@ def parse_option(name: str, value: str) -> Any:
         return [parse_option("", gain) for gain in value.split("+")]
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(value)
-    return value
+    if _WHOLE.fullmatch(value):
+        return int(value)
+    return float(value) if _NUMBER.fullmatch(value) else value
 
 
 def _layers_or_text(name: str, value: str) -> Any:

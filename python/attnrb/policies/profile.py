@@ -13,6 +13,7 @@ from typing import Any
 
 from attnrb.policies.base import ModelShape
 from attnrb.policies.checks import HeadChoice, beyond_the_model, choose_heads, head_choice
+from attnrb.reports.files import write_whole
 
 __all__ = ["HeadProfile", "bundled_profiles"]
 
@@ -53,6 +54,8 @@ class HeadProfile:
         if not all(math.isfinite(score) for row in table for score in row):
             raise ValueError("scores: expected finite numbers")
         object.__setattr__(self, "scores", table)
+        if not isinstance(self.about, Mapping):
+            raise TypeError(f"about: expected a mapping, got {self.about!r}")
         if isinstance(self.keep, bool) or not isinstance(self.keep, int):
             raise TypeError(f"keep: expected an integer, got {self.keep!r}")
         if not 1 <= self.keep <= len(table) * len(table[0]):
@@ -129,9 +132,7 @@ class HeadProfile:
         """Write it as JSON; the file replaces an older one only when it is complete."""
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+        write_whole(file, json.dumps(self.to_dict(), indent=1) + "\n")
         return file
 
     @classmethod
@@ -152,7 +153,7 @@ class HeadProfile:
                 "attnrb.profile_heads(...).save(path) makes one"
             )
         try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8-sig")))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from None
 

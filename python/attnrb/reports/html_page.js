@@ -35,3 +35,22 @@ const theme = (() => {
   };
   return { whenChanged };
 })();
+
+// Draws with Plotly. Names, categories, texts and titles are shown as they are: Plotly alone would read tags, links and
+// entities in them. Only templates, which are a page's own, may hold tags.
+const drawPlot = (() => {
+  const literal = (value) => {
+    if (Array.isArray(value)) return value.map(literal);
+    if (typeof value !== "string") return value;
+    return value.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  };
+  const changed = (object, names) => {
+    const found = names.filter((name) => object[name] !== undefined);
+    return { ...object, ...Object.fromEntries(found.map((name) => [name, literal(object[name])])) };
+  };
+  const titled = (axis) => ({ ...axis, ...(axis?.title ? { title: changed(axis.title, ["text"]) } : {}) });
+  return (element, traces, layout, config) => {
+    const texts = traces.map((trace) => changed(trace, ["name", "text", "hovertext", "x", "y"]));
+    Plotly.react(element, texts, { ...layout, xaxis: titled(layout.xaxis), yaxis: titled(layout.yaxis) }, config);
+  };
+})();

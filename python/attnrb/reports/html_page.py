@@ -11,46 +11,58 @@ import hashlib
 import html
 import importlib.resources
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from attnrb.reports.printable import printable
 
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
 __all__ = ["THEME_BUTTON", "document", "escape", "json_block", "plotly_source"]
 
+_COMPLETE = "This page is complete: it loads nothing."
+_ASKS = "This page asks the program that serves it for single rows, and nobody else for anything."
+_CONNECT = "; connect-src 'self'"
 _NEWLINE = "\n"  # which no f-string may hold before Python 3.12
 _NEEDS_SCRIPTS = "<noscript>This page draws its pictures with JavaScript, which is turned off here.</noscript>"
 THEME_BUTTON = '<button type="button" id="theme" class="screen">Dark</button>'
 """Switches between light and dark; every page has it once."""
 
 
-def document(title: str, body: str, *, package: str, extra: str | None, version: str) -> str:
+def document(
+    title: str,
+    body: str,
+    *,
+    package: str,
+    extra: str | None,
+    version: str,
+    scripts: Sequence[str] = ("page",),
+    asks_server: bool = False,
+) -> str:
     """A whole page.
 
     Args:
         title: text.
         body: HTML, with `THEME_BUTTON` in it.
-        package: the package whose ``page.css`` and ``page.js``, if it has them, are added to what all pages have.
+        package: the package whose ``page.css``, if it has one, and scripts are added to what all pages have.
         extra: the extra of attnrb that brings plotly; None: the page draws nothing with it.
         version: of attnrb.
+        scripts: names of the package's scripts, without ``.js``, in order; one that is not there is left out.
+        asks_server: whether the page may ask the server that it came from, and nobody else.
 
     Raises:
         ImportError: plotly is missing.
     """
     plotly = None if extra is None else plotly_source(extra)
-    folders = [importlib.resources.files(each) for each in (__package__, package)]
-    names = ("html_page", "page")
-    style, script = (
-        "".join(
-            file.read_text("utf-8")
-            for folder, name in zip(folders, names, strict=True)
-            if (file := folder.joinpath(f"{name}.{kind}")).is_file()
-        )
-        for kind in ("css", "js")
-    )
-    scripts = [each for each in (plotly, script) if each is not None]
+    own, ours = (importlib.resources.files(each) for each in (package, __package__))
+    style = _read(ours, "html_page.css") + _read(own, "page.css")
+    kit = ["html_page.js", *(["figures.js"] if plotly is not None else [])]
+    script = "".join([_read(ours, name) for name in kit] + [_read(own, f"{name}.js") for name in scripts])
+    sources = [each for each in (plotly, script) if each is not None]
     policy = (
-        f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {' '.join(map(_hash, sources))}; style-src 'unsafe-inline'; "
+        f"img-src data: blob:; base-uri 'none'; form-action 'none'{_CONNECT if asks_server else ''}"
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -66,10 +78,15 @@ def document(title: str, body: str, *, package: str, extra: str | None, version:
 <body>
 {"" if plotly is None else _NEEDS_SCRIPTS}
 {body}
-<footer class="small soft">Made by attnrb {escape(version)}. This page is complete: it loads nothing.</footer>
-{"".join(f"<script>{each}</script>{_NEWLINE}" for each in scripts)}</body>
+<footer class="small soft">Made by attnrb {escape(version)}. {_ASKS if asks_server else _COMPLETE}</footer>
+{"".join(f"<script>{each}</script>{_NEWLINE}" for each in sources)}</body>
 </html>
 """
+
+
+def _read(folder: Traversable, name: str) -> str:
+    file = folder.joinpath(name)
+    return file.read_text("utf-8") if file.is_file() else ""
 
 
 def escape(value: object) -> str:

@@ -51,6 +51,22 @@ class Comparison:
     span_edited: tuple[float, ...] = ()
     """The same, over the same text, with the edit."""
 
+    def __repr__(self) -> str:
+        same = "no token differs" if self.first_difference is None else f"texts part at token {self.first_difference}"
+        return f"Comparison({self.prompt_tokens} tokens of prompt, {self.config!r}: {same})"
+
+    def _repr_html_(self) -> str:
+        from attnrb.reports.fragment import fragment, rows_table
+
+        same = self.first_difference is None
+        lead = "No token differs." if same else f"The texts part at new token {self.first_difference}."
+        first_key = [100 * sum(each) / len(each) for each in (self.first_key_plain, self.first_key_rebalanced)]
+        rows = [
+            ["text", self.plain.text, self.rebalanced.text],
+            ["first token's share, mean of all layers", *(f"{share:.1f} %" for share in first_key)],
+        ]
+        return fragment("Plain and edited", lead, rows_table(["", "plain", self.config.label()], rows))
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary of every field."""
         return {

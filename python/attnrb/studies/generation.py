@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from attnrb.text.chat import template_errors
 from attnrb.text.reading import check_text
 from attnrb.text.vocabulary import check_token_ids
 
+_LEAST_TEMPERATURE = 1e-6
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes half a character to
 
 
@@ -53,7 +55,7 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> torch.Te
 
     Raises:
         ValueError: when `chat` is True and there is no chat template, or when the prompt holds no token or what is no
-            character.
+            character, or the template fails.
     """
     check_text("prompt", prompt)
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -61,7 +63,8 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> torch.Te
         raise ValueError("chat: this tokenizer has no chat template; use the prompt as it is (--no-chat)")
     if has_template and chat is not False:
         message = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        with template_errors():
+            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
     if not ids:
@@ -91,8 +94,9 @@ def generate(
         on_text: called with each new piece of text as soon as its characters are whole.
 
     Raises:
-        ValueError: when `max_new_tokens` is below 1, `temperature` is negative, prompt and new tokens exceed the
-            model's context, the prompt has a token that the model does not know, or its logits are not finite.
+        ValueError: when `max_new_tokens` is below 1, `temperature` is negative or so small that logits divided by it
+            overflow (below 1e-6), `seed` has more than 64 bits, prompt and new tokens exceed the model's context, the
+            prompt has a token that the model does not know, or its logits are not finite.
 
     The model's own settings count (penalties, stop strings, a kind of cache), except those that ask for several texts
     at once or for beams: one text is generated, token by token. A warning says which were left out.
@@ -101,8 +105,10 @@ def generate(
 
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected 0 or a positive number, got {temperature}")
+    if temperature != 0.0 and not _LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected 0, or a number of at least {_LEAST_TEMPERATURE:g}, got {temperature}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
     prompt_tokens = input_ids.shape[1]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and prompt_tokens + max_new_tokens > context:

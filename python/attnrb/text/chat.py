@@ -8,6 +8,7 @@ without those characters is the first, the borders are known exactly; otherwise 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from attnrb.text.markup import CharSpan, Delimiters, parse_markup
 from attnrb.text.placing import Prompt, trimmed
 from attnrb.text.spans import SpanError
 
-__all__ = ["Chat", "Chats", "conversations", "render"]
+__all__ = ["Chat", "Chats", "conversations", "render", "template_errors"]
 
 _Path = tuple[int, ...]  # index of the message, and of the part of its content
 
@@ -104,6 +105,7 @@ def render(
     Raises:
         MarkupError: in a message.
         SpanError: the template drops or rewrites a marked text.
+        ValueError: the template fails.
     """
     if add_generation_prompt is None:
         continues = options.get("continue_final_message") or chat.messages[-1].get("role") == "assistant"
@@ -119,7 +121,25 @@ def render(
 
 
 def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+    with template_errors():
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """Name the chat template where it fails: its messages know only of roles and variables.
+
+    Raises:
+        ValueError: the template is no template, or refuses the messages.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise ValueError(
+            f"chat: the model's chat template fails: {error}; take the prompt as it is (--no-chat)"
+        ) from error
 
 
 def _texts(chat: Chat) -> Iterator[tuple[_Path, str, str]]:

@@ -12,6 +12,7 @@ from attnrb.text.marked import Marked
 from attnrb.text.markup import CharSpan, check_delimiters, parse_markup
 from attnrb.text.offsets import check_options, split_options
 from attnrb.text.placing import Prompt, tokenise
+from attnrb.text.reading import check_text
 from attnrb.text.spans import check_strength
 
 __all__ = ["mark", "spans"]
@@ -63,13 +64,14 @@ def mark(
         SpanError: a span holds no token, truncation took all of it, the template drops or rewrites it, or the
             tokenizer does not say where its tokens are.
         TypeError: `text` is none of these, or an option is none of the tokenizer's.
-        ValueError: `text` is an empty list.
+        ValueError: `text` is an empty list, or holds half of a surrogate pair; or the template fails.
 
     Warns:
         SpanCutWarning: truncation took a part of a span. `Marked.cut` names these.
     """
     delimiters = check_delimiters(open, close)
     options["return_tensors"] = return_tensors
+    check_text("text", text)
     chats = conversations(text)
     if chats is not None:
         tokenizing, templating = split_options(options)
@@ -111,13 +113,15 @@ def spans(
     Raises:
         SpanError: as `mark`.
         TypeError: `text` or `ranges` is of another type, or an option is none of the tokenizer's.
-        ValueError: a range is empty or does not lie in its text, or there is not one list for each text.
+        ValueError: a range is empty or does not lie in its text, there is not one list for each text, or a text holds
+            half of a surrogate pair.
 
     Warns:
         SpanCutWarning: as `mark`.
     """
     options["return_tensors"] = return_tensors
     check_options(options)
+    check_text("text", text)
     texts, names = _named_texts(text)
     listed = [ranges] if isinstance(text, str) else list(ranges)
     if len(listed) != len(texts):

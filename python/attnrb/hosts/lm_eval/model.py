@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,13 +24,14 @@ from attnrb.hosts.transformers.logits import GREEDY, RefuseNaN
 from attnrb.hosts.transformers.patch import patch
 from attnrb.models import UnknownOptionError, load
 from attnrb.policies import Policy
-from attnrb.text.vocabulary import check_token_ids
+from attnrb.text.vocabulary import check_token_ids, describe
 
 __all__ = ["AttnrbLM", "Computed"]
 
 _AUTO_TOKENS = {"cpu": 512, "cuda": 16384}  # padded tokens of an automatic batch: on a CPU, what its caches hold
 _AUTO_GENERATED = {"cpu": 32, "cuda": 128}  # rows of an automatic batch that generates
-_NAMES = ("_name_or_path", "transformers_version")  # fields of a configuration that no answer depends on
+# Fields of a configuration that no answer depends on, or that stand elsewhere.
+_NAMES = ("_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version")
 _MOST_LOGITS = 1 << 26  # elements of a batch's logits: 256 MB in float32
 
 
@@ -121,7 +123,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
             pretrained,
             tokenizer=tokenizer,
             batch_size=batch_size,
-            max_batch_size=int(max_batch_size),
+            max_batch_size=_rows("max_batch_size", max_batch_size),
             **sorted_.scoring,
         )
         # For the report: weights are loaded by now, so the harness does nothing else with these.
@@ -158,17 +160,21 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         policy = None if self._policy is None else self._policy.to_dict()
         scoring = [self.max_length, self.add_bos_token, self.custom_prefix_token_id, self.truncation]
         dtypes = [self.model.dtype, self.softmax_dtype, self.mixed_precision_dtype]
-        fields = {name: value for name, value in self.config.to_dict().items() if name not in _NAMES}
-        about = [policy, self.digest(), fields, *map(str, dtypes), scoring, self.chat_template_args]
+        about = [policy, self.digest(), *map(str, dtypes), scoring, self.chat_template_args]
         return json.dumps(about, sort_keys=True, default=str)
 
     def digest(self) -> str:
-        """16 hex digits that tell this model's weights from others': of the shape and some bytes of every tensor."""
-        digest = hashlib.sha256()
+        """16 hex digits that tell this model from others: of its configuration, its tokenizer and all of its weights.
+
+        Checkpoints may differ in few places, such as the rows of tokens that were added to a vocabulary.
+        """
+        fields = {name: value for name, value in self.config.to_dict().items() if name not in _NAMES}
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+        digest.update(describe(self.tokenizer).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            part = tensor.flatten()[:1024].to("cpu", torch.float32)
-            digest.update(part.numpy().tobytes())
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(zlib.crc32(data.numpy()).to_bytes(4, "little"))  # as quick as memory, which sha256 is not
         return digest.hexdigest()[:16]
 
     def too_long(self, context: str, new_tokens: int = 0) -> bool:
@@ -400,15 +406,17 @@ def _device(name: str | None) -> str:
 
 def _batch_size(option: int | str) -> int | None:
     """The number of rows in a batch, or None for an automatic one."""
-    if str(option).startswith("auto"):
+    if str(option).partition(":")[0] == "auto":
         return None
-    try:
-        rows = int(option)
-    except ValueError:
-        rows = 0
-    if rows < 1:
-        raise ValueError(f"batch_size: expected a number of 1 or above or 'auto', got {option!r}")
-    return rows
+    return _rows("batch_size", option, " or 'auto'")
+
+
+def _rows(name: str, option: int | str, other: str = "") -> int:
+    """A number of rows, of an option that may be text. Raises ValueError for anything but a number of 1 or above."""
+    text = str(option)
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise ValueError(f"{name}: expected a number of 1 or above{other}, got {option!r}")
+    return int(text)
 
 
 def _accelerator() -> Any:

@@ -36,6 +36,8 @@ _SCORED = (
     "truncation",
 )
 """Of the harness' own class, which serves them."""
+_COUNTS = {"max_length": 1, "prefix_token_id": 0}
+"""Options that are whole numbers, and the least of each: the harness takes 0 for none, and cuts by a negative one."""
 _REFUSED = {
     "trust_remote_code": "code that ships with a model is never run",
     "autogptq": "AutoGPTQ's own models cannot be re-balanced",
@@ -94,6 +96,10 @@ def sort_options(given: Mapping[str, Any], *, plain: bool, policy: Policy | str 
         value = plain if name == "plain" else given.get(name, False)
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {value!r}")
+    for name, least in _COUNTS.items():
+        value = given.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected a whole number of {least} or above, got {value!r}")
     chosen = _policy(policy, given, plain)
     scoring = {name: given[name] for name in _SCORED if name in given}
     if loaded:

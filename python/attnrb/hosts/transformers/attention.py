@@ -29,6 +29,7 @@ from attnrb.ops.edit import NO_EDIT, Edit, EditArguments
 from attnrb.ops.operands import autocasts, native
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.visibility import visibility_arguments
+from attnrb.policies.applied import applied_weights
 from attnrb.policies.base import LayerView, Mixture
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def attention(
     if forward.observer is not None:
         again = partial(_attention_again, view, edit)
         forward.observer(AttentionCall(layer, query, key, value, again, view.scores, edit, forward.found))
-    return output, _weights(view, edit) if forward.weights else None
+    return output, applied_weights(view, edit) if forward.weights else None
 
 
 class _View(LayerView):
@@ -285,19 +286,6 @@ def _attend(
 def _attention_again(view: LayerView, edit: Edit | Mixture | None, value: torch.Tensor) -> torch.Tensor:
     """The attention of one layer with these values, edited where it is."""
     return _attend(view, value, edit, None)[0]
-
-
-def _weights(view: LayerView, edit: Edit | Mixture | None) -> torch.Tensor:
-    """The weights ``[B, H, M, N]`` as a layer applies them."""
-    if not isinstance(edit, Mixture):
-        return functional.attention_weights(view.query, view.key, edit=edit, **view.scores)
-    split = edit.parts(view)
-    lse = [functional.attention(view.query, view.key, view.key, edit=each, **scores).lse for each, scores in split]
-    shares = edit.weigh(lse, view)
-    parts = [functional.attention_weights(view.query, view.key, edit=each, **scores) for each, scores in split]
-    mixed = sum(share[..., None] * part for share, part in zip(shares, parts, strict=True))
-    assert isinstance(mixed, torch.Tensor)
-    return mixed.to(view.query.dtype)
 
 
 def _refuse_heads(forward: Forward, module: torch.nn.Module, layer: int, heads: int) -> None:

@@ -6,7 +6,7 @@ registers attnrb's functions under a name of its own and gives the modules of on
 configuration that says this name (`Note: [Who says attnrb's name]`); the configuration itself, which other models may
 share, is not written to. A hook before the decoder adds one keyword argument, the `Forward`, which models hand down to
 their attention. A hook after it checks that every layer that was to be edited did come by: what cannot be served
-raises, and nothing runs plainly in silence. `Patch.remove` puts the configurations back and takes the hooks out.
+raises, and nothing runs plainly without a word. `Patch.remove` puts the configurations back and takes the hooks out.
 
 A patch belongs to one model. Copies of a patched model, made with ``copy.deepcopy``, by pickling or by
 ``save_pretrained``, are not patched: when a hook is copied it leaves nothing but the original attention behind.

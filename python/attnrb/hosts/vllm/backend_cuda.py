@@ -1,8 +1,8 @@
 """attnrb as the attention backend ``CUSTOM`` of vLLM on GPUs. It has not run on one.
 
 vLLM's layout of blocks for GPUs is ``[blocks, Hk, P, 2 D]`` by strides, each row a key and then its value, as its other
-backends read it. attnrb's CUDA ops do not read blocks yet: `attnrb.functional.attention` computes with PyTorch
-operations there and looks at the tables on the host, so that no CUDA graph can hold it (`AttentionCGSupport.NEVER`).
+backends read it. attnrb's CUDA ops do not read blocks yet: `attnrb.functional.attention` gathers the keys of
+each sequence there and looks at the tables on the host, so that no CUDA graph can hold it (`AttentionCGSupport.NEVER`).
 """
 
 from __future__ import annotations

@@ -62,9 +62,9 @@ class Group:
         requests: of each row by itself: for one that does.
     """
 
-    def __init__(self, plan: LayerPlan | None, rows: list[int], everybody: Sequence[Row]) -> None:
+    def __init__(self, plan: LayerPlan | None, rows: Sequence[int], everybody: Sequence[Row]) -> None:
         self.plan = plan
-        self.rows = rows
+        self.rows = tuple(rows)
         self.members = [everybody[row] for row in rows]
         self.request: Request | None = None
         self._requests: list[Request] | None = None

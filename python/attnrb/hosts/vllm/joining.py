@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnrb.ops.edit import RULES, Edit, EditArguments, gain_tensor
+from attnrb.ops.edit import NO_EDIT, RULES, Edit, EditArguments, gain_tensor
 from attnrb.ops.outliers import Outliers
 
 __all__ = ["RowEdit", "alike", "join_edits"]
@@ -38,7 +38,7 @@ def alike(edits: Sequence[RowEdit]) -> list[list[RowEdit]]:
     return list(parts.values())
 
 
-def join_edits(edits: Sequence[RowEdit], rows: int, tokens: int, heads: int, device: torch.device) -> Edit | None:
+def join_edits(edits: Sequence[RowEdit], rows: int, tokens: int, heads: int, device: torch.device) -> EditArguments:
     """One edit of a batch whose other rows take no part.
 
     Args:
@@ -54,7 +54,7 @@ def join_edits(edits: Sequence[RowEdit], rows: int, tokens: int, heads: int, dev
     """
     given = [(each, each.edit) for each in edits if each.edit is not None]
     if not given:
-        return None
+        return NO_EDIT
     first = given[0][1]
     gain = outliers = None
     if first.gain is not None:
@@ -67,7 +67,7 @@ def join_edits(edits: Sequence[RowEdit], rows: int, tokens: int, heads: int, dev
     bias, first_query = _join_biases(given, rows, device)
     indices, counts = (None, None) if outliers is None else outliers
     rule = RULES.index(first.rule)
-    return Edit.of_arguments(EditArguments(indices, counts, gain, rule, bias, first_query))
+    return EditArguments(indices, counts, gain, rule, bias, first_query)
 
 
 def _join_outliers(

@@ -20,7 +20,7 @@ from typing import Any
 
 __all__ = ["INTERFACE", "TRIED", "missing_interface", "register"]
 
-TRIED = ("0.32",)
+TRIED = ("0.31", "0.32")
 """The minor versions of vLLM that attnrb was tried with, oldest first."""
 
 INTERFACE: dict[str, tuple[str, ...]] = {
@@ -31,7 +31,7 @@ INTERFACE: dict[str, tuple[str, ...]] = {
     ),
     "vllm.engine.arg_utils": ("EngineArgs.create_engine_config",),
     "vllm.exceptions": ("VLLMValidationError",),
-    "vllm.forward_context": ("get_forward_context", "ForwardContext"),
+    "vllm.forward_context": ("get_forward_context", "ForwardContext.additional_kwargs"),
     "vllm.model_executor.layers.attention": ("Attention",),
     "vllm.model_executor.models.utils": ("extract_layer_index",),
     "vllm.platforms": ("current_platform",),
@@ -58,7 +58,13 @@ INTERFACE: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.engine": ("EngineCoreRequest.cache_salt", "EngineCoreRequest.prompt_token_ids"),
     "vllm.v1.engine.input_processor": ("InputProcessor.process_inputs",),
-    "vllm.v1.sample.logits_processor": ("LogitsProcessor.update_state", "MoveDirectionality.SWAP"),
+    "vllm.v1.sample.logits_processor": (
+        "BatchUpdate.added",
+        "BatchUpdate.moved",
+        "BatchUpdate.removed",
+        "LogitsProcessor.update_state",
+        "MoveDirectionality.SWAP",
+    ),
 }
 """What attnrb uses of vLLM: for each module its names, those of classes with a dot."""
 

@@ -9,12 +9,11 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 
-from attnrb.functional import write_keys
 from attnrb.hosts.vllm.asked import KEY
-from attnrb.hosts.vllm.attend import Forward, Layer, Step, attend
+from attnrb.hosts.vllm.attend import Forward, Layer, LayerScores, Step, attend
 from attnrb.hosts.vllm.batch import Batch, Rows
+from attnrb.ops.paged import write_blocks
 from attnrb.ops.paging import Paging
-from attnrb.ops.visibility import Visibility
 
 __all__ = ["LayerAttention", "Metadata", "metadata_of", "pools"]
 
@@ -62,12 +61,7 @@ class LayerAttention:
     def __init__(
         self, window: int | None, scale: float, softcap: float | None, sinks: Tensor | None, *, halves: bool
     ) -> None:
-        self._scores = {
-            "visibility": Visibility(window=window),
-            "scale": scale,
-            "softcap": softcap or None,
-            "sinks": sinks,
-        }
+        self._scores = LayerScores(window, scale, softcap, sinks)
         self._halves = halves
         self._number: int | None = None
         self._pools: tuple[Tensor, Tensor, Tensor] | None = None
@@ -79,20 +73,25 @@ class LayerAttention:
         shared = get_forward_context().additional_kwargs  # of this forward alone
         forward = shared.get(KEY)
         if forward is None:
-            forward = shared[KEY] = Forward(metadata.batch)
-        tokens = metadata.num_actual_tokens
+            forward = shared[KEY] = Forward(metadata.batch, metadata.step)
         key, value = self._views(kv_cache)
-        attend(Layer(self._number, query[:tokens], key, value, self._scores, output[:tokens]), metadata.step, forward)
+        query, output = _first(metadata.num_actual_tokens, query, output)
+        attend(Layer(self._number, query, key, value, self._scores, output), metadata.step, forward)
 
     def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         """Write new keys and values ``[T, Hk, D]`` into their blocks."""
-        tokens = slot_mapping.shape[0]
-        write_keys(key[:tokens], value[:tokens], *self._views(kv_cache), slot_mapping)
+        key, value = _first(slot_mapping.shape[0], key, value)
+        write_blocks(key, value, *self._views(kv_cache), slot_mapping)
 
     def _views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         if self._pools is None or self._pools[0] is not kv_cache:
             self._pools = (kv_cache, *pools(kv_cache, halves=self._halves))
         return self._pools[1:]
+
+
+def _first(tokens: int, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """What belongs to this many tokens; batches may be padded."""
+    return (one, other) if one.shape[0] == tokens == other.shape[0] else (one[:tokens], other[:tokens])
 
 
 def pools(kv_cache: Tensor, *, halves: bool) -> tuple[Tensor, Tensor]:
