@@ -18,7 +18,7 @@ import typer
 from attnrb.cli import options
 from attnrb.cli.console import errors, quiet_transformers, user_errors
 from attnrb.cli.console import output as output_console
-from attnrb.cli.loading import set_threads
+from attnrb.cli.loading import Model, Threads, set_threads
 from rich.text import Text
 
 _TRAINING = "Training"
@@ -62,7 +62,7 @@ def main(
         ),
     ] = _CARDS,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Train on so many records.", show_default="all", rich_help_panel=_DATA)
+        int | None, typer.Option(min=1, help="How many records to train on.", show_default="all", rich_help_panel=_DATA)
     ] = None,
     held_out: Annotated[int, typer.Option(min=1, help="Records that are not trained on.", rich_help_panel=_DATA)] = 100,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a block.", rich_help_panel=_DATA)] = 256,
@@ -96,8 +96,8 @@ def main(
     analysis_texts: Annotated[
         int, typer.Option(min=0, help="Held-out texts whose attention is measured.", rich_help_panel=_REPORT)
     ] = 8,
-    model: options.Model = None,
-    threads: options.Threads = None,
+    model: Model = None,
+    threads: Threads = None,
     policy: options.PolicyChoice,
 ) -> None:
     """Fine-tune a model on structured records, with and without re-balancing, and report what became of attention."""

@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from attnrb.cli.console import errors
-from attnrb.cli.running import duration
+from attnrb.cli.console import LINE_SECONDS, duration, errors
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
-
-_LINE_SECONDS = 30.0
 
 
 @contextmanager
@@ -21,12 +18,16 @@ def training_progress() -> Iterator[tuple[Any, Any]]:
     console = errors()
     clock = _Clock()
     if not console.is_terminal:
-        last = [-_LINE_SECONDS]
+        last = [-LINE_SECONDS]
+        ended: set[tuple[str, bool]] = set()
 
         def line(run: str, step: int, steps: int, loss: float | None, held_out: float | None) -> None:
             left = clock.left(run, step, steps)
-            if time.monotonic() - last[0] >= _LINE_SECONDS or step == steps:
+            end = (run, held_out is not None)  # the last step comes several times, with more losses each time
+            if time.monotonic() - last[0] >= LINE_SECONDS or (step == steps and end not in ended):
                 last[0] = time.monotonic()
+                if step == steps:
+                    ended.add(end)
                 console.print(Text(f"{run}: step {step} of {steps}, {_losses(loss, held_out)}{left}"), soft_wrap=True)
 
         yield lambda text: console.print(Text(text), soft_wrap=True), line

@@ -104,7 +104,7 @@ def test_function_words_from_a_file(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "text: expected --text"),
+        ([], "text: expected a file, a text of several words or -"),
         (["-t", "missing.txt"], "there is no file 'missing.txt'"),
         (["--text-string", "x"], "fewer than two tokens"),
         (["-t", TEXT, "--compare", "alpha"], "config: expected"),

@@ -52,7 +52,7 @@ def failed(result: Result) -> str:
     assert result.exit_code == 1, result.output
     lines = [line for line in result.stderr.splitlines() if not line.endswith("…") and " answers, " not in line]
     assert len(lines) == 1, result.stderr
-    assert re.fullmatch(r"attnrb: .*[^.]\.", lines[0])
+    assert re.fullmatch(r"attnrb: .*[^.][.?]", lines[0])
     return lines[0]
 
 

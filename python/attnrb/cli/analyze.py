@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -16,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrb.cli import files, options
-from attnrb.cli.console import errors, output, steps, user_errors, write
-from attnrb.cli.loading import load_model
+from attnrb.cli.console import duration, errors, output, reminder, steps, user_errors, write
+from attnrb.cli.loading import Loading, load_model, takes_model
+from attnrb.policies import model_shape
 from attnrb.reports.printable import printable
 from attnrb.text.reading import check_text, parse_json, read_text
 
@@ -40,9 +43,18 @@ _COLUMNS = {
 }
 
 
+@takes_model
 @options.takes_any_policy
 def analyze(
     *,
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT]...",
+            help="As --text: files, or texts of several words; - reads standard input.",
+            show_default=False,
+        ),
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,15 +92,20 @@ def analyze(
     ] = False,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Cut each text after so many tokens.", show_default="never", rich_help_panel=_INPUT),
+        typer.Option(
+            min=2, help="Read only this many tokens of each text.", show_default="never", rich_help_panel=_INPUT
+        ),
     ] = None,
     keep_texts: Annotated[
-        int, typer.Option(min=0, help="Keep the tokens of so many texts; all count.", rich_help_panel=_INPUT)
+        int,
+        typer.Option(
+            min=0, help="How many texts to show token by token; the figures are of all.", rich_help_panel=_INPUT
+        ),
     ] = 8,
     function_words: Annotated[
         Path | None,
         typer.Option(
-            help="File of function words, parted by whitespace, for texts that are not English.",
+            help="File of function words, with spaces or lines between, for texts that are not English.",
             show_default=False,
             rich_help_panel=_INPUT,
         ),
@@ -121,23 +138,22 @@ def analyze(
         Path | None, typer.Option(help="Folder for the plots.", show_default=False, rich_help_panel=files.PANEL)
     ] = None,
     policy: options.PolicyChoice,
-    model: options.Model = None,
-    dtype: options.DType = "float32",
-    threads: options.Threads = None,
-    allow_missing: options.AllowMissing = False,
+    loading: Loading,
 ) -> None:
     """Measure where attention goes, in every layer and head."""
     with user_errors():
         chosen = _compared(compare, policy)
-        texts = read_texts(text or [], text_string or [])
+        texts = read_texts([*(given or []), *(text or [])], text_string or [])
         _check_outputs(html, json, png, serve)
         detail = _detail(layers, heads, rows_mb)
         words = None if function_words is None else read_text(function_words).split()
         with steps() as step:
-            loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
+            loaded, tokenizer = load_model(loading, step)
+            if chosen is not None:  # one that does not fit the model fails before minutes of work
+                chosen.resolve(model_shape(loaded))
             base = None
             if baseline is not None:
-                base, base_tokenizer = load_model(baseline, dtype, threads, step, allow_missing=allow_missing)
+                base, base_tokenizer = load_model(loading, step, model=baseline)
                 _check_tokenizers(tokenizer, base_tokenizer, texts)
         from attnrb.analysis import analyze as run
 
@@ -156,8 +172,8 @@ def analyze(
                 keep_texts=keep_texts,
                 function_words=words,
                 names=[each.name for each in texts],
-                model_name=_model_name(model),
-                baseline_name=_model_name(baseline),
+                model_name=loading.options.name,
+                baseline_name=replace(loading.options, model=baseline).name,
                 detail=detail,
                 keep_keys=serve,
                 progress=progress,
@@ -244,7 +260,9 @@ def read_texts(given: list[str], strings: list[str]) -> list[NamedText]:
             texts.append(NamedText(f"text {len(texts) + 1}", each))
     texts += [NamedText(f"text {len(texts) + number}", each) for number, each in enumerate(strings, 1)]
     if not texts:
-        raise ValueError("text: expected --text with a file, --text-string with a text, or --text - for standard input")
+        raise ValueError(
+            "text: expected a file, a text of several words or - for standard input, or --text-string with any text"
+        )
     for named in texts:
         check_text(named.name, named.text)
     return texts
@@ -296,14 +314,6 @@ def _check_tokenizers(tokenizer: Any, other: Any, texts: list[NamedText]) -> Non
             )
 
 
-def _model_name(model: str | None) -> str:
-    from attnrb.models import DEFAULT_MODEL_NAME
-
-    if model is None:
-        return DEFAULT_MODEL_NAME
-    return Path(model).name if Path(model).exists() else model
-
-
 # --------------------------------------------------------------------------------------------------------- the files
 
 
@@ -327,8 +337,12 @@ def _check_outputs(html: Path | None, json: Path | None, png: Path | None, serve
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[AnalysisProgress], None]]:
-    """A bar with the time left on a terminal; nothing elsewhere."""
+    """A bar with the time left on a terminal; elsewhere a line every 30 s."""
     console = errors()
+    if not console.is_terminal:
+        with _lines(console) as line:
+            yield line
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -337,19 +351,34 @@ def _bar() -> Iterator[Callable[[AnalysisProgress], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Analysing", total=1.0)
 
         def tell(now: AnalysisProgress) -> None:
-            which = f"text {now.text + 1} of {now.texts}" if now.texts and now.texts > 1 else "text"
             progress.update(
-                task,
-                total=now.texts,
-                completed=now.text + now.fraction,
-                description=f"Analysing {which}, {now.tokens:,} tokens, {now.run}",
+                task, total=now.texts, completed=now.text + now.fraction, description=f"Analysing {_which(now)}"
             )
 
         yield tell
+
+
+@contextlib.contextmanager
+def _lines(console: Console) -> Iterator[Callable[[AnalysisProgress], None]]:
+    """What is at work and how much of it is done, every 30 s."""
+    start = time.monotonic()
+    with reminder(console) as remind:
+
+        def tell(now: AnalysisProgress) -> None:
+            done = (now.text + now.fraction) / now.texts if now.texts else 0.0
+            left = f", {duration((time.monotonic() - start) * (1 - done) / done)} left" if done > 0 else ""
+            remind(f"Analysing {_which(now)}: {100 * done:.0f} %{left};")
+
+        yield tell
+
+
+def _which(now: AnalysisProgress) -> str:
+    which = f"text {now.text + 1} of {now.texts}" if now.texts and now.texts > 1 else "text"
+    return f"{which}, {now.tokens:,} tokens, {now.run}"
 
 
 def show(console: Console, report: AttentionReport) -> None:

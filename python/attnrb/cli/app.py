@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
 
 from attnrb.cli import eval as eval_commands
-from attnrb.cli import options, render
+from attnrb.cli import files, options, render
 from attnrb.cli.analyze import analyze
-from attnrb.cli.console import OneSentence, output, print_json, steps, user_errors, write
-from attnrb.cli.files import standard_input
-from attnrb.cli.loading import load_model, set_threads
+from attnrb.cli.cache import cache
+from attnrb.cli.command import add
+from attnrb.cli.console import OneSentence, output, steps, user_errors, write
+from attnrb.cli.data import data
+from attnrb.cli.loading import Loading, Threads, load_model, set_threads, takes_model
 from attnrb.cli.profile import demo, profile
 from attnrb.cli.search import search
 from attnrb.cli.serve import serve
@@ -21,7 +24,6 @@ app = typer.Typer(
     help="Rewrite the attention of a language model while it runs.",
     cls=OneSentence,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -44,16 +46,13 @@ def root(
     """Rewrite the attention of a language model while it runs: re-balancing, and emphasis on what you mark."""
 
 
-@app.command()
+@takes_model
 @options.takes_policy
 def compare(
     *,
     prompt: options.Prompt = None,
-    model: options.Model = None,
-    dtype: options.DType = "float32",
-    threads: options.Threads = None,
-    allow_missing: options.AllowMissing = False,
-    json: options.Json = False,
+    loading: Loading,
+    json: files.JsonFile = None,
     policy: options.PolicyChoice,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
@@ -65,7 +64,8 @@ def compare(
     with user_errors(), steps() as step:
         chosen = policy.chosen()
         text = _prompt(prompt)
-        loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
+        files.check_outputs(json=json)
+        loaded, tokenizer = load_model(loading, step)
         from attnrb.studies.compare import DEFAULT_PROMPT
         from attnrb.studies.compare import compare as run
 
@@ -81,24 +81,22 @@ def compare(
             seed=seed,
             progress=step,
         )
-    about = _about(loaded, model, temperature, seed)
-    if json:
-        print_json({**about, **comparison.to_dict()})
-    else:
-        render.comparison(output(), comparison, tokenizer, about)
+    about = _about(loaded, loading, temperature, seed)
+    files.print_or_write_json(
+        json,
+        lambda: {**about, **comparison.to_dict()},
+        lambda: render.comparison(output(), comparison, tokenizer, about),
+    )
 
 
-@app.command()
+@takes_model
 @options.takes_policy
 def generate(
     *,
     prompt: options.Prompt = None,
     plain: Annotated[bool, typer.Option("--plain", help="Without re-balancing: the model as it is.")] = False,
-    model: options.Model = None,
-    dtype: options.DType = "float32",
-    threads: options.Threads = None,
-    allow_missing: options.AllowMissing = False,
-    json: options.Json = False,
+    loading: Loading,
+    json: files.JsonFile = None,
     policy: options.PolicyChoice,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -110,8 +108,9 @@ def generate(
     with user_errors():
         chosen = policy.chosen()
         text = _prompt(prompt)
+        files.check_outputs(json=json)
         with steps() as step:
-            loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
+            loaded, tokenizer = load_model(loading, step)
         from attnrb.studies.compare import DEFAULT_PROMPT
         from attnrb.studies.generation import generate as run
         from attnrb.studies.prompts import read_prompt
@@ -124,16 +123,20 @@ def generate(
 
         read = read_prompt(loaded, tokenizer, text, chosen, chat=chat, markup=markup)
 
+        silent = files.is_standard_output(json)  # then steps show that it is at work, else the text itself
+
         def go() -> Any:
-            return run(
-                loaded,
-                tokenizer,
-                read.input_ids,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                on_text=None if json else show,
-            )
+            with steps() if silent else nullcontext(lambda _: None) as step:
+                step("Generating")
+                return run(
+                    loaded,
+                    tokenizer,
+                    read.input_ids,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    on_text=None if silent else show,
+                )
 
         if plain:
             generation, stats = go(), None
@@ -141,47 +144,36 @@ def generate(
             with read.patch(loaded) as patched:
                 generation = go()
             stats = patched.stats
-    if json:
-        print_json(
-            {
-                **_about(loaded, model, temperature, seed),
-                "prompt": text,
-                "config": None if plain else read.policy.to_dict(),
-                "spans": None if read.spans is None else read.spans.to_dict()["rows"][0],
-                **generation.to_dict(),
-                "outliers_per_row": None if stats is None else stats.outliers_per_row,
-                "rebalanced_layers": 0 if stats is None else stats.layers,
-            }
-        )
-    else:
+
+    def document() -> dict[str, Any]:
+        return {
+            **_about(loaded, loading, temperature, seed),
+            "prompt": text,
+            "config": None if plain else read.policy.to_dict(),
+            "spans": None if read.spans is None else read.spans.to_dict()["rows"][0],
+            **generation.to_dict(),
+            "outliers_per_row": None if stats is None else stats.outliers_per_row,
+            "rebalanced_layers": 0 if stats is None else stats.layers,
+        }
+
+    def end() -> None:
         write("\n")
         render.generation(generation, stats, read.spans)
 
-
-app.command()(analyze)
-app.command("eval")(eval_commands.evaluate)
-app.command()(search)
-app.command()(profile)
-app.command()(demo)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
-app.command(
-    "lm-eval",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(eval_commands.lm_eval)
+    files.print_or_write_json(json, document, end)
 
 
-@app.command()
 def info(
-    json: options.Json = False,
+    json: files.JsonFile = None,
     report: Annotated[
         bool, typer.Option("--report", help="Print Markdown to paste into an issue: no path, name or token in it.")
     ] = False,
 ) -> None:
     """Print versions, the instruction set in use, threads and build options."""
-    if json and report:
+    if json is not None and report:
         raise typer.BadParameter("--json and --report exclude each other")
     with user_errors():
+        files.check_outputs(json=json)
         if report:
             from attnrb.cli.report import report as report_text
 
@@ -190,21 +182,17 @@ def info(
         from attnrb.cli.about import about
 
         facts = about()
-    if json:
-        print_json(facts)
-    else:
-        render.facts(output(), facts)
+    files.print_or_write_json(json, lambda: facts, lambda: render.facts(output(), facts))
 
 
-@app.command()
 @options.takes_policy
 def bench(
     *,
     policy: options.PolicyChoice,
-    threads: options.Threads = None,
-    dtype: options.DType = "float32",
+    threads: Threads = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (fp32, bf16, fp16).")] = "float32",
     length: Annotated[int, typer.Option(min=16, help="Tokens in the sequence.")] = 1024,
-    json: options.Json = False,
+    json: files.JsonFile = None,
 ) -> None:
     """Time re-balanced attention against PyTorch's on this machine, after checking its results."""
     with user_errors(), steps() as step:
@@ -213,30 +201,93 @@ def bench(
         from attnrb.models import resolve_dtype
 
         chosen = policy.policy() if policy.given else None
+        files.check_outputs(json=json)
         set_threads(threads)
         report = run(length=length, dtype=resolve_dtype(dtype), policy=chosen, progress=step)
-    if json:
-        print_json(report.to_dict())
-    else:
-        render.bench(output(), report)
+    files.print_or_write_json(json, report.to_dict, lambda: render.bench(output(), report))
 
 
 def _prompt(prompt: str | None) -> str | None:
-    return standard_input().strip() if prompt == "-" else prompt
+    return files.standard_input().strip() if prompt == "-" else prompt
 
 
-def _about(loaded: Any, model: str | None, temperature: float, seed: int) -> dict[str, Any]:
+def _about(loaded: Any, loading: Loading, temperature: float, seed: int) -> dict[str, Any]:
     """What a result depends on beside the prompt and the method."""
     import torch
 
     from attnrb import __version__
-    from attnrb.models import DEFAULT_MODEL_NAME
 
     return {
         "attnrb": __version__,
-        "model": model or DEFAULT_MODEL_NAME,
+        "model": loading.options.name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "temperature": temperature,
         "seed": seed,
     }
+
+
+add(
+    app,
+    compare,
+    examples=(
+        'attnrb compare "Why is the sky blue?"',
+        'attnrb compare "The river is ((full of ice)). Can we swim?" --set strength=16',
+        "attnrb compare --alpha 0.5 --no-chat - < LICENSE",
+        "attnrb compare -m Qwen/Qwen3-0.6B --dtype bf16 --device cuda --json out.json",
+    ),
+)
+add(
+    app,
+    generate,
+    examples=(
+        'attnrb generate "Write a haiku about rain"',
+        'attnrb generate --plain "Write a haiku about rain"',
+        "attnrb generate --config options.yaml - < prompt.txt",
+    ),
+)
+add(
+    app,
+    analyze,
+    examples=(
+        "attnrb analyze LICENSE --html out.html",
+        'attnrb analyze "A sentence of several words" --compare alpha=0.3',
+        "attnrb analyze texts.jsonl --compare 'emphasis(strength=8)' --json -",
+    ),
+)
+add(
+    app,
+    eval_commands.evaluate,
+    "eval",
+    examples=(
+        "attnrb data --out DIR piqa",
+        "attnrb eval --tasks piqa --data DIR --limit 100",
+        "attnrb eval --tasks mmlu,piqa --data DIR -c alpha=0.3 -c 'emphasis(strength=8)' --html out.html",
+        "attnrb eval --config study.yaml --json study.json",
+    ),
+)
+add(app, search, examples=("attnrb search --tasks piqa --data DIR --evaluations 30 --json s.json",))
+add(
+    app,
+    profile,
+    examples=("attnrb profile --keep 32 --html heads.html", "attnrb profile --examples pairs.jsonl -o profile.json"),
+)
+add(app, demo, examples=("attnrb demo", "attnrb demo -m Qwen/Qwen3-0.6B --dtype bf16"))
+add(
+    app,
+    data,
+    examples=(
+        "attnrb data --out DIR piqa gsm8k mmlu",
+        "attnrb data --out DIR siqa --source siqa=./my-copy",
+        "attnrb data --out DIR --check",
+    ),
+)
+app.add_typer(cache, name="cache")
+add(app, info, examples=("attnrb info", "attnrb info --report"))
+add(app, bench, examples=("attnrb bench", "attnrb bench --length 4096 --dtype bf16 --policy emphasis"))
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(eval_commands.lm_eval)

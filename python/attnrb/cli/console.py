@@ -7,6 +7,8 @@ import io
 import json
 import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,18 @@ from attnrb.reports.printable import printable
 
 DEBUG_VARIABLE = "ATTNRB_DEBUG"
 INTERRUPTED = 130  # as a shell has it for a program that an interrupt ended
+
+LINE_SECONDS = 30.0
+"""Between lines of progress where there is no terminal."""
+
+_EXTRAS = {
+    **dict.fromkeys(("lm_eval", "datasets", "optuna", "scipy", "statsmodels"), "eval"),
+    **dict.fromkeys(("matplotlib", "plotly"), "analysis"),
+    **dict.fromkeys(("transformers", "gguf", "safetensors", "accelerate", "huggingface_hub"), "hf"),
+    **dict.fromkeys(("peft", "trl"), "train"),
+    "yaml": "cli",
+}
+"""The extra that brings each package which a command may lack."""
 
 _FOR_MORE = f"and {DEBUG_VARIABLE}=1 shows where it came from"
 _PACKAGE = Path(__file__).parents[1]
@@ -50,7 +64,12 @@ def print_json(value: Any) -> None:
     Raises:
         ValueError: it holds NaN or an infinity, which JSON has not.
     """
-    wide = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "").startswith("utf")
+    encoding = getattr(sys.stdout, "encoding", None) or ""  # of a closed stream there is none
+    typer.echo(as_json(value, wide=encoding.lower().replace("-", "").startswith("utf")))
+
+
+def as_json(value: Any, *, wide: bool) -> str:
+    """A JSON document; with ``wide``, letters beyond ASCII stand as they are. Raises ValueError as `print_json`."""
     try:
         document = json.dumps(value, indent=2, ensure_ascii=not wide, allow_nan=False)
     except ValueError as error:
@@ -58,7 +77,7 @@ def print_json(value: Any) -> None:
             "the result holds numbers that are not finite, which JSON has not: activations of the model may exceed the "
             "range of its dtype; try --dtype float32"
         ) from error
-    typer.echo(document.encode("utf-8", "backslashreplace").decode())  # a lone surrogate becomes its escape in JSON
+    return document.encode("utf-8", "backslashreplace").decode()  # a lone surrogate becomes its escape in JSON
 
 
 def write(text: str) -> None:
@@ -71,7 +90,8 @@ def write(text: str) -> None:
 def fail(message: str) -> NoReturn:
     """Print one sentence on stderr and end with exit code 1."""
     sentence = " ".join(printable(message).split()).rstrip(".")
-    errors().print(Text(f"attnrb: {sentence}.", style="red"), soft_wrap=True)
+    end = "" if sentence.endswith("?") else "."
+    errors().print(Text(f"attnrb: {sentence}{end}", style="red"), soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -131,6 +151,9 @@ def stop(kept: str = "") -> NoReturn:
 def explain(error: Exception) -> str:
     """What happened, for a person, and what to do where that is known."""
     text = str(error).strip()
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if missing in _EXTRAS:
+        return f"this needs the package {missing}: run `pip install 'attnrb[{_EXTRAS[missing]}]'`"
     # Errors of attnrb's own are sentences already.
     ours = type(error).__module__.partition(".")[0] == "attnrb"
     if ours or isinstance(error, (NotImplementedError, ImportError)):
@@ -183,19 +206,63 @@ def is_first_process() -> bool:
 
 @contextlib.contextmanager
 def steps() -> Iterator[Callable[[str], None]]:
-    """Show the step in progress and its time on a terminal, a line a step elsewhere. Yields what names a step."""
+    """Show the step in progress and its time on a terminal; elsewhere a line a step, and one every 30 s.
+
+    Yields what names a step.
+    """
     console = errors()
     if not is_first_process():
         yield lambda _: None
         return
     if not console.is_terminal:
         dots = "..." if console.options.ascii_only else "…"
-        yield lambda step: console.print(Text(f"{step} {dots}"), soft_wrap=True)
+        with reminder(console) as remind:
+
+            def step(name: str) -> None:
+                console.print(Text(f"{name} {dots}"), soft_wrap=True)
+                remind(f"{name} {dots}")
+
+            yield step
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
         yield lambda step: progress.reset(task, description=step)
+
+
+@contextlib.contextmanager
+def reminder(console: Console) -> Iterator[Callable[[str], None]]:
+    """Where there is no terminal: print what is at work every `LINE_SECONDS`, so that nobody takes silence for a stop.
+
+    Yields what says it, which may be called as often as one likes.
+    """
+    doing = [""]
+    start = [time.monotonic()]
+    over = threading.Event()
+
+    def say(what: str) -> None:
+        doing[0] = what
+
+    def lines() -> None:
+        while not over.wait(LINE_SECONDS):
+            if doing[0]:
+                console.print(Text(f"{doing[0]} {duration(time.monotonic() - start[0])} so far"), soft_wrap=True)
+
+    thread = threading.Thread(target=lines, daemon=True)
+    thread.start()
+    try:
+        yield say
+    finally:
+        over.set()
+        thread.join()
+
+
+def duration(seconds: float) -> str:
+    """For a person."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def quiet_transformers() -> None:

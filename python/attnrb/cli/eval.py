@@ -14,10 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrb.cli import files, options, running
-from attnrb.cli.console import errors, output, print_json, user_errors
+from attnrb.cli.console import duration, errors, output, print_json, user_errors
+from attnrb.cli.loading import Loading, takes_model
 from attnrb.reports.printable import printable
 
 
+@takes_model
 @options.takes_policy
 def evaluate(
     *,
@@ -27,7 +29,10 @@ def evaluate(
     limit: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Items of each task, each subject of MMLU.", show_default="all", rich_help_panel=running.ITEMS
+            min=1,
+            help="Items of each task, and of each subject of MMLU.",
+            show_default="all",
+            rich_help_panel=running.ITEMS,
         ),
     ] = None,
     shuffle: Annotated[
@@ -60,16 +65,14 @@ def evaluate(
             "--config",
             "-c",
             help="A policy in one word: default, alpha=0.3,normalize=true, emphasis(strength=8), a JSON object, a "
-            ".json file or a folder. May be given again, and stands in place of the options below.",
+            ".json file or a folder; or a .yaml file of options. May be given again, and stands in place of the "
+            "options below.",
             show_default=False,
             rich_help_panel="Policy",
         ),
     ] = None,
     policy: options.PolicyChoice,
-    model: options.Model = None,
-    dtype: options.DType = "float32",
-    threads: options.Threads = None,
-    allow_missing: options.AllowMissing = False,
+    loading: Loading,
     seed: running.Seed = 0,
     batch_size: running.BatchSize = "auto",
     engine: running.Engine = "transformers",
@@ -83,8 +86,8 @@ def evaluate(
 ) -> None:
     """Ask a model questions, plain and re-balanced, and report the difference.
 
-    Finished items are on disk at once: the same command goes on where it was stopped, and with a larger --limit it asks
-    only what is new.
+    Finished items are on disk at once: the same command continues where it was stopped, and with a larger --limit it
+    asks only what is new.
     """
     place: list[Path] = []
     with user_errors():
@@ -114,10 +117,17 @@ def evaluate(
         files.check_outputs(run=run, json=json, csv=csv, html=html)
         if html is not None:
             check_installed()
-        place.append(running.run_file(run, json, plan, model))
-        lm, selected = running.start(plan, model, dtype, threads, rows, allow_missing=allow_missing, engine=engine)
+        place.append(running.run_file(run, json, plan, loading.options.model))
+        lm, selected = running.start(plan, loading, rows, engine=engine)
         with running.progress() as progress:
-            report = go(lm, plan, place[0], model=running.model_name(model), selected=selected, progress=progress)
+            report = go(
+                lm,
+                plan,
+                place[0],
+                model=running.model_name(loading.options.model),
+                selected=selected,
+                progress=progress,
+            )
     if report is None:
         return
     document = report.to_dict()
@@ -177,7 +187,7 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
     memory = ", ".join(f"{size / 2**30:.1f} GiB {kind}" for kind, size in report["peak_memory"].items())
     errors().print(
         Text(
-            f"{report['answers']:,} answers in {report['run']}; {running.duration(report['seconds'])} this time, "
+            f"{report['answers']:,} answers in {report['run']}; {duration(report['seconds'])} this time, "
             f"peak memory {memory}"
         ),
         soft_wrap=True,
@@ -190,11 +200,9 @@ def lm_eval(context: typer.Context) -> None:
     attnrb lm-eval --model attnrb --model_args pretrained=FOLDER,alpha=0.2 --tasks hellaswag
     """
     with user_errors():
-        try:
-            from lm_eval.__main__ import cli_evaluate
+        from lm_eval.__main__ import cli_evaluate
 
-            from attnrb.hosts.lm_eval import model  # noqa: F401 (registers the model)
-        except ModuleNotFoundError as error:
-            raise ImportError(f"this needs the package {error.name}: run `pip install 'attnrb[eval]'`") from error
+        from attnrb.hosts.lm_eval import model  # noqa: F401 (registers the model)
+
         sys.argv = ["lm-eval", *context.args]
         cli_evaluate()

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from attnrb.cli.console import fail
+from attnrb.cli.console import as_json, errors, fail, print_json
+from attnrb.reports.files import write_whole
 from attnrb.reports.printable import printable
 from attnrb.text.reading import BYTE_ORDER_MARK
 
@@ -19,7 +21,11 @@ PANEL = "Files to write"
 JsonFile = Annotated[
     Path | None,
     typer.Option(
-        "--json", help="Every figure, as JSON; - prints it instead.", show_default=False, rich_help_panel=PANEL
+        "--json",
+        metavar="FILE|-",
+        help="Write everything as JSON; - (or no name) prints it in place of the text.",
+        show_default=False,
+        rich_help_panel=PANEL,
     ),
 ]
 HtmlFile = Annotated[
@@ -56,6 +62,9 @@ def check_outputs(**paths: Path | None) -> None:
     for name, path in paths.items():
         if path is None or is_standard_output(path):
             continue
+        if name == "json" and path.suffix.lower() != ".json" and not path.exists():
+            # A prompt behind a bare --json would become a file.
+            raise ValueError(f"json: expected - or the name of a .json file, got {str(path)!r}")
         folder = path.absolute().parent
         if not folder.is_dir():
             raise ValueError(f"{name}: {str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
@@ -63,6 +72,24 @@ def check_outputs(**paths: Path | None) -> None:
             raise ValueError(f"{name}: {str(path)!r} cannot be written: it is a folder")
         if not os.access(path if path.exists() else folder, os.W_OK):
             raise ValueError(f"{name}: {str(path)!r} cannot be written: permission is denied")
+
+
+def print_or_write_json(path: Path | None, document: Callable[[], object], show: Callable[[], None]) -> None:
+    """Hand over a result: on the terminal as `show` has it, and as JSON where ``--json`` asks for it.
+
+    Args:
+        path: of ``--json``.
+        document: makes what is written; it may raise ValueError for what JSON has not.
+        show: prints the result for a person.
+    """
+    if is_standard_output(path):
+        print_json(document())
+        return
+    show()
+    if path is not None:
+        content = as_json(document(), wide=True)
+        written = write_outputs({path: lambda place: write_whole(place, content + "\n")})
+        errors().print(Text(f"Wrote {', '.join(written)}"), soft_wrap=True)
 
 
 def write_outputs(files: Mapping[Path | None, Callable[[Path], object]], *, kept: str = "") -> list[str]:

@@ -16,35 +16,11 @@ from attnrb.policies.base import short_text
 _METHOD = "Re-balancing"
 _POLICIES = "Policy"
 _GENERATION = "Generation"
-_RUN = "Model and run"
 
-Prompt = Annotated[str | None, typer.Argument(help="The text to go on from; - reads it from standard input.")]
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="Hub id, folder or .gguf file. Default: the embedded SmolLM2-135M-Instruct.",
-        show_default=False,
-        rich_help_panel=_RUN,
-    ),
-]
-DType = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto (as the checkpoint was saved).", rich_help_panel=_RUN)
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(min=1, max=1024, help="Threads to compute with.", show_default="all cores", rich_help_panel=_RUN),
-]
-AllowMissing = Annotated[
-    bool,
-    typer.Option("--allow-missing", help="Let weights that the checkpoint lacks be random.", rich_help_panel=_RUN),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.", rich_help_panel=_RUN)]
+Prompt = Annotated[str | None, typer.Argument(help="The prompt; - reads it from standard input.")]
 
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", help="At most so many new tokens.", rich_help_panel=_GENERATION)
+    int, typer.Option("--max-new-tokens", "-n", help="How many new tokens at most.", rich_help_panel=_GENERATION)
 ]
 Temperature = Annotated[
     float, typer.Option(help="0 takes the likeliest token; above 0 samples.", rich_help_panel=_GENERATION)
@@ -127,12 +103,12 @@ def takes_policy(command: Callable[..., None], *, rebalancing: bool = True) -> C
         parameters += [_POLICY, _SET, *flags] if parameter.name == "policy" else [parameter]
 
     @functools.wraps(command)
-    def run(**given: Any) -> None:
+    def run(*args: Any, **given: Any) -> None:
         name, settings = given.pop("policy"), tuple(given.pop("set_") or ())
         found = {flag.name: given.pop(flag.name) for flag in flags}
         # A flag that was not given leaves the option at its default, or at what --set says.
         named = {key: value for key, value in found.items() if value is not None and value is not False}
-        command(**given, policy=PolicyChoice(name, settings, named))
+        command(*args, **given, policy=PolicyChoice(name, settings, named))
 
     del run.__wrapped__
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -182,6 +158,7 @@ _POLICY = inspect.Parameter(
             help=f"What to edit: {', '.join(policy_names())}; or a policy's file or folder.",
             show_default=Rebalance.name,
             rich_help_panel=_POLICIES,
+            autocompletion=lambda incomplete: [each for each in policy_names() if each.startswith(incomplete)],
         ),
     ],
 )

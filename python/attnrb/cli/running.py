@@ -13,9 +13,18 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from attnrb.cli.console import errors, is_first_process, quiet_transformers, steps, stop, user_errors
+from attnrb.cli.console import (
+    LINE_SECONDS,
+    duration,
+    errors,
+    is_first_process,
+    quiet_transformers,
+    steps,
+    stop,
+    user_errors,
+)
 from attnrb.cli.files import PANEL, is_standard_output, write_outputs
-from attnrb.cli.loading import set_threads
+from attnrb.cli.loading import Loading, set_threads
 from attnrb.reports.printable import printable
 
 if TYPE_CHECKING:
@@ -25,7 +34,6 @@ if TYPE_CHECKING:
 
 ITEMS = "Items"
 ASKING = "How they are asked"
-_LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 Tasks = Annotated[
     str,
@@ -80,7 +88,7 @@ RunOption = Annotated[
     Path | None,
     typer.Option(
         "--run",
-        help="File of finished items. One that exists is gone on with.",
+        help="File of finished items. Where it exists, the run continues.",
         show_default="beside --json, else named by the settings",
         rich_help_panel=PANEL,
     ),
@@ -107,9 +115,9 @@ def run_file(run: Path | None, json: Path | None, plan: TaskPlan, model: str | N
 
 def model_name(model: str | None) -> str:
     """What reports call a model."""
-    from attnrb.models import DEFAULT_MODEL_NAME
+    from attnrb.models.options import DEFAULT_MODEL_NAME, read_model_name
 
-    return model or DEFAULT_MODEL_NAME
+    return read_model_name(model).model or DEFAULT_MODEL_NAME
 
 
 def check_engine(engine: str, *, generates: bool) -> None:
@@ -121,16 +129,10 @@ def check_engine(engine: str, *, generates: bool) -> None:
 
 
 def start(
-    plan: TaskPlan,
-    model: str | None,
-    dtype: str,
-    threads: int | None,
-    rows: int | str,
-    *,
-    allow_missing: bool,
-    engine: str = "transformers",
+    plan: TaskPlan, loading: Loading, rows: int | str, *, engine: str = "transformers"
 ) -> tuple[Any, tuple[Selected, ...]]:
     """The harness' model, plain, and the tasks, which are read first: what is wrong with a file is known at once."""
+    loading.options.check()
     with steps() as step:
         step("Reading the items")
         from attnrb.evaluation.grid import quiet
@@ -138,15 +140,15 @@ def start(
         quiet()
         selected = plan.select()
         step("Starting")
-        set_threads(threads)
+        set_threads(loading.threads)
         quiet_transformers()
-        step(f"Loading {model or 'the embedded model'}")
+        step(f"Loading {model_name(loading.options.model)}")
         loaded: Any
         if engine == "vllm":
             from attnrb.hosts.lm_eval.vllm import VllmLM as loaded  # noqa: N813 (either class)
         else:
             from attnrb.hosts.lm_eval.model import AttnrbLM as loaded  # noqa: N813
-        return loaded(model, plain=True, dtype=dtype, batch_size=rows, allow_missing=allow_missing), selected
+        return loaded(loading.options.model, plain=True, batch_size=rows, **loading.options.arguments()), selected
 
 
 def write(reports: Mapping[Path | None, Callable[[], str]]) -> None:
@@ -176,7 +178,7 @@ def run_errors(place: Sequence[Path]) -> Iterator[None]:
             yield
         except KeyboardInterrupt:
             exists = place and place[0].exists()
-            stop(f": finished items are in {place[0]}, and the same command goes on" if exists else "")
+            stop(f": finished items are in {place[0]}, and the same command continues" if exists else "")
 
 
 @contextlib.contextmanager
@@ -219,22 +221,14 @@ def progress() -> Iterator[Callable[[Progress], None]]:
 
             yield show
     else:
-        last = [-_LINE_SECONDS]
+        last = [-LINE_SECONDS]
 
         def tell(state: Progress) -> None:
             now = time.monotonic()
             remaining = left(state)
-            if now - last[0] >= _LINE_SECONDS or state.done >= state.total:
+            if now - last[0] >= LINE_SECONDS or state.done >= state.total:
                 last[0] = now
                 line = f"{state.done:,} of {state.total:,} answers, {remaining or state.doing}"
                 console.print(Text(line), soft_wrap=True)
 
         yield tell
-
-
-def duration(seconds: float) -> str:
-    """For a person."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

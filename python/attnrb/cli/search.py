@@ -11,12 +11,14 @@ from rich.text import Text
 from attnrb.cli import files, options, running
 from attnrb.cli.console import output, print_json, user_errors
 from attnrb.cli.eval import render
+from attnrb.cli.loading import Loading, takes_model
 from attnrb.policies.parse import parse_option, parse_policy
 from attnrb.reports.printable import printable
 
 _SEARCH = "Search"
 
 
+@takes_model
 @options.takes_any_policy
 def search(
     *,
@@ -24,7 +26,7 @@ def search(
     data: running.Data = None,
     include_path: running.IncludePath = None,
     evaluations: Annotated[
-        int, typer.Option("--evaluations", "-n", min=1, help="Settings to try.", rich_help_panel=_SEARCH)
+        int, typer.Option("--evaluations", "-n", min=1, help="How many settings to try.", rich_help_panel=_SEARCH)
     ] = 20,
     development: Annotated[
         int, typer.Option(min=1, help="Items of each task to choose by.", rich_help_panel=_SEARCH)
@@ -58,7 +60,8 @@ def search(
         typer.Option(
             "--config",
             "-c",
-            help="A policy in one word, or learnt gains, to try before the others. May be given again.",
+            help="A policy in one word, or learnt gains, to try before the others; or a .yaml file of this command's "
+            "options. May be given again.",
             show_default=False,
             rich_help_panel=_SEARCH,
         ),
@@ -66,10 +69,7 @@ def search(
     generated: running.Generated = False,
     shots: running.Shots = 0,
     chat: running.Chat = False,
-    model: options.Model = None,
-    dtype: options.DType = "float32",
-    threads: options.Threads = None,
-    allow_missing: options.AllowMissing = False,
+    loading: Loading,
     seed: running.Seed = 0,
     batch_size: running.BatchSize = "auto",
     run: running.RunOption = None,
@@ -107,14 +107,14 @@ def search(
         files.check_outputs(run=run, json=json, html=html)
         if html is not None:
             check_installed()
-        place.append(running.run_file(run, json, plan, model))
-        lm, selected = running.start(plan, model, dtype, threads, rows, allow_missing=allow_missing)
+        place.append(running.run_file(run, json, plan, loading.options.model))
+        lm, selected = running.start(plan, loading, rows)
         with running.progress() as progress:
             result = go(
                 lm,
                 plan,
                 place[0],
-                model=running.model_name(model),
+                model=running.model_name(loading.options.model),
                 selected=selected,
                 progress=progress,
                 step=running.tell_step,

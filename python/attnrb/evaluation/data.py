@@ -116,7 +116,7 @@ def read_items(data: Path, task: str) -> ItemSet:
         groups=(task,),
         file=path.name,
         sha256=_sha256(path),
-        note=_SIQA_NOTE if task == "siqa" else None,
+        note=_SIQA_NOTE if task == "siqa" and len(items[0].choices) == 2 else None,
         numeric=items[0].gold is None,
     )
 

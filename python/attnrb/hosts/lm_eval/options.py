@@ -16,7 +16,7 @@ from attnrb.policies.parse import parse_option, parse_policy, policy_options
 
 __all__ = ["Options", "sort_options", "unknown_option"]
 
-_LOADED = ("revision", "subfolder", "gguf_file", "delta", "allow_missing")
+_LOADED = ("revision", "subfolder", "gguf_file", "delta", "device_map", "allow_missing")
 """Of `attnrb.models.load`, under the same names."""
 _TOKENIZER = ("use_fast_tokenizer", "add_bos_token")
 """Of loading a tokenizer."""
