@@ -276,7 +276,7 @@ def test_texts_and_strings_are_numbered_together(tmp_path: Path) -> None:
     found = read_texts([str(tmp_path / "f"), "two words"], ["LICENSE", "x" * 10_000])
     assert [each.name for each in found] == ["f", "text 2", "text 3", "text 4"]
     assert found[2].text == "LICENSE"
-    with pytest.raises(ValueError, match="expected --text with a file, --text-string with a text"):
+    with pytest.raises(ValueError, match="text: expected a file, a text of several words or - "):
         read_texts([], [])
 
 

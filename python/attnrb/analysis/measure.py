@@ -123,7 +123,7 @@ def measure(
 
 def seen_by(call: AttentionCall) -> Tensor:
     """How many queries see each key in a layer's attention over a whole text, at least 1: float64 ``[1 or H, n]``."""
-    return _Layer(call, torch.zeros(call.query.shape[2], dtype=torch.int64), 0.5, None)._seen_by()
+    return _Layer(call, torch.zeros(call.query.shape[2], dtype=torch.int64, device="cpu"), 0.5, None)._seen_by()
 
 
 class _Layer:

@@ -27,7 +27,7 @@ def measure_weights(
     """As `attnrb.analysis.measure.measure`."""
     length, heads = call.query.shape[2], call.query.shape[1]
     device = call.query.device
-    kept = LayerKeys.of(call, torch.arange(length))
+    kept = LayerKeys.of(call, torch.arange(length, dtype=torch.int64, device="cpu"))
     one_hot = torch.zeros(length, len(TOKEN_CLASSES), dtype=torch.float64, device=device)
     one_hot[torch.arange(length, device=device), classes.to(device)] = 1
     slots = torch.arange(length, device=device)

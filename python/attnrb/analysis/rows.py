@@ -170,7 +170,7 @@ class RunKeys:
     def __init__(self, length: int, positions: Sequence[int] | None = None) -> None:
         """Keep these queries, which ascend; by default some among which interesting ones are looked for."""
         self.length = length
-        self.positions = spread(length, _CANDIDATES) if positions is None else torch.tensor(positions)
+        self.positions = spread(length, _CANDIDATES) if positions is None else _places(positions)
         self.layers: list[LayerKeys] = []
         self.source: tuple[Tensor, Tensor, Tensor] | None = None
         self.interest: NDArray[np.float64] = np.zeros(length)
@@ -193,7 +193,7 @@ class RunKeys:
             row's weights; the others are key and weight, the largest weight first.
         """
         parts = [
-            self._pack(torch.tensor(queries[first : first + _FEW_QUERIES]), layers, heads)
+            self._pack(_places(queries[first : first + _FEW_QUERIES]), layers, heads)
             for first in range(0, len(queries), _FEW_QUERIES)
         ]
         return np.concatenate(parts)
@@ -203,8 +203,8 @@ class RunKeys:
         marks = self._marks(queries, most)
         shape = (len(queries), 1 + len(layers), 1 + len(heads), 1 + LARGEST, 2)
         packed = np.zeros(shape, dtype=np.uint16)
-        total = torch.zeros(most, len(queries), self.length)
-        counted = torch.zeros(most, 1, 1)
+        total = torch.zeros(most, len(queries), self.length, dtype=torch.float32, device="cpu")
+        counted = torch.zeros(most, 1, 1, dtype=torch.float32, device="cpu")
         for place, kept in enumerate(self.layers):
             weights = kept.weights(queries).cpu()
             own = len(weights)
@@ -217,7 +217,7 @@ class RunKeys:
 
     def _marks(self, queries: Tensor, heads: int) -> Tensor:
         """Outliers of these queries: bool ``[1 + heads, queries, n]``, in any head first."""
-        marks = torch.zeros(1 + heads, len(queries), self.length, dtype=torch.bool)
+        marks = torch.zeros(1 + heads, len(queries), self.length, dtype=torch.bool, device="cpu")
         if self.source is not None:
             head, query, key = (each.cpu().contiguous() for each in self.source)
             place = torch.searchsorted(queries, query).clamp(max=len(queries) - 1)
@@ -229,8 +229,8 @@ class RunKeys:
 
 def _pack_rows(weights: Tensor, marks: Tensor, heads: Sequence[int], packed: NDArray[np.uint16]) -> None:
     """Write ``[H, queries, n]`` into ``[queries, 1 + heads, 1 + LARGEST, 2]``."""
-    there = torch.tensor([head for head in heads if head < len(weights)], dtype=torch.int64)
-    chosen = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + there])
+    there = _places([head for head in heads if head < len(weights)])
+    chosen = torch.cat([_places([0]), 1 + there])
     rows = torch.cat([weights.mean(0, keepdim=True), weights[there]]).transpose(0, 1)
     marked = marks[chosen].transpose(0, 1)
     largest, keys = rows.topk(min(LARGEST, rows.shape[2]), dim=2)
@@ -241,6 +241,10 @@ def _pack_rows(weights: Tensor, marks: Tensor, heads: Sequence[int], packed: NDA
     second[:, slots, 1 : 1 + count] = _halves(largest)
     first[:, slots, 0] = marked.sum(2).numpy().astype(np.uint16)
     second[:, slots, 0] = _halves(rows.sum(2))
+
+
+def _places(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _halves(values: Tensor) -> NDArray[np.uint16]:
@@ -261,7 +265,7 @@ class TextRows(NamedTuple):
 def spread(length: int, count: int) -> Tensor:
     """At most so many positions of a text, evenly spread, with the last: int64, ascending."""
     if length <= count:
-        return torch.arange(length)
+        return torch.arange(length, dtype=torch.int64, device="cpu")
     return torch.from_numpy(np.unique(np.rint(np.linspace(0, length - 1, count)).astype(np.int64)))
 
 
