@@ -333,6 +333,8 @@ def test_a_chat_template_that_fails(run: Run, tmp_path: Path, template: str, pro
         {"stop_strings": ["zzz"]},
         {"prompt_lookup_num_tokens": 3},
         {"max_length": 3},
+        {"dola_layers": "low"},
+        {"constraints": [1]},
         {"top_k": 5, "top_p": 0.5, "temperature": 0.2},
     ],
     ids=lambda own: "+".join(own),
@@ -351,7 +353,7 @@ def test_settings_of_the_model_itself(
     texts = [(each, found[each]) if command == "compare" else ("", found) for each in ("plain", "rebalanced")]
     for name, text in texts:
         assert text["token_ids"] == (usual[name] if name else usual)["token_ids"]
-    left_out = [name for name in ("num_beams", "num_return_sequences") if name in own]
+    left_out = [name for name in ("num_beams", "num_return_sequences", "dola_layers", "constraints") if name in own]
     assert all(f"{name}={own[name]}" in result.stderr for name in left_out)
     assert "attnrb" in result.stderr if left_out else "attnrb:" not in result.stderr
 

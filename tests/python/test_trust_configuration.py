@@ -251,6 +251,58 @@ def test_a_failure_within_an_early_exit_gives_the_layers_back() -> None:
     assert model.config.num_hidden_layers == 5
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["", "traceback kept"])
+@pytest.mark.parametrize("where", ["model.layers.1", "model.embed_tokens", "lm_head", "model"])
+def test_an_interrupt_leaves_nothing_behind(where: str, kept: bool) -> None:
+    """PyTorch calls no hook after one. A notebook keeps the traceback, and so all that the call held."""
+    model, ids = tiny("llama"), tokens(1, 9)
+    plain = model(ids).logits
+    with torch.no_grad(), attnrb.patch(model, POLICY):
+        expected = model(ids).logits
+        handle = model.get_submodule(where).register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt) as error:
+            model(ids)
+        if not kept:
+            del error
+        handle.remove()
+        if not kept:
+            assert model.model.config._attn_implementation != "attnrb"
+        assert torch.equal(model(ids).logits, expected)
+        assert model.model.config._attn_implementation != "attnrb"
+    assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_an_interrupt_within_an_early_exit_gives_the_layers_back(removed: bool) -> None:
+    model, ids = tiny("llama"), tokens(1, 9)
+    calls = 0
+
+    def interrupted(call: attnrb.AttentionCall) -> None:
+        nonlocal calls
+        calls += call.layer == 0
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    patched = attnrb.patch(model, POLICY, observer=interrupted)
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(ids, max_new_tokens=6, do_sample=False, assistant_early_exit=2)
+        if removed:
+            patched.remove()
+            found, wanted = model(ids).logits, tiny("llama")(ids).logits
+        else:
+            other = tiny("llama")
+            with attnrb.patch(other, POLICY):
+                wanted = other(ids).logits
+            found = model(ids).logits
+    assert torch.equal(found, wanted)
+    assert model.config.num_hidden_layers == 5
+
+
 def test_a_patch_made_in_inference_mode_serves_training() -> None:
     model, ids = tiny("llama"), tokens(1, 9)
     with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from attnrb.policies.base import LayerPlan, Mixture, Request, Session
 if TYPE_CHECKING:
     from attnrb.hosts.transformers.attention import Alike
 
-__all__ = ["AttentionCall", "Forward", "Observer", "current_forward", "enter_forward"]
+__all__ = ["AttentionCall", "Forward", "Observer", "calls_of", "current_forward", "enter_forward", "outer_forward"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Forward:
         left_out: what the host knows of layers that are left out; None: it leaves out none.
         request: what was said of the texts, and what is kept of them.
         outer: the forward within which this one runs, where a hook calls the model again.
+        module: the decoder whose forward it is; None in a traced one.
         called: the layers that came by.
         found: the outliers that a layer reported last.
         settled: the layers that were left out and of which the session knows that they found nothing.
@@ -109,6 +111,7 @@ class Forward:
         "first_slot",
         "found",
         "left_out",
+        "module",
         "observer",
         "outer",
         "packed",
@@ -136,6 +139,7 @@ class Forward:
         left_out: Any = None,
         request: Request | None = None,
         outer: Forward | None = None,
+        module: torch.nn.Module | None = None,
     ) -> None:
         self.plan = plan
         self.steps = plan.steps
@@ -149,6 +153,7 @@ class Forward:
         self.left_out = left_out
         self.request = request
         self.outer = outer
+        self.module = module
         self.called: set[int] = set()
         self.settled: set[int] = set()
         self.found: Outliers | None = None
@@ -173,6 +178,41 @@ class _Traced:
 _traced = _Traced()
 # Weak: a forward that failed must not be found later by parts of the model that are called by themselves.
 _running: ContextVar[weakref.ref[Forward] | None] = ContextVar("attnrb_forward", default=None)
+
+
+# The method that runs a module and its hooks; what torch.compile could not trace goes on under the other name.
+_CALLS = ("_call_impl", "torch_dynamo_resume_in__call_impl")
+
+
+def calls_of(module: torch.nn.Module | None) -> int:
+    """How many calls of a module run in this thread, each within the one before it.
+
+    Note: [Interrupts]
+    PyTorch calls hooks after a call that failed, but not after an interrupt. What such a hook would have put right is
+    put right when it is looked at next, and only the stack tells whether a call is over. It is asked where something
+    is said to run within which nothing should, or of which nothing else is known: not in an ordinary forward.
+    """
+    count, frame = 0, inspect.currentframe()
+    while frame is not None and module is not None:
+        count += frame.f_code.co_name.startswith(_CALLS) and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return count
+
+
+def outer_forward(module: torch.nn.Module) -> Forward | None:
+    """The forward within which one of a module begins in this thread, if any; one that was interrupted is over."""
+    if torch.compiler.is_compiling():
+        return None
+    forward = current_forward()
+    while forward is not None:
+        around, of_its_module = forward.outer, 1 + (forward.module is module)  # the call that begins is one too
+        while around is not None:
+            of_its_module += around.module is forward.module
+            around = around.outer
+        if calls_of(forward.module) >= of_its_module:
+            break
+        forward = forward.outer
+    return forward
 
 
 def enter_forward(forward: Forward | None) -> None:

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from attnrb.hosts.lm_eval.budget import ComputedTokenBudget, Reading
 from attnrb.hosts.lm_eval.options import sort_options, unknown_option
 from attnrb.hosts.lm_eval.requests import RequestError, check_requests, name_cache
-from attnrb.hosts.transformers.logits import GREEDY, RefuseNaN
+from attnrb.hosts.transformers.logits import FOREIGN, GREEDY, RefuseNaN
 from attnrb.hosts.transformers.patch import patch
 from attnrb.models import UnknownOptionError, load
 from attnrb.policies import Policy
@@ -302,6 +302,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         check_token_ids(self.model, context.flatten().tolist())
         # What a model's own settings may hold and the harness cannot take; what it asks for itself goes before.
         own = {"return_dict_in_generate": False, "num_return_sequences": 1, "tokenizer": self.tokenizer}
+        own |= dict.fromkeys(FOREIGN)
         processors = [RefuseNaN(), *settings.pop("logits_processor", ())]
         return super()._model_generate(  # type: ignore[no-any-return]
             context, max_length, stop, logits_processor=processors, **{**own, **settings}

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
-from attnrb.hosts.session import current_forward
+from attnrb.hosts.session import calls_of, current_forward
 from attnrb.hosts.transformers.interface import every_module
 
 # The name in transformers' AttentionInterface and AttentionMaskInterface, and where a configuration holds its own.
@@ -28,8 +29,8 @@ NAME = "attnrb"
 IMPLEMENTATION = "_attn_implementation_internal"
 _MASKS = "create_masks_for_generate"
 
-# How many models around a decoder run in this thread: some make its masks.
-_running: ContextVar[int] = ContextVar("attnrb_models_running", default=0)
+# The models around a decoder that run in this thread, each within the one before it: some make its masks.
+_running: ContextVar[tuple[weakref.ref[torch.nn.Module], ...]] = ContextVar("attnrb_models_running", default=())
 
 
 class Configurations:
@@ -84,16 +85,25 @@ class Configurations:
         self._places = []
 
 
-def begin_model(*_: Any) -> None:
+def begin_model(model: torch.nn.Module, *_: Any) -> None:
     """Note that a model around a decoder runs in this thread, until `end_model`: hooks of it."""
     if not torch.compiler.is_compiling():
-        _running.set(_running.get() + 1)
+        _running.set((*_still_running(), weakref.ref(model)))
 
 
 def end_model(*_: Any) -> None:
     """See `begin_model`."""
     if not torch.compiler.is_compiling():
-        _running.set(max(_running.get() - 1, 0))
+        _running.set(_running.get()[:-1])
+
+
+def _still_running() -> tuple[weakref.ref[torch.nn.Module], ...]:
+    """The models that run, without those that an interrupt ended: Note: [Interrupts]."""
+    running = _running.get()
+    if running and not calls_of(running[-1]()):
+        running = tuple(each for each in running if calls_of(each()))
+        _running.set(running)
+    return running
 
 
 def plain(configuration: Any) -> Any:
@@ -195,7 +205,7 @@ def _set_implementation(self: Any, value: Any) -> None:
 
 
 def _running_name(self: Any) -> Any:
-    if torch.compiler.is_compiling() or _running.get() > 0 or current_forward() is not None:
+    if torch.compiler.is_compiling() or current_forward() is not None or _still_running():
         return NAME
     return vars(self).get(IMPLEMENTATION)
 

@@ -22,6 +22,7 @@ from attnrb.hosts.transformers.interface import attribute, every_module, size
 from attnrb.ops.outliers import Outliers
 
 # Where transformers drafts tokens with the lower layers, and the local variable that holds their true number.
+_DEPTH = "num_hidden_layers"
 _EARLY_EXIT = ("EarlyExitCandidateGenerator", "get_candidates", "original_num_hidden_layers")
 
 __all__ = ["LeftOut", "end_early_exit"]
@@ -36,6 +37,8 @@ class LeftOut:
         drops = any(attribute(module, "layerdrop") for module in every_module(decoder))
         self._layers = _layers(decoder) if drops else {}
         self._numbers = {id(module): layer for layer, module in self._layers.items()}
+        self._full = size(decoder.config, _DEPTH)
+        self._taken: tuple[Any, int] | None = None  # the depth of an early exit, and the true one
         self._begun: weakref.WeakKeyDictionary[Forward, set[int]] = weakref.WeakKeyDictionary()
 
     def register(self, wrap: Callable[[Callable[..., Any]], Any]) -> list[Any]:
@@ -53,6 +56,22 @@ class LeftOut:
     def at_random(self) -> bool:
         """Whether layers below an edited one may be left out of a forward that begins now."""
         return bool(self._layers) and self._decoder.training
+
+    def give_back(self) -> None:
+        """Give the decoder the layers back that an early exit took, where an interrupt ended it: Note: [Interrupts]."""
+        if torch.compiler.is_compiling():
+            return
+        config = self._decoder.config
+        depth = size(config, _DEPTH)
+        if self._taken is None and depth == self._full:
+            return
+        true = _true_depth()
+        if true is not None:
+            self._taken = (depth, true)
+            return
+        if self._taken is not None and depth == self._taken[0]:
+            setattr(config, _DEPTH, self._taken[1])
+        self._taken = None
 
     def among(self, forward: Forward, layers: Collection[int]) -> set[int]:
         """Those of these layers, none of which came by, that the model leaves out of this forward."""
@@ -89,15 +108,22 @@ def end_early_exit(decoder: Any) -> None:
     transformers lowers ``num_hidden_layers`` while it drafts tokens and puts it back only where nothing fails. The
     number is in a caller's variable, and nowhere else.
     """
+    depth = _true_depth()
+    if depth is not None:
+        setattr(decoder.config, _DEPTH, depth)
+
+
+def _true_depth() -> int | None:
+    """The number of layers of a model that drafts tokens by an early exit further up the stack; None: none does."""
     kind, function, variable = _EARLY_EXIT
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == function and type(frame.f_locals.get("self")).__name__ == kind:
             depth = frame.f_locals.get(variable)
             if isinstance(depth, int):
-                decoder.config.num_hidden_layers = depth
-                return
+                return depth
         frame = frame.f_back
+    return None
 
 
 def _layers(decoder: torch.nn.Module) -> dict[int, torch.nn.Module]:

@@ -26,7 +26,7 @@ import torch
 from attnrb.decisions import tell
 from attnrb.deprecation import deprecated
 from attnrb.hosts.requests import Requests
-from attnrb.hosts.session import AttentionCall, Forward, Observer, current_forward, enter_forward
+from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward, outer_forward
 from attnrb.hosts.stats import PatchStats
 from attnrb.hosts.transformers.attention import FORWARD, attention
 from attnrb.hosts.transformers.caches import Caches, Sequences
@@ -282,6 +282,7 @@ class Patch:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._left_out.give_back()
         self._configurations.restore()
 
     def __enter__(self) -> Patch:
@@ -304,6 +305,7 @@ class Patch:
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         check_keywords(decoder, kwargs)
+        self._left_out.give_back()
         inputs = _Inputs(decoder, args, kwargs)
         unpadded = inputs.rule_out_packing()
         self._caches.check(kwargs.get("past_key_values"), kwargs.get("position_ids"), inputs.queries())
@@ -321,7 +323,8 @@ class Patch:
             unpadded=unpadded,
             left_out=self._left_out if self._left_out.at_random else None,
             request=request,
-            outer=None if torch.compiler.is_compiling() else current_forward(),
+            outer=outer_forward(decoder),
+            module=None if torch.compiler.is_compiling() else decoder,
         )
         kwargs[FORWARD] = forward
         enter_forward(forward)
@@ -353,7 +356,7 @@ def _leave(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     forward = kwargs.get(FORWARD)
     if output is None and not torch.compiler.is_compiling():
         end_early_exit(decoder)
-    enter_forward(None if forward is None else forward.outer)
+    enter_forward(forward.outer if isinstance(forward, Forward) else None)
 
 
 _KEYWORDS = frozenset(
