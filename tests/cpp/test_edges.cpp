@@ -304,6 +304,19 @@ TEST_P(Edges, ReceivedAttentionOfWideRowsIsExact) {
   }
 }
 
+// Queries that are taken together, of which the first end before a block of keys that the last ones see.
+TEST_P(Edges, ReceivedAttentionOfRowsThatEndBeforeABlockIsExact) {
+  const AttentionCase attention = simple_case(make_shape(1, 2, 1, 100, 300, 16));
+  std::vector<float> received;
+  const ReceivedProblem problem = attention.received_problem(received);
+  const std::vector<Bounded> truth = received_truth(problem);
+  ScratchLease scratch;
+  kernels().received_attention(problem, test_pool(2), *scratch);
+  for (size_t i = 0; i < truth.size(); ++i)
+    EXPECT_TRUE(close(kernels(), received[i], truth[i]))
+        << "element " << i << ": expected " << truth[i].value << ", got " << received[i];
+}
+
 // A normalised row of one key is the key's value, whatever its gain.
 TEST_P(Edges, AStrengthenedRowOfOneKeyIsExact) {
   for (const DType dtype : {DType::bfloat16, DType::float16}) {

@@ -106,6 +106,28 @@ def versions() -> dict[str, str]:
     return found
 
 
+def save(name: str, command: str, started: datetime, tally: Tally, folder: Path) -> dict[str, Any]:
+    """Write a row's file, whole or not at all, and return what is in it."""
+    result = {
+        "row": name,
+        "command": command,
+        "date": started.strftime("%Y-%m-%d %H:%M UTC"),
+        "seconds": round(time.monotonic() - tally._start, 1),
+        "processor": processor(),
+        "versions": versions(),
+        "counts": dict(tally.counts),
+        "largest": tally.largest,
+        "notes": tally.notes,
+        "fault_count": len(tally.faults),
+        "faults": tally.faults[:_SHOWN],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{name}.json.unfinished"
+    unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    unfinished.replace(folder / f"{name}.json")
+    return result
+
+
 def run(name: str, doc: str | None, work: Callable[[Tally], None], *, count: int, **extra: Any) -> int:
     """Parse the command line, do the work and write its file.
 
@@ -133,25 +155,8 @@ def run(name: str, doc: str | None, work: Callable[[Tally], None], *, count: int
         work(tally)
     except (Exception, SystemExit) as error:  # the page says that too: no row is without a figure
         tally.fault(f"the row ended early: {type(error).__name__}: {' '.join(str(error).split())[:1500]}")
-    result = {
-        "row": name,
-        "command": " ".join(
-            ["python", f"tests/scorecard/{Path(sys.argv[0]).name}", *map(shlex.quote, _shown_options())]
-        ),
-        "date": started.strftime("%Y-%m-%d %H:%M UTC"),
-        "seconds": round(time.monotonic() - tally._start, 1),
-        "processor": processor(),
-        "versions": versions(),
-        "counts": dict(tally.counts),
-        "largest": tally.largest,
-        "notes": tally.notes,
-        "fault_count": len(tally.faults),
-        "faults": tally.faults[:_SHOWN],
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    unfinished = options.out / f"{name}.json.unfinished"
-    unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    unfinished.replace(options.out / f"{name}.json")
+    command = " ".join(["python", f"tests/scorecard/{Path(sys.argv[0]).name}", *map(shlex.quote, _shown_options())])
+    result = save(name, command, started, tally, options.out)
     shown = [f"{value:,} {label}" for label, value in tally.counts.items()]
     shown += [f"{label} {value:.3g}" for label, value in tally.largest.items()]
     print(f"{name}: {', '.join(shown)}; {len(tally.faults):,} faults in {result['seconds']} s", flush=True)

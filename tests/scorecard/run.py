@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
 
-from row import RESULTS, ROOT
+from row import RESULTS, ROOT, Tally, save
 from rows import ROWS, Row
 
 _BUDGET = 900  # seconds that no row may exceed
@@ -39,8 +40,18 @@ def main() -> int:
         command = [sys.executable, ROOT / "tests" / "scorecard" / row.program[0]]
         command += row.smoke if options.smoke else row.program[1:]
         command += ["--seed", str(options.seed), "--seconds", str(options.seconds), "--out", options.out]
-        ran = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, check=False)
-        return ran.returncode == 0
+        started, file = datetime.now(timezone.utc), options.out / f"{row.name}.json"
+        file.unlink(missing_ok=True)
+        tally = Tally(options.seed, 0, options.seconds)
+        environment, limit = {**os.environ, "OMP_NUM_THREADS": "1"}, 2 * options.seconds + 300
+        try:
+            code = subprocess.run(command, env=environment, cwd=ROOT, check=False, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        if not file.exists():  # no row of the page is without a figure
+            tally.fault(f"the program ended with {code} before it wrote what it had counted")
+            save(row.name, f"python tests/scorecard/{' '.join(row.program)}", started, tally, options.out)
+        return code == 0
 
     with ThreadPoolExecutor(options.jobs) as pool:
         passed = list(pool.map(one, chosen))
