@@ -399,3 +399,24 @@ def test_changes_are_drawn_where_lines_may_coincide(chromium: Any, page: Path, r
         np.testing.assert_allclose(bars[0][0], change, rtol=1e-4, atol=1e-6)
         assert tab.locator('.classes[data-run="change"] svg.main-svg').count() >= 1
         assert heard.messages == []
+
+
+def test_a_long_page_has_rows_of_heads_all_the_same(
+    chromium: Any, report: AttentionReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnrb.analysis import page as module
+
+    monkeypatch.setattr(module, "_MOST_BY_HEAD", 10)
+    report.to_html(tmp_path / "long.html")
+    with opened(chromium, tmp_path / "long.html") as (tab, heard):
+        ready(tab)
+        tab.locator("#text .t").nth(20).click()
+        tab.wait_for_selector("#query-there:visible")
+        tab.select_option("#head", "2")
+        tab.locator("#query-what:text-matches('head 2')").wait_for()
+        tab.locator("#text .t").nth(18).hover()
+        assert "received, plain, all heads" in tab.inner_text("#tip")
+        tab.locator("#query-back").click()
+        tab.locator("#text .t").nth(17).hover()
+        assert "received, plain, all heads" in tab.inner_text("#tip")
+        assert heard.messages == []

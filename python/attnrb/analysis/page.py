@@ -254,7 +254,7 @@ next and previous outlier.</p>
 <label class="wide">Layer <input type="range" id="layer" min="0" max="{len(report.layers)}" value="0" step="1">
 <output id="layer-name" for="layer">all layers</output></label>
 <label>Head <select id="head"><option value="-1">all heads</option>{heads}</select></label>
-<span id="no-heads" class="soft small" hidden>A page this long leaves out single heads;
+<span id="no-heads" class="soft small" hidden>A page this long leaves out what tokens receive in single heads;
 <code>--heads</code> and <code>--layers</code> choose some, and the JSON report has all.</span>
 {which}{pick}
 </div>

@@ -40,8 +40,9 @@
     cell(rest, "all others");
     cell(rest, "", "number");
     const others = found.map((row) => Math.max(0, row.total - row.entries.reduce((sum, each) => sum + each.weight, 0)));
-    for (const each of others) cell(rest, percent(each), "number");
-    if (many) cell(rest, signed(others[last] - others[0]), "number");
+    // Sums are in half precision, so that less than a tenth of a per cent is not known of the rest.
+    for (const each of others) cell(rest, each < 0.001 ? "< 0.1 %" : `${(100 * each).toFixed(1)} %`, "number");
+    if (many) cell(rest, "", "number");
     body.append(rest);
     const count = found[0].outliers;
     byId("query-what").textContent = `${where()}: ${count === 0 ? "no outlier" : count === 1 ? "1 outlier" : `${count} outliers`} of this token in the source layer${head() < 0 ? ", in any head" : ""}.`;

@@ -21,10 +21,12 @@ const text = (() => {
     }
     return unpacked.get(key);
   };
-  const place = () => (head() < 0 ? state.layer : layerPlace() * data.detail.heads.length + data.detail.heads.indexOf(head()));
+  // What tokens receive in single heads is left out of long pages, where rows of queries may still have them.
+  const single = () => head() >= 0 && data.texts[state.text].by_head;
+  const place = () => (!single() ? state.layer : layerPlace() * data.detail.heads.length + data.detail.heads.indexOf(head()));
   const row = (kind, run) => {
     const n = data.texts[state.text].token.length;
-    const own = arrays(run)[head() < 0 ? kind : `${kind}_by_head`];
+    const own = arrays(run)[single() ? `${kind}_by_head` : kind];
     const width = kind === "scale" ? 2 : n;
     return own.subarray(place() * width, (place() + 1) * width);
   };
@@ -53,8 +55,8 @@ const text = (() => {
     view.replaceChildren(parts);
     state.current = -1;
     state.query = -1;
-    byId("head").disabled = !text.by_head;
-    if (!text.by_head) {
+    byId("head").disabled = !text.by_head && !text.rows && !data.detail.served;
+    if (byId("head").disabled) {
       state.head = -1;
       byId("head").value = "-1";
     }
@@ -155,8 +157,9 @@ const text = (() => {
         const found = rows.now(which).entries.find((each) => each.key === index);
         entry(list, many ? `looked at, ${run.label}` : "looked at", found ? percent(found.weight) : "among the rest");
       });
+    const heads = head() >= 0 && !single() ? ", all heads" : "";
     data.runs.forEach((run, which) => {
-      entry(list, many ? `received, ${run.label}` : "received", percent(row("received", which)[index]));
+      entry(list, (many ? `received, ${run.label}` : "received") + heads, percent(row("received", which)[index]));
     });
     const [centre, spread] = row("scale", state.run);
     const z = row("z", state.run)[index];
