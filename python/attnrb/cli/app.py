@@ -16,6 +16,7 @@ from attnrb.cli.loading import load_model, set_threads
 from attnrb.cli.profile import demo, profile
 from attnrb.cli.search import search
 from attnrb.cli.serve import serve
+from attnrb.cli.study import app as study_app
 from attnrb.reports.printable import printable
 
 app = typer.Typer(
@@ -164,6 +165,7 @@ def generate(
 app.command()(analyze)
 app.command("eval")(eval_commands.evaluate)
 app.command()(search)
+app.add_typer(study_app, name="study")
 app.command()(profile)
 app.command()(demo)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
