@@ -18,6 +18,7 @@ from attnrb.cli.loading import Loading, Threads, load_model, set_threads, takes_
 from attnrb.cli.profile import demo, profile
 from attnrb.cli.search import search
 from attnrb.cli.serve import serve
+from attnrb.cli.study import app as study
 from attnrb.reports.printable import printable
 
 app = typer.Typer(
@@ -282,6 +283,7 @@ add(
         "attnrb data --out DIR --check",
     ),
 )
+app.add_typer(study, name="study")
 app.add_typer(cache, name="cache")
 add(app, info, examples=("attnrb info", "attnrb info --report"))
 add(app, bench, examples=("attnrb bench", "attnrb bench --length 4096 --dtype bf16 --policy emphasis"))

@@ -1,0 +1,180 @@
+"""What a study found: accuracies with intervals, differences corrected within their families, prices and CPU time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from attnrb.evaluation.statistics import accuracy, difference, holm, verdict
+from attnrb.studies.arms import PLAIN, Arm
+from attnrb.studies.conflict import SPLITS
+from attnrb.studies.neutral import NEUTRAL_TASK, perplexity
+
+__all__ = ["difference_table", "make_study_report", "markdown", "profile_table", "requirements"]
+
+HELD_OUT = SPLITS[1]
+_MUST = ("conflict", "retrieval", "story")
+_ABOVE, _EXCLUDED = 0.40, 0.20
+
+
+def make_study_report(records: Iterable[Mapping[str, Any]], chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The figures of a study, JSON-ready.
+
+    Args:
+        records: of its run.
+        chosen: as `attnrb.studies.study.run_study` returns it.
+        seed: of the bootstrap.
+    """
+    arms: Sequence[Arm] = chosen["arms"]
+    by_arm: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    neutral: dict[str, list[Mapping[str, Any]]] = {}
+    cpu = {"profiles": 0.0, "development": 0.0, "held-out": 0.0}
+    for record in records:
+        kind = "profiles" if record["arm"] == "profile" else record["prompting"]
+        cpu[kind] += record["cpu"]
+        if record["task"] == NEUTRAL_TASK:
+            neutral.setdefault(record["arm"], []).append(record)
+        elif record["prompting"] == HELD_OUT:
+            by_arm.setdefault((record["arm"], record["task"]), {})[record["item"]] = record
+    known = {arm.name for arm in arms}
+    found = {key: answers for key, answers in by_arm.items() if key[0] in known}
+    results = [_result(arm, task, found[arm.name, task]) for arm in arms for name, task in found if name == arm.name]
+    pairs = [
+        _difference(arm, task, found[arm.against, task], found[arm.name, task], seed)
+        for arm in arms
+        if arm.name != PLAIN
+        for name, task in found
+        if name == arm.name
+    ]
+    _correct(pairs)
+    return {
+        "strength": chosen["strength"],
+        "chosen_on": chosen["chosen_on"],
+        "arms": {arm.name: arm.to_dict() for arm in arms},
+        "results": results,
+        "differences": pairs,
+        "requirements": requirements(results, pairs),
+        "neutral_perplexity": {arm: round(perplexity(mine), 4) for arm, mine in neutral.items() if arm in known},
+        "cpu_seconds": {kind: round(seconds, 1) for kind, seconds in cpu.items()},
+    }
+
+
+def _result(arm: Arm, task: str, answers: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    found = accuracy([record["correct"] for record in answers.values()])
+    groups: dict[str, list[bool]] = {}
+    for record in answers.values():
+        if record["group"]:
+            groups.setdefault(record["group"], []).append(record["correct"])
+    return {
+        "arm": arm.name,
+        "task": task,
+        "items": found.items,
+        "correct": found.correct,
+        "accuracy": found.accuracy,
+        "wilson": list(found.wilson),
+        "groups": {name: [sum(mine), len(mine)] for name, mine in sorted(groups.items())},
+        "cpu_seconds_per_item": round(sum(record["cpu"] for record in answers.values()) / len(answers), 4),
+    }
+
+
+def _difference(
+    arm: Arm, task: str, plain: Mapping[int, Mapping[str, Any]], edited: Mapping[int, Mapping[str, Any]], seed: int
+) -> dict[str, Any]:
+    both = sorted(set(plain) & set(edited))
+    found = difference([plain[i]["correct"] for i in both], [edited[i]["correct"] for i in both], seed=seed)
+    return {
+        "arm": arm.name,
+        "against": arm.against,
+        "task": task,
+        "family": arm.family,
+        "items": found.items,
+        "plain": found.plain,
+        "edited": found.rebalanced,
+        "difference": found.difference,
+        "bootstrap": list(found.bootstrap),
+        "lost": found.only_plain,
+        "won": found.only_rebalanced,
+        "mcnemar": found.mcnemar,
+        "found": found,
+    }
+
+
+def _correct(pairs: Sequence[dict[str, Any]]) -> None:
+    """Holm's correction within each family, and what follows from it."""
+    for family in {pair["family"] for pair in pairs}:
+        mine = [pair for pair in pairs if pair["family"] == family]
+        for pair, adjusted in zip(mine, holm([pair["mcnemar"] for pair in mine]), strict=True):
+            pair["holm"] = adjusted
+            pair["verdict"] = verdict(pair.pop("found"), adjusted)
+
+
+def requirements(results: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the study of emphasis is expected to show, and whether it did, on each task where it should.
+
+    Profiled heads stand above the plain model by more than 40 points with an interval that excludes 20, a wrong span
+    below the plain model, and random heads between the plain model and the profiled ones.
+    """
+    right = {(each["arm"], each["task"]): each["accuracy"] for each in results}
+    checks = []
+    for pair in pairs:
+        if pair["family"] != "headline" or pair["task"] not in _MUST:
+            continue
+        task, own = pair["task"], pair["arm"]
+        low = pair["bootstrap"][0]
+        checks.append(_check(task, "profiled heads > plain + 40", pair["difference"] > _ABOVE and low > _EXCLUDED))
+        checks.append(_check(task, "wrong span < plain", right[f"{own}, wrong span", task] < right[PLAIN, task]))
+        random = right[own.replace("own", "random"), task]
+        checks.append(_check(task, "plain < random heads < profiled", right[PLAIN, task] < random < right[own, task]))
+    return checks
+
+
+def _check(task: str, what: str, holds: bool) -> dict[str, Any]:
+    return {"task": task, "what": what, "holds": holds}
+
+
+def profile_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Accuracies in percent, a line for each arm and a column for each task: head and rows."""
+    right = {(each["arm"], each["task"]): each for each in report["results"]}
+    tasks = list(dict.fromkeys(each["task"] for each in report["results"]))
+    rows = []
+    for arm in dict.fromkeys(each["arm"] for each in report["results"]):
+        cells = [right.get((arm, task)) for task in tasks]
+        rows.append([arm, *("" if cell is None else f"{100 * cell['accuracy']:.0f}" for cell in cells)])
+    return ["arm", *tasks], rows
+
+
+def difference_table(
+    report: Mapping[str, Any], families: Sequence[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Differences in points, with interval and corrected p: head and rows."""
+    head = ["task", "arm", "items", "plain, %", "arm, %", "difference, points", "lost", "won", "p", "p, Holm"]
+    rows = []
+    for pair in report["differences"]:
+        if families is None or pair["family"] in families:
+            low, high = pair["bootstrap"]
+            rows.append(
+                [
+                    pair["task"],
+                    pair["arm"],
+                    f"{pair['items']:,}",
+                    f"{100 * pair['plain']:.1f}",
+                    f"{100 * pair['edited']:.1f}",
+                    f"{_points(pair['difference'])} [{_points(low)}, {_points(high)}]",
+                    str(pair["lost"]),
+                    str(pair["won"]),
+                    f"{pair['mcnemar']:.2g}",
+                    f"{pair['holm']:.2g}",
+                ]
+            )
+    return head, rows
+
+
+def markdown(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
+    """A table in Markdown; all columns but the first stand to the right."""
+    head, rows = table
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")

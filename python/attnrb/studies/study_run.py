@@ -1,0 +1,114 @@
+"""A study from its plan to its report, resumable: the run's file keeps whatever was answered."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnrb.evaluation.environment import environment, peak_memory
+from attnrb.evaluation.runfile import RunFile
+from attnrb.evaluation.runner import Progress
+from attnrb.studies.arms import emphasis_arms, rebalancing_arms
+from attnrb.studies.gains import learnt_arms
+from attnrb.studies.study import Study, StudyPlan
+from attnrb.studies.study_report import make_study_report
+
+__all__ = ["StudyPlan", "default_run_file", "model_digest", "study_report"]
+
+_MATERIAL = 1  # the version of the items' wording
+
+
+def default_run_file(plan: StudyPlan, model: str) -> Path:
+    """Where a run goes that nobody named a file for: the same plan and model name the same file again."""
+    # A larger number of items goes on with the same file.
+    settings = {name: value for name, value in plan.to_dict().items() if name != "items"}
+    digest = hashlib.sha256(json.dumps([model, settings], sort_keys=True).encode()).hexdigest()[:8]
+    return Path(f"attnrb-study-{plan.study}-{digest}.jsonl")
+
+
+def study_report(
+    model: Any,
+    tokenizer: Any,
+    plan: StudyPlan,
+    run_file: Path,
+    *,
+    model_name: str,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Run a study, or go on with it, and report.
+
+    Args:
+        model: an unpatched ``transformers`` causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        plan: what to ask.
+        run_file: the file of finished answers. One that exists is gone on with.
+        model_name: for the report.
+        progress: called as answers are finished.
+
+    Returns:
+        The report, JSON-ready.
+
+    Raises:
+        LeakError: an arm's setting saw an item that it would be reported on.
+        RunFileError: the run's file cannot be used or written.
+    """
+    own = {name: value for name, value in plan.to_dict().items() if name not in ("items", "quick")}
+    dtype = str(model.dtype).removeprefix("torch.")
+    identity = {"model": model_digest(model), "dtype": dtype, "material": _MATERIAL, **own}
+    with RunFile(run_file, identity) as file:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        file.start({"started": now, "settings": plan.to_dict(), "environment": environment()})
+        chosen = _run(Study(model, tokenizer, plan, file, progress))
+        found = make_study_report(file.records.values(), chosen, plan.seed)
+        return {
+            "study": plan.study,
+            "model": model_name,
+            "model_digest": identity["model"],
+            "dtype": dtype,
+            "settings": plan.to_dict(),
+            "answers": sum(each["items"] for each in found["results"]),
+            "run": str(run_file),
+            **found,
+            "peak_memory": peak_memory(),
+            "environment": environment(),
+        }
+
+
+def _run(study: Study) -> dict[str, Any]:
+    """All steps of a study: what it chose on development items. The answers are in its file.
+
+    Raises:
+        LeakError: an arm's setting saw an item that it would be reported on.
+        RunFileError: an answer could not be written.
+    """
+    plan = study.plan
+    if plan.study == "rebalancing":
+        arms = rebalancing_arms(plan.tasks)
+        study.ask_arms(arms, frozenset())
+        return {"arms": arms, "strength": None, "chosen_on": 0}
+    if plan.study == "gains":
+        arms, learnt_on = learnt_arms(study)
+        study.ask_arms(arms, learnt_on)
+        return {"arms": arms, "strength": None, "chosen_on": len(learnt_on)}
+    study.make_profiles()
+    strength, seen = study.choose_strength()
+    others = () if plan.quick else tuple(each for each in plan.strengths if each != strength)
+    arms = emphasis_arms((strength, *others), plan.tasks, quick=plan.quick)
+    study.ask_arms(arms, seen)
+    study.ask_neutral(arms, seen)
+    return {"arms": arms, "strength": strength, "chosen_on": len(seen)}
+
+
+def model_digest(model: Any) -> str:
+    """16 hex digits that tell this model's weights from others': of the shape and some numbers of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten()[:1024].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
