@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrb.cli import files, running
-from attnrb.cli.console import errors, output, print_json, steps, user_errors
+from attnrb.cli.console import duration, errors, output, print_json, steps, user_errors
 from attnrb.cli.loading import Loading, load_model, takes_model
 from attnrb.reports.printable import printable
 
@@ -135,5 +135,5 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
         holds = "yes" if each["holds"] else "NO"
         console.print(Text(f"{each['task']}: {each['what']}: {holds}"), soft_wrap=True)
     seconds = sum(report["cpu_seconds"].values())
-    line = f"{report['answers']:,} answers in {report['run']}; {running.duration(seconds)} of processor time for all"
+    line = f"{report['answers']:,} answers in {report['run']}; {duration(seconds)} of processor time for all"
     errors().print(Text(printable(line)), soft_wrap=True)

@@ -93,12 +93,12 @@ class _Question(NamedTuple):
     arm: Arm
     task: str
     split: str
-    index: int
+    number: int
     item: StudyItem
 
     @property
     def key(self) -> Key:
-        return Key(self.task, self.index, self.arm.name, self.split, None)
+        return Key(self.task, self.number, self.arm.name, self.split, None)
 
     @property
     def work(self) -> int:
@@ -235,7 +235,7 @@ class Study:
         """Answer what is not answered yet, and put it on disk block by block."""
         settings: dict[Setting, list[_Question]] = {}
         for each in questions:
-            setting = each.arm.setting(each.task, each.index, self.profiles, seen)
+            setting = each.arm.setting(each.task, each.number, self.profiles, seen)
             settings.setdefault(setting, []).append(each)
         for setting, mine in settings.items():
             for arm in {each.arm.name for each in mine}:
@@ -264,7 +264,7 @@ class Study:
         key = (f"{each.task} {each.item.fingerprint}", each.arm.form, each.arm.span)
         if key not in self._rows:
             prompt = each.item.prompt(self.tokenizer, each.arm.form, each.arm.span)
-            name = f"{each.task} {each.index}"
+            name = f"{each.task} {each.number}"
             self._rows[key] = [
                 answer_row(self.model, self.tokenizer, prompt, " " + word, name) for word in each.item.candidates
             ]
