@@ -110,7 +110,7 @@ struct FloatDot : FloatProbabilities {
       const Vec query_low = Vec::load(queries + r * query_stride);
       const Vec query_high = Vec::load(queries + r * query_stride + Vec::width);
       for (int k = 0; k < Keys; ++k)
-        sum[r * Keys + k] = Vec::fma(query_low, low[k], Vec::fma(query_high, high[k], sum[r * Keys + k]));
+        sum[r * Keys + k] = Vec::fma_pair(query_low, low[k], query_high, high[k], sum[r * Keys + k]);
     }
   }
 };

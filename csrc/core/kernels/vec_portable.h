@@ -2,9 +2,10 @@
 // type `Vec` with this vocabulary:
 //   width, Mask; zero, set, iota; load and store of float, bfloat16 and float16, whole or the first n lanes;
 //   load_even_odd (two vectors' worth of bfloat16, the even elements and the odd ones);
-//   + - * /, fma (a*b+c), fms (a*b-c), max (a NaN in b survives), abs, round, copy_sign, scale_exponent (x * 2^n);
-//   sum, max (over lanes), sums (of `width` vectors), transpose (of as many); first, none, both, from_bytes, greater,
-//   greater_equal, select, bits; compress (the selected lanes, packed).
+//   + - * /, fma (a*b+c), fma_pair (a0*b0+a1*b1+c, with few roundings in a row), fms (a*b-c), max (a NaN in b
+//   survives), abs, round, copy_sign, scale_exponent (x * 2^n); sum, max (over lanes), sums (of `width` vectors),
+//   transpose (of as many); first, none, both, from_bytes, greater, greater_equal, select, bits; compress (the selected
+//   lanes, packed).
 #pragma once
 
 #include "../types.h"
@@ -63,6 +64,7 @@ struct Vec {
   friend ATTNRB_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
   friend ATTNRB_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
   static ATTNRB_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  static ATTNRB_INLINE Vec fma_pair(Vec a0, Vec b0, Vec a1, Vec b1, Vec c) { return c + (a0 * b0 + a1 * b1); }
   static ATTNRB_INLINE Vec fms(Vec a, Vec b, Vec c) { return {a.v * b.v - c.v}; }
   static ATTNRB_INLINE Vec max(Vec a, Vec b) { return select(a.v > b.v, a, b); }
   ATTNRB_INLINE Vec abs() const { return {Floats(Mask(v) & 0x7fffffff)}; }

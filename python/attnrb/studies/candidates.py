@@ -21,6 +21,8 @@ from attnrb.text.spans import Spans
 
 __all__ = ["candidate_batches", "candidate_scores"]
 
+_WHOLE: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+
 
 def candidate_batches(prompts: Sequence[Sequence[AnswerRow]], tokens: int) -> Iterator[list[int]]:
     """The indices of prompts in batches of like length, each of at most about ``tokens`` tokens, padding included."""
@@ -50,8 +52,8 @@ def candidate_scores(
     firsts = [rows[0] for rows in prompts]
     width = max(len(row.prompt) for row in firsts)
     pads = [width - len(row.prompt) for row in firsts]
-    ids = torch.tensor([[0] * pad + list(row.prompt) for row, pad in zip(firsts, pads, strict=True)], device="cpu")
-    mask = (torch.arange(width, device="cpu") >= torch.tensor(pads, device="cpu")[:, None]).long()
+    ids = torch.tensor([[0] * pad + list(row.prompt) for row, pad in zip(firsts, pads, strict=True)], **_WHOLE)
+    mask = (torch.arange(width, **_WHOLE) >= torch.tensor(pads, **_WHOLE)[:, None]).long()
     longer = [
         (row, place)
         for row, answers in enumerate(prompts)
@@ -66,7 +68,7 @@ def candidate_scores(
         if longer:
             cache = output.past_key_values
             rows = [row for row, _ in longer]
-            cache.batch_select_indices(torch.tensor(rows, device=model.device))
+            cache.batch_select_indices(torch.tensor(rows, dtype=torch.int64, device=model.device))
             _add_longer(model, prompts, longer, (cache, mask[rows], spans.select(rows)), found, patched)
     return found
 
@@ -84,7 +86,7 @@ def _add_longer(
     answers = [prompts[row][place].answer for row, place in longer]
     most = max(map(len, answers)) - 1
     # Padding behind an answer is seen by no token of it.
-    ids = torch.tensor([list(each[:-1]) + [0] * (most - len(each) + 1) for each in answers], device="cpu")
+    ids = torch.tensor([list(each[:-1]) + [0] * (most - len(each) + 1) for each in answers], **_WHOLE)
     width = mask.shape[1]
     whole = torch.cat([mask, torch.ones_like(ids)], 1)
     logits = _forward(model, ids, whole, spans, width, patched, use_cache=True, past_key_values=cache).logits
