@@ -26,7 +26,11 @@ help:
 	@echo 'make scorecard     fuzz, sanitizers, planted faults, kills, pages: writes docs/reliability.md'
 	@echo 'make clean         remove .venv and build'
 
-demo: $(DONE)/cli $(DONE)/model
+# What is downloaded goes on beside what compiles.
+demo: $(DONE)/tools
+	@$(BIN)/python tools/side_by_side.py build/demo-beside.log \
+	  '$(MAKE) --no-print-directory $(DONE)/cli-needs $(DONE)/model' '$(MAKE) --no-print-directory $(DONE)/native'
+	@$(MAKE) --no-print-directory $(DONE)/cli
 	$(BIN)/attnrb compare
 	$(BIN)/attnrb demo
 

@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 DONE := $(VENV)/done
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --constraint constraints.txt
+# Python compiles what is imported, once; pip would compile all of torch and transformers, a quarter of a minute.
+INSTALL := $(PIP) install --no-compile --constraint constraints.txt
 # Two threads a process, where several processes share the cores; some tests set their own number.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 # The environment as it is, with another transformers in front of its own.
@@ -24,6 +25,11 @@ $(DONE)/tools: constraints.txt $(DONE)/venv
 # Verbose, so that a minute of compiling shows its progress.
 $(DONE)/native: $(NATIVE_SOURCES) $(DONE)/tools
 	$(INSTALL) --verbose --no-build-isolation --no-deps --config-settings cmake.define.ATTNRB_WERROR=ON --editable .
+	@touch $@
+
+# What the command line needs beside attnrb, for those who do not wait for the compiler first.
+$(DONE)/cli-needs: pyproject.toml tools/extra.py $(DONE)/tools
+	$(BIN)/python tools/extra.py cli | $(INSTALL) --requirement /dev/stdin
 	@touch $@
 
 # The package is there already: these add what its extras need.
