@@ -1,4 +1,4 @@
-"""Print what an extra of pyproject.toml needs, a line each: ``extra.py NAME``; itself aside."""
+"""Print what an extra of pyproject.toml needs, a line each: ``extra.py NAME``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ if sys.version_info >= (3, 11):
 else:  # pip has read such files since before Python did
     from pip._vendor import tomli as tomllib
 
+EXTRAS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"][
+    "optional-dependencies"
+]
+
+
+def needs(extra: str) -> list[str]:
+    """Requirements of an extra and of those that it takes in."""
+    found = []
+    for each in EXTRAS[extra]:
+        found += needs(each[len("attnrb[") : -1]) if each.startswith("attnrb[") else [each]
+    return found
+
+
 if __name__ == "__main__":
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
-    print("\n".join(each for each in project["optional-dependencies"][sys.argv[1]] if not each.startswith("attnrb")))
+    print("\n".join(needs(sys.argv[1])))
