@@ -4,8 +4,7 @@ BIN := $(VENV)/bin
 DONE := $(VENV)/done
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Python compiles what is imported, once; pip would compile all of torch and transformers, a quarter of a minute.
-INSTALL := $(PIP) install --no-compile --constraint constraints.txt
+INSTALL := $(PIP) install --constraint constraints.txt
 # Two threads a process, where several processes share the cores; some tests set their own number.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 # The environment as it is, with another transformers in front of its own.
