@@ -5,7 +5,7 @@ include tools/environment.mk tools/native.mk
 .DEFAULT_GOAL := help
 # Stages follow each other, whatever -j says; each uses all cores by itself.
 .NOTPARALLEL:
-.PHONY: help demo check test test-long bench docs install scorecard setup-system lint test-quick test-python test-oldest test-vllm test-cpp \
+.PHONY: help prepare demo check test test-long bench docs install scorecard setup-system lint test-quick test-python test-oldest test-vllm test-cpp \
   cpp-verdict test-native test-beside test-cuda cuda test-cuda-mutations test-gpu bench-gpu bench-history test-aarch64 clean
 
 help:
@@ -26,10 +26,12 @@ help:
 	@echo 'make scorecard     fuzz, sanitizers, planted faults, kills, pages: writes docs/reliability.md'
 	@echo 'make clean         remove .venv and build'
 
-# What is downloaded goes on beside what compiles.
-demo: $(DONE)/tools
-	@$(BIN)/python tools/side_by_side.py build/demo-beside.log \
-	  '$(MAKE) --no-print-directory $(DONE)/cli-needs $(DONE)/model' '$(MAKE) --no-print-directory $(DONE)/native'
+# What is downloaded arrives while the core compiles.
+prepare: $(DONE)/cmake
+	@$(BIN)/python tools/side_by_side.py build/downloads.log \
+	  '$(MAKE) --no-print-directory $(DONE)/cli-needs $(DONE)/model' '$(MAKE) --no-print-directory $(DONE)/core'
+
+demo: prepare
 	@$(MAKE) --no-print-directory $(DONE)/cli
 	$(BIN)/attnrb compare
 	$(BIN)/attnrb demo
@@ -50,7 +52,8 @@ check: lint test-quick
 
 # Installing, type checks and starting up take one core, so they go on beside what compiles. pytest comes last: it needs
 # both, and its summary is then the last line.
-test: $(DONE)/native
+test: prepare
+	@$(MAKE) --no-print-directory $(DONE)/native
 	@$(BIN)/python tools/side_by_side.py build/test-beside.log '$(MAKE) --no-print-directory test-beside' \
 	  '$(MAKE) --no-print-directory test-native'
 	@$(MAKE) --no-print-directory $(DONE)/test-cuda-host test-python

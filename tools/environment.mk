@@ -9,21 +9,34 @@ INSTALL := $(PIP) install --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 # The environment as it is, with another transformers in front of its own.
 OLDEST := build/oldest/site
+CORE_SOURCES := $(shell find csrc/core cmake -type f) CMakeLists.txt
 NATIVE_SOURCES := $(shell find csrc cmake build_backend cuda -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+CORE := $(CURDIR)/build/core/libattnrb_core.a
 
 $(DONE)/venv:
 	@python=$$(tools/find-python) && { test -x $(BIN)/python || { echo "Making $(VENV) with $$python"; \
 	  "$$python" -m venv $(VENV); }; }
 	@mkdir -p $(DONE) && touch $@
 
-# What building needs, torch above all: a long download the first time.
-$(DONE)/tools: constraints.txt $(DONE)/venv
-	$(INSTALL) torch numpy scikit-build-core pybind11 cmake ninja
+$(DONE)/cmake: constraints.txt $(DONE)/venv
+	$(INSTALL) cmake ninja
 	@touch $@
 
-# Verbose, so that a minute of compiling shows its progress.
-$(DONE)/native: $(NATIVE_SOURCES) $(DONE)/tools
-	$(INSTALL) --verbose --no-build-isolation --no-deps --config-settings cmake.define.ATTNRB_WERROR=ON --editable .
+# What building needs, torch above all: a long download the first time.
+$(DONE)/tools: constraints.txt $(DONE)/cmake
+	$(INSTALL) torch numpy scikit-build-core pybind11
+	@touch $@
+
+# Most of what there is to compile, and it knows no torch: so it need not wait for one.
+$(DONE)/core: $(CORE_SOURCES) $(DONE)/cmake
+	$(CMAKE) -S . -B build/core $(CORE_BUILD)
+	$(CMAKE) --build build/core --parallel $(JOBS)
+	@touch $@
+
+# Verbose, so that compiling shows its progress.
+$(DONE)/native: $(NATIVE_SOURCES) $(DONE)/tools $(DONE)/core
+	$(INSTALL) --verbose --no-build-isolation --no-deps --config-settings cmake.define.ATTNRB_WERROR=ON \
+	  --config-settings cmake.define.ATTNRB_CORE_ARCHIVE=$(CORE) --editable .
 	@touch $@
 
 # What the command line needs beside attnrb, for those who do not wait for the compiler first.

@@ -26,10 +26,9 @@ test-cpp:
 	@rm -f $(DONE)/test-cpp
 	@$(MAKE) --no-print-directory $(DONE)/test-cpp cpp-verdict
 
-# The core is that of the package, where its build is there, and not compiled a second time.
-$(DONE)/test-cpp: $(filter-out bench/% cuda/% tests/cuda_host/% tests/cuda_gpu/%,$(CPP_FILES)) $(CMAKE_FILES) $(DONE)/native
-	$(CMAKE) -S . -B build/cpp $(CORE_BUILD) -D ATTNRB_BUILD_TESTS=ON \
-	  -D ATTNRB_CORE_ARCHIVE="$$(ls -t $(CURDIR)/build/cp3*/libattnrb_core.a | head -n 1)"
+# With the core of the package, not compiled a second time.
+$(DONE)/test-cpp: $(filter-out bench/% cuda/% tests/cuda_host/% tests/cuda_gpu/%,$(CPP_FILES)) $(CMAKE_FILES) $(DONE)/core
+	$(CMAKE) -S . -B build/cpp $(CORE_BUILD) -D ATTNRB_BUILD_TESTS=ON -D ATTNRB_CORE_ARCHIVE=$(CORE)
 	$(CMAKE) --build build/cpp --parallel $(JOBS)
 	ATTNRB_TEST_CASES=$(PLAIN_CASES) $(CTEST) --test-dir build/cpp
 	$(CMAKE) -S . -B build/cpp-sanitized $(CORE_BUILD) -D ATTNRB_BUILD_TESTS=ON -D CMAKE_BUILD_TYPE=None \

@@ -22,8 +22,7 @@ def _options(folder: Path) -> list[str]:
     if folder == THREADED:
         options = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DATTNRB_SANITIZE=thread"]
         return [*options, "-DATTNRB_ONLY=avx2"]
-    archives = sorted(ROOT.glob("build/cp3*/libattnrb_core.a"), key=lambda path: path.stat().st_mtime)
-    return [f"-DATTNRB_CORE_ARCHIVE={archives[-1]}"] if archives else []
+    return [f"-DATTNRB_CORE_ARCHIVE={ROOT / 'build' / 'core' / 'libattnrb_core.a'}"]
 
 
 def build(folder: Path, *targets: str) -> None:
