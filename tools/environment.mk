@@ -28,10 +28,11 @@ $(DONE)/tools: constraints.txt $(DONE)/cmake
 	@touch $@
 
 # Most of what there is to compile, and it knows no torch: so it need not wait for one. All five instruction sets at once
-# (0.4 GB each), for they take equally long: two at a time would leave the fifth to one core.
+# (0.4 GB each), for they take equally long: two at a time would leave the fifth to one core. nice: pip, which runs beside
+# it, is one thread and should not wait for a core.
 $(DONE)/core: $(CORE_SOURCES) $(DONE)/cmake
 	$(CMAKE) -S . -B build/core $(CORE_BUILD)
-	$(CMAKE) --build build/core --parallel 5
+	nice $(CMAKE) --build build/core --parallel 5
 	@touch $@
 
 # Verbose, so that compiling shows its progress.
