@@ -32,7 +32,7 @@ prepare: $(DONE)/cmake
 	  '$(MAKE) --no-print-directory $(DONE)/cli-needs $(DONE)/model' '$(MAKE) --no-print-directory $(DONE)/core'
 
 demo: prepare
-	@$(MAKE) --no-print-directory $(DONE)/cli
+	@$(MAKE) --no-print-directory $(DONE)/native
 	$(BIN)/attnrb compare
 	$(BIN)/attnrb demo
 
