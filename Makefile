@@ -9,7 +9,7 @@ include tools/environment.mk tools/native.mk
   cpp-verdict test-native test-beside test-cuda cuda test-cuda-mutations test-gpu bench-gpu bench-history test-aarch64 clean
 
 help:
-	@echo 'make demo          set up everything and compare a real model with and without an edit'
+	@echo 'make demo          set up everything and show both uses on a real model'
 	@echo 'make check         the daily loop: linters, types, and the tests that are quick'
 	@echo 'make test          everything: C++ tests, also under sanitizers, linters, types, Python tests'
 	@echo 'make docs          the documentation site, in build/site'
@@ -33,7 +33,6 @@ prepare: $(DONE)/cmake
 
 demo: prepare
 	@$(MAKE) --no-print-directory $(DONE)/native
-	$(BIN)/attnrb compare
 	$(BIN)/attnrb demo
 
 install: $(DONE)/test $(DONE)/model $(DONE)/gemma

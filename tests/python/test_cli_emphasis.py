@@ -204,6 +204,7 @@ class TestProfile:
 class TestDemo:
     def test_counts_what_was_right(self, run: Run, folder: Path) -> None:
         from attnrb.models import load
+        from attnrb.studies.compare import compare
         from attnrb.studies.conflict import conflict_items, score_items
 
         found = one_json(run("demo", "--items", "6", "--model", folder, "--json"))
@@ -212,6 +213,7 @@ class TestDemo:
         right = list(found["right"].values())
         assert len(right) == 5
         assert right[0] == score_items(model, tokenizer, items, None, "none").right
+        assert found["comparison"]["plain"]["text"] == compare(model, tokenizer).plain.text
         assert right[2] == score_items(model, tokenizer, items, attnrb.Emphasis(strength=16.0)).right
 
     def test_table(self, run: Run, folder: Path) -> None:

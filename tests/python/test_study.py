@@ -186,8 +186,9 @@ def test_the_command_prints_a_table_writes_its_files_and_goes_on(tmp_path: Path)
     from typer.testing import CliRunner
 
     folder = save_tiny_model(tmp_path / "tiny")
-    files = {name: tmp_path / f"study.{name}" for name in ("json", "html", "jsonl")}
-    command = ["study", "rebalancing", "--quick", "--items", "2", "--model", folder, "--run", files["jsonl"]]
+    files = {name: tmp_path / f"study.{name}" for name in ("json", "html")}
+    files["jsonl"] = tmp_path / "study.items.jsonl"  # beside the report
+    command = ["study", "rebalancing", "--quick", "--items", "2", "--model", folder]
     command += ["--json", files["json"], "--html", files["html"]]
     first = CliRunner().invoke(app, [str(each) for each in command], env={"COLUMNS": "120", "TERM": "dumb"})
     assert first.exit_code == 0, first.output

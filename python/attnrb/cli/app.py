@@ -14,8 +14,9 @@ from attnrb.cli.cache import cache
 from attnrb.cli.command import add
 from attnrb.cli.console import OneSentence, output, steps, user_errors, write
 from attnrb.cli.data import data
-from attnrb.cli.loading import Loading, Threads, load_model, set_threads, takes_model
-from attnrb.cli.profile import demo, profile
+from attnrb.cli.demo import demo
+from attnrb.cli.loading import Loading, Threads, load_model, run_facts, set_threads, takes_model
+from attnrb.cli.profile import profile
 from attnrb.cli.search import search
 from attnrb.cli.serve import serve
 from attnrb.cli.study import app as study
@@ -82,7 +83,7 @@ def compare(
             seed=seed,
             progress=step,
         )
-    about = _about(loaded, loading, temperature, seed)
+    about = run_facts(loaded, loading, temperature, seed)
     files.print_or_write_json(
         json,
         lambda: {**about, **comparison.to_dict()},
@@ -148,7 +149,7 @@ def generate(
 
     def document() -> dict[str, Any]:
         return {
-            **_about(loaded, loading, temperature, seed),
+            **run_facts(loaded, loading, temperature, seed),
             "prompt": text,
             "config": None if plain else read.policy.to_dict(),
             "spans": None if read.spans is None else read.spans.to_dict()["rows"][0],
@@ -210,22 +211,6 @@ def bench(
 
 def _prompt(prompt: str | None) -> str | None:
     return files.standard_input().strip() if prompt == "-" else prompt
-
-
-def _about(loaded: Any, loading: Loading, temperature: float, seed: int) -> dict[str, Any]:
-    """What a result depends on beside the prompt and the method."""
-    import torch
-
-    from attnrb import __version__
-
-    return {
-        "attnrb": __version__,
-        "model": loading.options.name,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "temperature": temperature,
-        "seed": seed,
-    }
 
 
 add(

@@ -117,7 +117,7 @@ def evaluate(
         files.check_outputs(run=run, json=json, csv=csv, html=html)
         if html is not None:
             check_installed()
-        place.append(running.run_file(run, json, plan, loading.options.model))
+        place.append(running.run_file(run, json, plan.run_file(running.model_name(loading.options.model))))
         lm, selected = running.start(plan, loading, rows, engine=engine)
         with running.progress() as progress:
             report = go(

@@ -99,3 +99,19 @@ def load_model(loading: Loading, step: Callable[[str], None], model: str | None 
     set_threads(loading.threads)
     quiet_transformers()
     return load(model or loading.options.model, progress=step, **loading.options.arguments())
+
+
+def run_facts(loaded: Any, loading: Loading, temperature: float, seed: int) -> dict[str, Any]:
+    """What a result depends on beside the prompt and the method."""
+    import torch
+
+    from attnrb import __version__
+
+    return {
+        "attnrb": __version__,
+        "model": loading.options.name,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "temperature": temperature,
+        "seed": seed,
+    }

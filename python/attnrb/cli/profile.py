@@ -1,9 +1,7 @@
-"""``attnrb profile``: which heads to edit; ``attnrb demo``: what emphasis does to a small task."""
+"""``attnrb profile``: which heads to edit."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,8 +16,6 @@ from attnrb.reports.printable import printable
 
 if TYPE_CHECKING:
     from attnrb.text.marked import Marked
-
-_STRENGTH = 16.0
 
 
 @takes_model
@@ -103,63 +99,3 @@ def read_examples(tokenizer: Any, path: Path) -> list[tuple[Marked, str]]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"examples: line {number} of {path.name}: {error}") from None
     return pairs
-
-
-@takes_model
-def demo(
-    *,
-    items: Annotated[int, typer.Option("--items", min=1, help="How many prompts.")] = 24,
-    heads: Annotated[
-        str | None,
-        typer.Option("--heads", help="A profile's file or name.", show_default="made here, from other prompts"),
-    ] = None,
-    loading: Loading,
-    json: files.JsonFile = None,
-) -> None:
-    """Show what emphasis does: which of two facts in a prompt a model goes by."""
-    with user_errors(), steps() as step:
-        from attnrb.policies import HeadProfile
-
-        files.check_outputs(json=json)
-        chosen = None if heads is None else HeadProfile.load(heads)
-        start = time.perf_counter()
-        loaded, tokenizer = load_model(loading, step)
-        profile, found = _arms(loaded, tokenizer, items, chosen, step)
-        seconds = time.perf_counter() - start
-    from attnrb.studies.conflict import conflict_items
-
-    example = conflict_items(1)[0]
-
-    def show() -> None:
-        from attnrb.cli.heat import conflict_table
-
-        output().print(conflict_table(example, items, found, seconds))
-
-    facts = {"items": items, "strength": _STRENGTH, "right": found, "seconds": seconds, "heads": profile}
-    files.print_or_write_json(json, lambda: facts, show)
-
-
-def _arms(
-    model: Any, tokenizer: Any, count: int, profile: Any, step: Callable[[str], None]
-) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """The heads of the profile, and how many items are right in each arm, by what the arm does."""
-    from attnrb.policies import Emphasis
-    from attnrb.studies.conflict import conflict_examples, conflict_items, score_items
-    from attnrb.studies.profile import profile_heads
-
-    if profile is None:
-        profile = profile_heads(model, tokenizer, None, conflict_examples(tokenizer), progress=step)
-    everywhere, kept = Emphasis(strength=_STRENGTH), Emphasis(strength=_STRENGTH, heads=profile)
-    arms: dict[str, tuple[Any, str]] = {
-        "as it is": (None, "none"),
-        "asterisks around the newer fact": (None, "asterisks"),
-        "emphasis on the newer fact, all heads": (everywhere, "span"),
-        f"emphasis on the newer fact, {profile.keep} chosen heads": (kept, "span"),
-        "emphasis on the older fact, all heads": (everywhere, "older"),
-    }
-    items = conflict_items(count)
-    found = {}
-    for name, (policy, markup) in arms.items():
-        step(f"Asking {count} times: {name}")
-        found[name] = score_items(model, tokenizer, items, policy, markup).right
-    return {str(layer): list(heads) for layer, heads in profile.chosen.items()}, found

@@ -104,12 +104,12 @@ def batch_size(text: str) -> int | str:
     return int(text)
 
 
-def run_file(run: Path | None, json: Path | None, plan: TaskPlan, model: str | None) -> Path:
-    """Where finished items go: where ``--run`` says, beside the report, or a place that the plan names."""
+def run_file(run: Path | None, json: Path | None, named: Path) -> Path:
+    """Where finished items go: where ``--run`` says, beside the report, or where the settings name a file."""
     if run is not None:
         return run
     if json is None or is_standard_output(json):
-        return plan.run_file(model_name(model))
+        return named
     return json.with_name(f"{json.stem}.items.jsonl")
 
 
@@ -215,7 +215,7 @@ def progress() -> Iterator[Callable[[Progress], None]]:
                     total=state.work,
                     completed=state.work_done,
                     description=state.doing,
-                    count=f"{state.done:,} of {state.total:,} answers",
+                    count=_answers(state) if state.total > 1 else "",
                     left=left(state),
                 )
 
@@ -228,7 +228,11 @@ def progress() -> Iterator[Callable[[Progress], None]]:
             remaining = left(state)
             if now - last[0] >= LINE_SECONDS or state.done >= state.total:
                 last[0] = now
-                line = f"{state.done:,} of {state.total:,} answers, {remaining or state.doing}"
+                line = f"{_answers(state)}, {remaining or state.doing}" if state.total > 1 else state.doing
                 console.print(Text(line), soft_wrap=True)
 
         yield tell
+
+
+def _answers(state: Progress) -> str:
+    return f"{state.done:,} of {state.total:,} answers"

@@ -107,7 +107,7 @@ def search(
         files.check_outputs(run=run, json=json, html=html)
         if html is not None:
             check_installed()
-        place.append(running.run_file(run, json, plan, loading.options.model))
+        place.append(running.run_file(run, json, plan.run_file(running.model_name(loading.options.model))))
         lm, selected = running.start(plan, loading, rows)
         with running.progress() as progress:
             result = go(

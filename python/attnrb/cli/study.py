@@ -102,7 +102,7 @@ def _study(chosen: dict[str, Any], loading: Loading, run: Path | None, json: Pat
         if html is not None:
             check_installed()
         name = running.model_name(loading.options.model)
-        place.append(run or default_run_file(plan, name))
+        place.append(running.run_file(run, json, default_run_file(plan, name)))
         with steps() as step:
             loaded, tokenizer = load_model(loading, step)
         with running.progress() as progress:
