@@ -362,6 +362,7 @@ def test_the_same_bits_on_one_thread_and_more(dtype: torch.dtype) -> None:
             assert torch.equal(now, before)
 
 
+@pytest.mark.slow
 def test_gradcheck() -> None:
     torch.manual_seed(7)
     tensors = [torch.randn(2, h, n, 3, dtype=torch.float64, requires_grad=True) for h, n in ((4, 5), (2, 6), (2, 6))]

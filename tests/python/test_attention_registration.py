@@ -58,6 +58,7 @@ def option_sets() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", option_sets())
+@pytest.mark.slow
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     operands, options = tensors(dtype), option_sets()[name]
     torch.library.opcheck(ops.attention.default, operands, options)
@@ -68,6 +69,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", option_sets())
+@pytest.mark.slow
 def test_opcheck_backward(name: str, dtype: torch.dtype) -> None:
     operands, options = tensors(dtype), option_sets()[name]
     output, lse, *_ = ops.attention(*operands, **options)

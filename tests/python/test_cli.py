@@ -311,6 +311,7 @@ def process(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, env={**os.environ, "COLUMNS": "80", **environment}, check=False)
 
 
+@pytest.mark.slow
 class TestProcess:
     def test_version(self) -> None:
         from attnrb import __version__

@@ -175,6 +175,7 @@ def test_help_ends_with_examples_that_parse(run: Run, command: str) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.slow
 def test_completion(shell: str) -> None:
     """The shell's own protocol: a script to install, and an answer for what is typed so far."""
     program = [sys.executable, "-c", "import sys; sys.argv[0] = 'attnrb'; from attnrb.cli import main; main()"]

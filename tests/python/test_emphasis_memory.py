@@ -36,6 +36,7 @@ print(peak() - before)
     "policy",
     ["emphasis(strength=16)", 'emphasis(heads={"0":[1]},rows=all,outside=0.1)', "emphasis(share=0.3)"],
 )
+@pytest.mark.slow
 def test_no_matrix_of_all_queries_and_keys(policy: str) -> None:
     """With padding, and two spans: not even one byte for each pair, in one row of the batch, is ever there."""
     assert growth(WORKER, LENGTH, policy) < LENGTH * LENGTH / 2

@@ -88,6 +88,7 @@ def test_holm() -> None:
 
 @settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@pytest.mark.slow
 def test_holm_step_by_step(p_values: list[float]) -> None:
     order = np.argsort(p_values, kind="stable")
     expected, highest = np.empty(len(p_values)), 0.0

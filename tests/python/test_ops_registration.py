@@ -95,6 +95,7 @@ CASES = cases()
 
 
 @pytest.mark.parametrize(("op", "arguments"), CASES)
+@pytest.mark.slow
 def test_opcheck(op: str, arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(OPS[op], arguments)
 

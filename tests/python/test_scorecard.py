@@ -30,6 +30,7 @@ def program(name: str, *options: str | Path) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.slow
 def test_a_row_runs_and_finds_nothing(name: str, tmp_path: Path) -> None:
     from rows import ROWS
 

@@ -128,6 +128,7 @@ study_report(tiny_model(), tiny_tokenizer(), PLAN, Path(sys.argv[1]), model_name
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_nothing_lost_and_nothing_twice(
     whole: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:

@@ -170,11 +170,13 @@ def training_cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("op", "operands", "options"), training_cases())
+@pytest.mark.slow
 def test_opcheck_forward(op: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
     torch.library.opcheck(op, operands, options)
 
 
 @pytest.mark.parametrize(("op", "operands", "options"), training_cases())
+@pytest.mark.slow
 def test_opcheck_backward(op: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
     operands = tuple(each.detach() if isinstance(each, Tensor) else each for each in operands)
     options = {name: each.detach() if isinstance(each, Tensor) else each for name, each in options.items()}
@@ -290,6 +292,7 @@ def test_autocast_computes_in_its_dtype() -> None:
 @pytest.mark.parametrize(
     ("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False), ("inductor", True)]
 )
+@pytest.mark.slow
 def test_a_compiled_training_step_is_one_graph(backend: str, dynamic: bool) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs g++, which is not here")

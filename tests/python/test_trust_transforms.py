@@ -77,6 +77,7 @@ class TestFunctions:
             rows = [torch.autograd.grad(each, x, retain_graph=True, allow_unused=True)[0] for each in flat]
         return torch.stack([torch.zeros_like(x) if row is None else row for row in rows]).detach()
 
+    @pytest.mark.slow
     def test_every_mode(self, name: str, operand: int, seed: int) -> None:
         values = operands(seed)
         x, put = at(torch.float32, operand, values)

@@ -52,6 +52,7 @@ print("served")
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_native_ops() -> None:
     path = os.pathsep.join([str(REPOSITORY / "tests" / "python"), os.environ.get("PYTHONPATH", "")])
     # Freed blocks go back at once, so that the peak is that of what is held.
