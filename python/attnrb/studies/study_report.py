@@ -170,9 +170,10 @@ def difference_table(
 
 
 def markdown(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
-    """A table in Markdown; all columns but the first stand to the right."""
+    """A table in Markdown; columns of numbers stand to the right."""
     head, rows = table
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    numbers = [all(not cell or cell[0] in "0123456789+−" for cell in column) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---:" if each else "---" for each in numbers) + " |"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
