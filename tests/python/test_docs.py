@@ -94,6 +94,16 @@ def test_the_recipe_of_a_policy_gives_a_policy_that_passes_its_own_tests(tmp_pat
     assert re.search(r"\b6 passed", done.stdout), done.stdout
 
 
+def test_the_file_of_a_recipe_s_policy_passes_the_linter() -> None:
+    pytest.importorskip("ruff")
+    text = examples(RECIPES / "policy.md")[0]
+    place = ["--stdin-filename", str(ROOT / "python" / "attnrb" / "policies" / "scale_heads.py"), "-"]
+    for what in (["check"], ["format", "--check"]):
+        run = [sys.executable, "-m", "ruff", *what, *place]
+        done = subprocess.run(run, cwd=ROOT, input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("page", sorted(RECIPES.glob("*.md")), ids=lambda page: page.stem)
 def test_a_recipe_names_files_that_exist(page: Path) -> None:
     made_up = ("scale_heads", "sve2", "questions")

@@ -39,7 +39,7 @@ def end_of(start: str, indent: str = "") -> str:
 def follow(tree: Path) -> None:
     """Every step of docs/recipes/op.md for the CPU, as a reader would type it."""
     text = (ROOT / "docs" / "recipes" / "op.md").read_text(encoding="utf-8")
-    blocks: Iterator[str] = iter(re.findall(r"^```(?:cpp|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    blocks: Iterator[str] = iter(re.findall(r"^```(?:cpp|python|text)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     core, kernels, ops = tree / "csrc/core", tree / "csrc/core/kernels", tree / "csrc/ops"
     python, tests = tree / "python/attnrb/ops", tree / "tests/python"
 
@@ -79,6 +79,10 @@ def tree(tmp_path: Path) -> Path:
 def test_every_step_finds_its_place(tree: Path) -> None:
     for file in [*(tree / "python/attnrb/ops").glob("*.py"), *(tree / "tests/python" / name for name in TESTS)]:
         ast.parse(file.read_text(encoding="utf-8"))
+    collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    file = tree / "tests/python" / TESTS[2]  # the op itself is not built here, and only a call of it would tell
+    done = subprocess.run([*collect, str(file)], cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
     assert "row_sums" in (tree / "csrc/ops/library.cpp").read_text(encoding="utf-8")
 
 

@@ -37,8 +37,11 @@ def comparison(console: Console, result: Comparison, tokenizer: Any, about: Mapp
         _marked(tokenizer, generation, result.first_difference, f"bold {colour}", mark)
         for generation, colour in ((result.plain, _PLAIN), (result.rebalanced, _REBALANCED))
     ]
-    what = "with re-balancing" if result.spans is None else "with emphasis"
-    console.print(_side_by_side(console.width, what, texts, [_speed(result.plain), _speed(result.rebalanced)]))
+    console.print(
+        _side_by_side(
+            console.width, f"with {printable(result.use)}", texts, [_speed(result.plain), _speed(result.rebalanced)]
+        )
+    )
     console.print(_difference(result, mark))
     console.print()
     if result.span_plain:
@@ -61,7 +64,8 @@ def _heading(result: Comparison, about: Mapping[str, Any]) -> Table:
         table.add_row("marked", Text(f"{_marked_words(result.spans)}, {_layers(result.rebalanced_layers, 'edited')}"))
     else:
         found = "" if not result.rows else f"{result.outliers_per_row:.1f} a row ({result.rows:,} rows), "
-        table.add_row("outliers", Text(f"{found}{_layers(result.rebalanced_layers, 're-balanced')}"))
+        edited = "re-balanced" if result.use == "re-balancing" else "edited"
+        table.add_row("outliers" if found else "layers", Text(f"{found}{_layers(result.rebalanced_layers, edited)}"))
     return table
 
 

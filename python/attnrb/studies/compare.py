@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnrb.policies import Plain, Policy
+from attnrb.policies import LearnedGains, Plain, Policy, Rebalance
 from attnrb.protocols import Model, Tokenizer
 from attnrb.studies.first_key import first_key_shares, span_shares
 from attnrb.studies.generation import Generation, generate
@@ -50,6 +50,11 @@ class Comparison:
     """Per layer, the share of attention that the spans get from the tokens behind them in the plain model."""
     span_edited: tuple[float, ...] = ()
     """The same, over the same text, with the edit."""
+
+    @property
+    def use(self) -> str:
+        """What the edit is called: re-balancing, emphasis, or the name of another policy."""
+        return _use(self.config, self.spans)
 
     def __repr__(self) -> str:
         same = "no token differs" if self.first_difference is None else f"texts part at token {self.first_difference}"
@@ -128,7 +133,7 @@ def compare(
         return generate(model, tokenizer, input_ids, max_new_tokens=tokens, temperature=temperature, seed=seed)
 
     warm_up = min(2, max_new_tokens)
-    what = "re-balancing" if read.spans is None else "emphasis"
+    what = _use(config, read.spans)
     say(f"Generating without {what}")
     run(warm_up)
     start = time.perf_counter()
@@ -169,6 +174,13 @@ def _span_shares(model: Any, text_ids: torch.Tensor, read: Prompt, policy: Polic
     if read.spans is None or read.spans.slots >= text_ids.shape[1]:
         return ()
     return span_shares(model, text_ids, policy, read.spans, read.input_ids.shape[1])
+
+
+def _use(policy: Policy, spans: Spans | None) -> str:
+    """What a reader calls an edit: its use where it is one of the two, else the policy's name."""
+    if spans is not None:
+        return "emphasis"
+    return "re-balancing" if isinstance(policy, (Rebalance, LearnedGains)) else policy.name
 
 
 def _faster(one: Generation, other: Generation) -> Generation:
