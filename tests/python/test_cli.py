@@ -74,6 +74,10 @@ class TestCompare:
         for layer in range(LAYERS):
             assert re.search(rf"^ +{layer} .*\d+\.\d → +\d+\.\d %", out, re.MULTILINE)
 
+    def test_another_policy_goes_by_its_name(self, run: Run, folder: Path) -> None:
+        out = succeeded(run("compare", TEXT, "--model", folder, "-n", "4", "--policy", "sinks"))
+        assert "with sinks" in out and "re-balanc" not in out and f"{LAYERS} layers edited" in out
+
     def test_json_holds_the_whole_comparison(self, run: Run, folder: Path) -> None:
         found = one_json(run("compare", TEXT, "--model", folder, "-n", "8", "--seed", "3", "--json"))
         assert found["prompt"] == TEXT

@@ -37,11 +37,8 @@ def comparison(console: Console, result: Comparison, tokenizer: Any, about: Mapp
         _marked(tokenizer, generation, result.first_difference, f"bold {colour}", mark)
         for generation, colour in ((result.plain, _PLAIN), (result.rebalanced, _REBALANCED))
     ]
-    console.print(
-        _side_by_side(
-            console.width, f"with {printable(result.use)}", texts, [_speed(result.plain), _speed(result.rebalanced)]
-        )
-    )
+    speeds = [_speed(result.plain), _speed(result.rebalanced)]
+    console.print(_side_by_side(console.width, f"with {printable(result.use)}", texts, speeds))
     console.print(_difference(result, mark))
     console.print()
     if result.span_plain:
