@@ -81,23 +81,23 @@ struct Operand {
   int32_t device_index = 0;
 
   Operand(const char* argument, const Tensor& tensor) : name(argument), handle(tensor.get()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &rank));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &rank));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
   }
 
   bool is_contiguous() const {
     bool contiguous = false;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &contiguous));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &contiguous));
     return contiguous;
   }
 
   const void* data() const {
     const void* pointer = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &pointer));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle, &pointer));
     return pointer;
   }
 };
@@ -131,8 +131,8 @@ template <size_t rank>
 Tensor empty_strided(const std::array<int64_t, rank>& sizes, const std::array<int64_t, rank>& strides, int32_t dtype,
                      const Operand& like) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(rank), sizes.data(), strides.data(), dtype,
-                                                         like.device_type, like.device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(rank), sizes.data(), strides.data(), dtype, like.device_type,
+                                                  like.device_index, &handle));
   return Tensor(handle);
 }
 
@@ -158,7 +158,7 @@ inline void run_on_torch_threads(int64_t workers, ThreadPool::Body body, void* c
       std::call_once(shared.first, [&] { shared.error = std::current_exception(); });
     }
   };
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, run, &region));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, run, &region));
   if (region.error) std::rethrow_exception(region.error);
 }
 

@@ -48,7 +48,7 @@ void* current_stream(int32_t index) {
   static const auto function = reinterpret_cast<Function>(find_in_torch_cuda("aoti_torch_get_current_cuda_stream"));
   if (function == nullptr) throw std::runtime_error("attnrb: this torch has no CUDA: libtorch_cuda.so is not loaded");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(index, &stream));
+  TORCH_ERROR_CODE_CHECK(function(index, &stream));
   return stream;
 }
 
