@@ -189,7 +189,7 @@ def test_learnt_gains_are_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("/home/somebody/.cache/attnrb/SmolLM2-135M-Instruct.Q4_1-c828652dd4acaefc", "SmolLM2-135M-Instruct"),
+        ("/cache/attnrb/SmolLM2-135M-Instruct.Q4_1-c828652dd4acaefc", "SmolLM2-135M-Instruct"),
         ("/models/mine.Q8_0-0123456789abcdef", "mine.Q8_0"),
         ("/models/llama-7b", "llama-7b"),
         ("owner/name", "owner/name"),

@@ -172,7 +172,8 @@ def difference_table(
 def markdown(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
     """A table in Markdown; columns of numbers stand to the right."""
     head, rows = table
-    numbers = [all(not cell or cell[0] in "0123456789+−" for cell in column) for column in zip(*rows, strict=True)]
+    cells = [[row[column] for row in rows] for column in range(len(head))]
+    numbers = [all(not cell or cell[0] in "0123456789+−" for cell in column) for column in cells]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---:" if each else "---" for each in numbers) + " |"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
