@@ -1,8 +1,9 @@
-"""A developer's build for one instruction set: no other kernel is compiled, and nothing refers to one."""
+"""Builds of the core that compile less: one instruction set alone, or nothing where an archive is as new as its sources."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -19,17 +20,17 @@ COMPILER, NM = shutil.which("c++") or shutil.which("g++"), shutil.which("nm")
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86-64")
 
 
-def configure(folder: Path, only: str) -> subprocess.CompletedProcess[str]:
+def configure(folder: Path, *chosen: str, tree: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     if CMAKE is None or NINJA is None or COMPILER is None:
         pytest.skip("CMake, ninja or a C++ compiler is missing")
-    options = [f"ATTNRB_ONLY={only}", "ATTNRB_BUILD_PACKAGE=OFF", f"CMAKE_MAKE_PROGRAM={NINJA}"]
+    options = [*chosen, "ATTNRB_BUILD_PACKAGE=OFF", f"CMAKE_MAKE_PROGRAM={NINJA}"]
     options += ["CMAKE_EXPORT_COMPILE_COMMANDS=ON"]
-    command = [CMAKE, "-S", REPOSITORY, "-B", folder, "-G", "Ninja", *(f"-D{each}" for each in options)]
+    command = [CMAKE, "-S", tree, "-B", folder, "-G", "Ninja", *(f"-D{each}" for each in options)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_one_set_is_compiled(tmp_path: Path) -> None:
-    done = configure(tmp_path, "avx512")
+    done = configure(tmp_path, "ATTNRB_ONLY=avx512")
     assert done.returncode == 0, done.stderr
     commands = json.loads((tmp_path / "compile_commands.json").read_text("utf-8"))
     kernels = [Path(each["file"]).name for each in commands if "kernels" in each["file"]]
@@ -40,7 +41,7 @@ def test_one_set_is_compiled(tmp_path: Path) -> None:
 
 
 def test_a_set_that_is_none_is_refused(tmp_path: Path) -> None:
-    done = configure(tmp_path, "avx9")
+    done = configure(tmp_path, "ATTNRB_ONLY=avx9")
     assert done.returncode != 0
     assert "there is no instruction set 'avx9'" in " ".join(done.stderr.split())
 
@@ -68,3 +69,23 @@ def test_the_choice_refers_to_what_is_built_alone(only: str, tables: set[str], t
         line.split("attnrb::")[1].removesuffix("_kernels") for line in undefined.splitlines() if "_kernels" in line
     }
     assert found == tables
+
+
+@pytest.mark.parametrize("state", ["new", "old", "missing"])
+def test_an_archive_stands_for_the_core_unless_its_sources_are_newer(state: str, tmp_path: Path) -> None:
+    tree, archive, build = tmp_path / "tree", tmp_path / "libattnrb_core.a", tmp_path / "build"
+    for folder in ("csrc", "cmake"):
+        shutil.copytree(REPOSITORY / folder, tree / folder)
+    shutil.copy(REPOSITORY / "CMakeLists.txt", tree)
+    newest = max(path.stat().st_mtime for path in (tree / "csrc").rglob("*"))
+    if state != "missing":
+        archive.touch()
+        os.utime(archive, (newest + 60, newest + 60))
+    if state == "old":
+        os.utime(tree / "csrc" / "core" / "edit.h", (newest + 120, newest + 120))
+    done = configure(build, f"ATTNRB_CORE_ARCHIVE={archive}", tree=tree)
+    assert done.returncode == 0, done.stderr
+    commands = json.loads((build / "compile_commands.json").read_text("utf-8")) if state != "new" else []
+    assert ("the core is compiled here" in done.stdout) == (state != "new")
+    assert any("kernels" in each["file"] for each in commands) == (state != "new")
+    assert "kernels/portable.cpp.o" not in (build / "build.ninja").read_text("utf-8") or state != "new"
