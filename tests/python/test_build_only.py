@@ -1,4 +1,4 @@
-"""Builds of the core that compile less: one instruction set alone, or nothing where an archive is as new as its sources."""
+"""Builds that compile less of the core: one instruction set, or nothing where an archive is as new as its sources."""
 
 from __future__ import annotations
 
@@ -85,7 +85,5 @@ def test_an_archive_stands_for_the_core_unless_its_sources_are_newer(state: str,
         os.utime(tree / "csrc" / "core" / "edit.h", (newest + 120, newest + 120))
     done = configure(build, f"ATTNRB_CORE_ARCHIVE={archive}", tree=tree)
     assert done.returncode == 0, done.stderr
-    commands = json.loads((build / "compile_commands.json").read_text("utf-8")) if state != "new" else []
-    assert ("the core is compiled here" in done.stdout) == (state != "new")
-    assert any("kernels" in each["file"] for each in commands) == (state != "new")
-    assert "kernels/portable.cpp.o" not in (build / "build.ninja").read_text("utf-8") or state != "new"
+    compiled = "kernels/portable.cpp.o" in (build / "build.ninja").read_text("utf-8")
+    assert compiled == ("the core is compiled here" in done.stdout) == (state != "new")
