@@ -10,6 +10,7 @@ with the same answer, the same losses, the same weights.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -56,7 +57,9 @@ def in_child(work: Callable[[], None], log: Path, after: float | None) -> tuple[
         if done:
             return os.waitstatus_to_exitcode(status), time.monotonic() - begun
         time.sleep(0.002)
-    os.killpg(child, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # a child so young that it leads no group yet has no children
+        os.killpg(child, signal.SIGKILL)
+    os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return -signal.SIGKILL, time.monotonic() - begun
 
@@ -209,6 +212,14 @@ def prepare(folder: Path) -> None:
         importlib.import_module(name)
 
 
+def undisturbed(work: Work, folder: Path) -> tuple[Any, float]:
+    """What comes of it when nobody kills it, and the seconds it takes."""
+    folder.mkdir()
+    code, seconds = in_child(lambda: work.do(folder), folder / "log", None)
+    assert code == 0, (folder / "log").read_text("utf-8")[-800:]
+    return work.result(folder), seconds
+
+
 def attempt(
     tally: Tally, work: Work, folder: Path, expected: Any, whole: float, kills: int, rng: random.Random
 ) -> None:
@@ -240,18 +251,15 @@ def work(tally: Tally) -> None:
         known: dict[str, tuple[Any, float]] = {}
         rounds = 0
         while not tally.over():
-            kind = min(WORKS, key=lambda work: tally.counts[kills_of(work)])(given)
+            chosen = min(WORKS, key=lambda work: tally.counts[kills_of(work)])
+            kind = chosen(given)
             kills = min(most, each - tally.counts[kills_of(kind)])
             if kills <= 0:
                 break
             folder = Path(place) / f"{rounds}-{kind.name}"
             try:
                 if kind.name not in known:
-                    alone = Path(place) / kind.name
-                    alone.mkdir()
-                    code, seconds = in_child(lambda kind=kind, alone=alone: kind.do(alone), alone / "log", None)
-                    assert code == 0, (alone / "log").read_text("utf-8")[-800:]
-                    known[kind.name] = kind.result(alone), seconds
+                    known[kind.name] = undisturbed(chosen(given), Path(place) / kind.name)
                 attempt(tally, kind, folder, *known[kind.name], kills, rng)
                 tally.counts["runs that were killed and went on to the same result"] += 1
             except Exception as error:
