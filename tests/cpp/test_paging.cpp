@@ -65,7 +65,7 @@ PagedCase::PagedCase(uint64_t seed) {
   shape.width = random.pick<int64_t>({8, 16, 33, 64, 80});
   shape.value_width = random.pick<int64_t>({8, 16, 24, 64, 65});
   dtype = random.pick({DType::float32, DType::bfloat16, DType::float16});
-  block_rows = random.pick<int64_t>({1, 3, 8, 16, 24, 32, 64, 128});
+  block_rows = random.pick<int64_t>({1, 3, 5, 8, 16, 20, 24, 32, 64, 128});
   add_sequences(random);
   add_table(random);
   visibility.causal = random.chance(0.9);

@@ -272,6 +272,19 @@ def test_visibility_refuses(arguments: dict[str, Any], exception: type[Exception
         Visibility(**arguments)
 
 
+_DENSE = ("batches differ", "widths differ", "sinks of another size", "mask that does not broadcast", "no width")
+
+
+@pytest.mark.parametrize("case", [*_DENSE, "H no multiple of Hk", "key_start of another size"])
+@pytest.mark.parametrize("function", ATTENTION)
+def test_float64_is_refused_as_the_others_are(function: Callable[..., Any], case: str) -> None:
+    """It takes another path, on which PyTorch would broadcast some of these."""
+    changes, exception, pattern = COMMON[case]
+    wide = {name: each.double() if torch.is_tensor(each) else each for name, each in (operands() | changes).items()}
+    with pytest.raises(exception, match=pattern.partition(":")[0]):
+        function(**wide)
+
+
 # The ops themselves are public too and must hold without the Python checks.
 VISION = (True, 2, 0, 0, None, None, None)
 SCORE = (0.25, 0.0, None)

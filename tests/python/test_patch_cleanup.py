@@ -45,6 +45,16 @@ def test_the_model_is_what_it_was(name: str) -> None:
         assert torch.equal(model(ids).logits, logits)
 
 
+def test_the_patch_of_a_model_is_found_while_it_is_there() -> None:
+    model = tiny("llama")
+    assert attnrb.patched(model) is None
+    handle = attnrb.patch(model)
+    assert attnrb.patched(model) is handle
+    assert attnrb.patched(model.model) is handle
+    handle.remove()
+    assert attnrb.patched(model) is None
+
+
 def test_an_exception_leaves_the_model_clean() -> None:
     model = tiny("llama")
     before = snapshot(model)

@@ -205,6 +205,21 @@ def test_additive_masks_that_bias_are_refused() -> None:
         run(model, tokens(1, 6), attention_mask=mask)
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_mask_that_loses_a_dimension_on_its_way_is_refused(additive: bool) -> None:
+    model, ids = tiny("llama"), tokens(1, 6)
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    if additive:
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+
+    def flatten(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"][0]}
+
+    model.model.layers[2].self_attn.register_forward_pre_hook(flatten, with_kwargs=True)
+    with pytest.raises(NotImplementedError, match=r"attention_mask: the model changed the mask \(1, 6, 6\)"):
+        run(model, ids, attention_mask=mask)
+
+
 def test_the_callers_mask_stays_as_it_was() -> None:
     mask = padding("0011", "1111").bool()
     run(tiny("llama"), tokens(2, 4), attention_mask=mask)

@@ -163,6 +163,23 @@ def test_composed_policies_that_do_not_fit_are_refused() -> None:
         Compose(Emphasis(), "sinks")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("first", "fits"), [((3, 3), True), ((3, 4), False), ((3, None), False)])
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_composed_biases_are_for_the_same_queries(first: tuple[int, int | None], fits: bool, as_tensors: bool) -> None:
+    model, ids = tiny("llama"), tokens(1, 8)
+
+    def of(query: int | None) -> Custom:
+        number = torch.tensor([query]) if as_tensors and query is not None else query
+        return Custom(lambda view: Edit(key_bias=torch.full((1, 1, 4), 0.5), first_query=number), layers=(1,))
+
+    with torch.no_grad(), attnrb.patch(model, Compose(*map(of, first))):
+        if fits:
+            model(ids)
+            return
+        with pytest.raises(ValueError, match="bias keys of layer 1 for different queries"):
+            model(ids)
+
+
 def test_a_function_is_a_policy() -> None:
     model = tiny("llama")
     twice = Custom(lambda view: Edit(key_bias=first_key().to(view.device)), name="first key")
@@ -170,6 +187,18 @@ def test_a_function_is_a_policy() -> None:
     assert twice.label() == "first key"
     some = Custom(lambda view: Edit(key_bias=first_key()) if view.layer < 2 else None)
     assert_close(logits(model, some), logits(model, Custom(lambda _: Edit(key_bias=first_key()), layers=[0, 1])))
+
+
+def test_a_function_sees_which_slots_queries_and_keys_have() -> None:
+    """With padding on the left, over a prompt and two steps, and where a window has dropped the first keys."""
+    seen: list[tuple[list[list[int]], int]] = []
+    for name in ("llama", "mistral"):
+        model, ids = tiny(name), tokens(1, 21)
+        policy = Custom(lambda view: seen.append((view.query_slots().tolist(), view.key_slots())), layers=(1,))
+        with torch.no_grad(), attnrb.patch(model, policy):
+            model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert seen == [([[*range(21)]], 21), ([[21]], 22), ([[22]], 23)]
+        seen.clear()
 
 
 def test_a_function_sees_what_layers_found() -> None:

@@ -225,6 +225,33 @@ def test_a_second_derivative_raises_and_says_what_to_do() -> None:
             torch.autograd.grad(first.sum(), leaves[0])
 
 
+class NoGradient(torch.autograd.Function):
+    """Passes its input on, and leaves its gradient undefined, which is not the same as zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("op", ["source_attention", "rebalanced_attention", "received_attention", "attention"])
+@pytest.mark.autograd
+def test_an_undefined_gradient_stays_undefined(op: str) -> None:
+    query, key, value = tensors(queries=9, keys=9)
+    outliers = outliers_of(query, key, value)
+    results = {
+        "source_attention": lambda: functional.source_attention(query, key, value)[0],
+        "rebalanced_attention": lambda: functional.rebalanced_attention(query, key, value, outliers, 0.3),
+        "received_attention": lambda: functional.received_attention(query, key),
+        "attention": lambda: functional.attention(query, key, value).output,
+    }
+    NoGradient.apply(results[op]()).sum().backward()  # type: ignore[no-untyped-call]
+    assert query.grad is key.grad is value.grad is None
+
+
 def test_outliers_and_inference_carry_no_gradient() -> None:
     leaves = tensors(queries=9, keys=9)
     _, _, outliers = functional.source_attention(*leaves)

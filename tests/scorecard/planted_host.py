@@ -38,17 +38,18 @@ _QUICK = "not (slow or real_model or browser or vllm)"
 _SLOW = "not compile and not inductor and not reach_every and not memory and not process"
 _ATTENTION = ("attention_errors", "attention_edits", "attention_accuracy", "dense_calls")
 _PATCH = ("patch_masks", "patch_batches", "patch_stats", "patch_generate", "patch_cleanup", "patch_refusals")
+_MASKS = ("patch_masks", "patch_patterns")
 _EMPHASIS = ("emphasis", "emphasis_generate")
 _TEXT = ("text_markup", "text_spans", "text_mark", "text_find", "text_chat", "text_show")
 # Which tests know a module.
 TESTS: dict[str, tuple[str, ...]] = {
     "ops/attention.py": (*_ATTENTION, "ops_errors", "attention_registration"),
     "ops/edit.py": (*_ATTENTION, "ops_errors"),
-    "ops/visibility.py": ("attention_errors", "ops_errors", "reference", "attention_accuracy"),
+    "ops/visibility.py": ("attention_errors", "ops_errors", "reference", "attention_accuracy", "accuracy_attention"),
     "ops/operands.py": ("attention_errors", "ops_errors", "attention_edits"),
     "ops/dense.py": ("attention_accuracy", "dense_calls", "dense_gradients"),
     "ops/scores.py": ("ops_errors", "attention_accuracy", "dense_calls", "patch_stats"),
-    "ops/rebalancing.py": ("ops_errors", "ops_registration", "ops_gradient", "dense_calls"),
+    "ops/rebalancing.py": ("ops_errors", "ops_registration", "training_ops", "dense_calls"),
     "ops/received.py": ("ops_errors", "ops_registration", "dense_calls", "attention_edits"),
     "ops/weights_in_memory.py": ("accuracy_weights", "ops_errors", "ops_gradient"),
     "policies/base.py": ("policies", "config", "trust_cli"),
@@ -65,13 +66,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "hosts/session.py": (*_PATCH, "patch_options"),
     "hosts/stats.py": ("patch_stats", *_PATCH),
     "hosts/requests.py": (*_EMPHASIS, *_PATCH),
-    "hosts/transformers/attention.py": (*_PATCH, "patch_weights", "emphasis_generate"),
-    "hosts/transformers/masks.py": ("patch_masks", "patch_batches", "patch_generate", "patch_patterns"),
-    "hosts/transformers/patterns.py": ("patch_patterns", "patch_masks"),
-    "hosts/transformers/patch.py": (*_PATCH, "patch_copies", "patch_weights"),
+    "hosts/transformers/attention.py": (*_PATCH, "patch_weights", "emphasis_generate", "patch_left_out"),
+    "hosts/transformers/masks.py": (*_MASKS, "patch_batches", "patch_generate", "patch_left_out"),
+    "hosts/transformers/patterns.py": _MASKS,
+    "hosts/transformers/patch.py": (*_PATCH, "patch_copies", "patch_weights", "patch_left_out"),
     "hosts/transformers/caches.py": ("patch_left_out", "patch_generate", "patch_refusals"),
     "hosts/transformers/decoder.py": ("patch_refusals", "patch_models", "patch_cleanup"),
-    "hosts/transformers/left_out.py": ("patch_left_out", "patch_refusals"),
+    "hosts/transformers/left_out.py": ("patch_left_out", "patch_refusals", "trust_configuration"),
     "text/markup.py": _TEXT,
     "text/spans.py": _TEXT,
     "text/mark.py": _TEXT,

@@ -72,10 +72,7 @@ struct FloatEngine : PanelEngine<FloatProduct>, FloatProbabilities {
       const int n = int(width - d < Vec::width ? width - d : Vec::width);
       const Vec x =
           query == nullptr ? Vec::zero() : load_strided(query + d * column_stride, column_stride, n) * Vec::set(factor);
-      if (n == Vec::width)
-        x.store(out + d);
-      else
-        x.store(out + d, n);
+      x.store(out + d, n);
     }
   }
 };
