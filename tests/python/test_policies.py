@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 
 from attnrb import Compose, Custom, Edit, Emphasis, LearnedGains, Policy, Rebalance, SinkDamping, Span, Spans
 from attnrb.policies import LayerPlan, LayerView, ModelShape, Plain, Request, Session, policy_names, register_policy
+from attnrb.policies.base import short_text
 from edit_oracle import attached, biased
 from test_patch_models import assert_close
 from tiny_evaluation import save_data, save_roomy_model
@@ -141,6 +142,24 @@ def test_what_is_no_policy_is_not_registered() -> None:
         register_policy(taken)
     with pytest.raises(TypeError, match="expected an identifier"):
         register_policy(type("Nameless", (Policy,), {"name": "two words"}))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ([1, 2, 3], "1-3"),
+        ([1, 3], "1+3"),
+        ([3, 2], "3+2"),
+        ([4], "4"),
+        ([], "[]"),
+        ([0.5, 1.0], "0.5+1"),
+        (True, "true"),
+        (None, "None"),
+        ({"1": [0]}, '{"1": [0]}'),
+    ],
+)
+def test_values_in_labels_are_short(value: Any, text: str) -> None:
+    assert short_text(value) == text
 
 
 def test_composed_biases_add_up() -> None:
