@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attnrb import RebalanceConfig
+from attnrb import Rebalance, RebalanceConfig
+from attnrb.policies import ModelShape
 
 
 def test_defaults_are_the_published_method() -> None:
@@ -189,3 +190,12 @@ def test_a_broken_configuration_file(tmp_path: Path, text: str, error: type[Exce
     (tmp_path / "rebalance_config.json").write_text(text)
     with pytest.raises(error, match=message):
         RebalanceConfig.from_pretrained(tmp_path)
+
+
+def test_layers_without_attention_are_left_out_unless_they_are_named() -> None:
+    """What is named and turns out to have none is an error, which the patch raises at the first forward."""
+    shape = ModelShape(4, 2, (True, True, False, True))
+    assert [gain is None for gain in Rebalance().gain_rows(shape)] == [True, False, True, False]
+    assert Rebalance(layers=[2, 3]).gain_rows(shape)[2] is not None
+    assert Rebalance(heads={2: [0]}).gain_rows(shape)[2] is not None
+    assert Rebalance(heads=[0]).gain_rows(shape)[2] is None

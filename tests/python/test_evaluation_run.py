@@ -278,3 +278,12 @@ def test_lm_eval_arguments() -> None:
     for wrong in (0, "-1", "many"):
         with pytest.raises(ValueError, match="batch_size: expected a number"):
             _batch_size(wrong)
+
+
+def test_a_process_reads_what_others_have_written(tmp_path: Path) -> None:
+    record = {"task": "t", "item": 0, "arm": "plain", "prompting": "direct", "budget": None, "answer": "1"}
+    with RunFile(tmp_path / "run", {}) as first, RunFile(tmp_path / "run", {}, lock=False) as second:
+        second.append([record])
+        assert not first.records
+        first.reread()
+        assert list(first.records.values()) == [record]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from attnrb.text import Span, Spans
+from attnrb.text.offsets import RowOffsets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -155,3 +156,16 @@ def test_reprs_are_short() -> None:
 def test_spans_are_values() -> None:
     assert Spans([[Span(0, 2), Span(1, 4, 3.0)], []]) == TWO  # type: ignore[arg-type]
     assert len({TWO, Spans(TWO.rows)}) == 1
+
+
+def test_tokens_of_no_characters_belong_to_no_span() -> None:
+    """Special tokens, padding and the space that a tokenizer puts before a text lie at some place, without width."""
+    row = RowOffsets(np.array([0, 0, 2, 2, 5, 5]), np.array([0, 2, 2, 5, 5, 8]))
+    assert row.tokens_of(0, 5, whole=True) == (1, 4)
+    assert row.tokens_of(1, 5) == (1, 4)
+    assert row.tokens_of(2, 8, whole=True) == (3, 6)
+    assert row.tokens_of(2, 2, whole=True) is None
+    assert row.tokens_of(3, 3) is None
+    cut = RowOffsets(row.starts, row.ends, np.array([[8, 8], [8, 9]]))
+    assert not cut.is_cut(8, 8, whole=True)
+    assert cut.is_cut(8, 9)

@@ -4,7 +4,8 @@
 
 Operators on patterns: bounds off by one, dropped conditions, swapped signs, another head, batch or slot, a statement
 that is not there. Only float32 under AVX2 is compiled for a fault, at -O1, and linked with the tests' own objects; what
-16-bit types share with it is most of the code. ``survivors_core.json`` has the argument for each survivor.
+16-bit types share with it is most of the code. What passes so is compiled once more for AddressSanitizer, as the tests
+are: a fault may lead out of an array and change no result. ``survivors_core.json`` has the argument for each survivor.
 """
 
 from __future__ import annotations
@@ -134,13 +135,13 @@ def prepare() -> None:
     run_step(["ld", "-r", "-o", FOLDER / "tests.o", *objects])
 
 
-def link(fault_object: Path, program: Path) -> None:
+def link(fault_object: Path, program: Path, *options: str) -> None:
     """The tests with the kernels of one object and the portable ones, which serve 16-bit types."""
     text = (PLAIN / "build.ninja").read_text("utf-8")
     line = next(line for line in text.splitlines() if "LINK_LIBRARIES" in line and "gtest" in line)
     wanted = [part for part in line.split("=", 1)[1].split() if "gtest" in part or "attnrb_truth" in part]
     libraries = [part if part.startswith(("/", "-")) else str(PLAIN / part) for part in wanted]
-    run_step(["g++", fault_object, FOLDER / "tests.o", *libraries, "-pthread", "-o", program])
+    run_step(["g++", fault_object, FOLDER / "tests.o", *libraries, "-pthread", *options, "-o", program])
 
 
 def attempt(fault: Planted) -> tuple[Verdict, str]:
@@ -151,12 +152,17 @@ def attempt(fault: Planted) -> tuple[Verdict, str]:
     plant(folder / "csrc" / "core" / fault.file, fault)
     only_float32(folder / "csrc" / "core" / "kernels" / "table.h")
     target, program = folder / "fault.o", folder / "tests"
-    command = ["g++", *FLAGS, *AVX2, f"-I{folder / 'csrc'}", "-c", HERE / "one_type.cpp", "-o", target]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    if built.returncode:
-        return Verdict.NONE, "it does not compile"
-    link(target, program)
-    return run_tests(program)
+    verdict, how = Verdict.SURVIVED, ""
+    for options in ((), ("-fsanitize=address", "-fno-omit-frame-pointer")):
+        command = ["g++", *FLAGS, *AVX2, *options, f"-I{folder / 'csrc'}", "-c", HERE / "one_type.cpp", "-o", target]
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        if built.returncode:
+            return Verdict.NONE, "it does not compile"
+        link(target, program, *options)
+        verdict, how = run_tests(program)
+        if verdict != Verdict.SURVIVED:
+            return verdict, f"AddressSanitizer: {how}" if options else how
+    return verdict, how
 
 
 def plant(path: Path, fault: Planted) -> None:
@@ -180,7 +186,7 @@ def only_float32(table: Path) -> None:
 # What finds most faults soonest goes first: a few generated cases, tests of edges, more cases, and the slowest test.
 _SLOWEST = "Kernels/Edges.PoisonReachesOnlyTheRowsThatSeeIt/*"
 _STAGES = (("Cases/*", 60), (f"Kernels/*-{_SLOWEST}", 120), ("Cases/*", 500), (_SLOWEST, 1))
-_PROCESSOR_SECONDS = 30  # for a stage, which takes less than ten: a fault may make threads wait for ever
+_PROCESSOR_SECONDS = 60  # for a stage, which takes less than twenty: a fault may make threads wait for ever
 
 
 def _limit() -> None:

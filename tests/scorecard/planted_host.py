@@ -48,7 +48,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "ops/visibility.py": ("attention_errors", "ops_errors", "reference", "attention_accuracy", "accuracy_attention"),
     "ops/operands.py": ("attention_errors", "ops_errors", "attention_edits"),
     "ops/dense.py": ("attention_accuracy", "dense_calls", "dense_gradients"),
-    "ops/scores.py": ("ops_errors", "attention_accuracy", "dense_calls", "patch_stats"),
+    "ops/scores.py": ("ops_errors", "attention_accuracy", "accuracy_attention", "dense_calls", "patch_stats"),
     "ops/rebalancing.py": ("ops_errors", "ops_registration", "training_ops", "dense_calls"),
     "ops/received.py": ("ops_errors", "ops_registration", "dense_calls", "attention_edits"),
     "ops/weights_in_memory.py": ("accuracy_weights", "ops_errors", "ops_gradient"),

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <atomic>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "../problem.h"
 #include "../scratch.h"
@@ -13,19 +16,32 @@
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-// Cuts one allocation into aligned pieces; counts them where there is none yet.
+// Cuts one allocation into aligned pieces; counts them where there is none yet. AddressSanitizer stops whoever leaves a
+// piece: there is a gap behind each.
 class Carver {
  public:
   explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
   T* take(int64_t count) {
+    const int64_t bytes = count * int64_t(sizeof(T)), room = round_up(bytes, 64) + kGap;
     T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + taken_);
-    taken_ += round_up(count * int64_t(sizeof(T)), 64);
+#if defined(__SANITIZE_ADDRESS__)
+    if (piece != nullptr) {
+      ASAN_UNPOISON_MEMORY_REGION(base_ + taken_, bytes);
+      ASAN_POISON_MEMORY_REGION(base_ + taken_ + bytes, room - bytes);
+    }
+#endif
+    taken_ += room;
     return piece;
   }
   int64_t taken() const { return taken_; }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kGap = 64;
+#else
+  static constexpr int64_t kGap = 0;
+#endif
   char* base_;
   int64_t taken_ = 0;
 };
