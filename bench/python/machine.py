@@ -40,7 +40,8 @@ def processor() -> tuple[str, list[str]]:
 def describe() -> dict[str, Any]:
     """Machine, versions and command, for the head of a JSON file. Call it once torch's threads are set."""
     import torch
-    from attnrb import _C, __version__
+    from attnrb import __version__
+    from attnrb.ops import library
 
     name, flags = processor()
     return {
@@ -51,7 +52,7 @@ def describe() -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
         },
         "versions": {"attnrb": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "instruction_set": {"attnrb": _C.instruction_set(), "torch": torch.backends.cpu.get_cpu_capability()},
+        "instruction_set": {"attnrb": library.instruction_set(), "torch": torch.backends.cpu.get_cpu_capability()},
         "threads": torch.get_num_threads(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }

@@ -9,9 +9,9 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <exception>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -147,15 +147,15 @@ inline void run_on_torch_threads(int64_t workers, ThreadPool::Body body, void* c
   struct Region {
     ThreadPool::Body body;
     void* context;
-    std::once_flag first;
-    std::exception_ptr error;
-  } region{body, context, {}, nullptr};
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr error = nullptr;
+  } region{body, context};
   const auto run = [](int64_t begin, int64_t end, void* opaque) {
     Region& shared = *static_cast<Region*>(opaque);
     try {
       for (int64_t worker = begin; worker < end; ++worker) shared.body(shared.context, worker);
     } catch (...) {
-      std::call_once(shared.first, [&] { shared.error = std::current_exception(); });
+      if (!shared.failed.test_and_set()) shared.error = std::current_exception();
     }
   };
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, run, &region));

@@ -17,11 +17,11 @@ from attnrb.ops import _native  # noqa: F401 (registers the native ops, which wh
 
 # isort: split
 from attnrb import functional
-from attnrb._C import release_scratch as _release_scratch
-from attnrb._C import version as __version__
 from attnrb.hosts.session import AttentionCall
 from attnrb.hosts.transformers.patch import Patch, patch, patched, unpatch
 from attnrb.ops.edit import Attended, Edit
+from attnrb.ops.library import release_scratch as _release_scratch
+from attnrb.ops.library import version as _version
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.paging import Paging
 from attnrb.ops.visibility import Visibility
@@ -73,6 +73,8 @@ __all__ = [
     "spans",
     "unpatch",
 ]
+
+__version__ = _version()
 
 if TYPE_CHECKING:
     from attnrb import analysis, evaluation, models, studies  # noqa: F401

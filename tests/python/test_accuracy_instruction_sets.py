@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from attnrb import _C
+from attnrb.ops import library
 from conftest import CloseCalls
 
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
-LOWER = [name for name in _C.instruction_sets() if name != _C.instruction_set()]
+LOWER = [name for name in library.instruction_sets() if name != library.instruction_set()]
 
 # A part of the table suffices: the C++ tests run every set on generated cases, and what differs between sets is the
 # vectors under one template. Prime to the numbers of dtypes and options.

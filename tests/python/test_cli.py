@@ -194,12 +194,13 @@ class TestGenerate:
 
 class TestInfo:
     def test_names_versions_and_instruction_set(self, run: Run) -> None:
-        from attnrb import _C, __version__
+        from attnrb import __version__
+        from attnrb.ops import library
 
         found = one_json(run("info", "--json"))
         assert found["attnrb"] == __version__
         assert found["torch"] == torch.__version__
-        assert found["instruction_set"] == _C.instruction_set()
+        assert found["instruction_set"] == library.instruction_set()
         assert found["instruction_set"] in found["instruction_sets_found"]
         assert found["build"]
 

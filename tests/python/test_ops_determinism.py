@@ -11,6 +11,7 @@ import attnrb
 import pytest
 import torch
 from attnrb import Visibility, functional
+from attnrb.ops import library
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,15 +106,15 @@ def test_python_threads_do_not_disturb_each_other() -> None:
 def test_scratch_is_kept_and_freed() -> None:
     tensors = inputs("prefill", torch.bfloat16)
     attnrb.clear_scratch()
-    assert attnrb._C.scratch_bytes() == 0
+    assert library.scratch_bytes() == 0
     everything(*tensors)
-    kept = attnrb._C.scratch_bytes()
+    kept = library.scratch_bytes()
     assert kept > 0
     for _ in range(20):
         everything(*tensors)
-    assert attnrb._C.scratch_bytes() == kept  # neither grown nor leaked
+    assert library.scratch_bytes() == kept  # neither grown nor leaked
     attnrb.clear_scratch()
-    assert attnrb._C.scratch_bytes() == 0
+    assert library.scratch_bytes() == 0
 
 
 def test_scratch_does_not_grow_with_the_square_of_the_length() -> None:
@@ -123,5 +124,5 @@ def test_scratch_does_not_grow_with_the_square_of_the_length() -> None:
         attnrb.clear_scratch()
         query, key, value = torch.randn(3, 1, 2, length, 32)
         everything(query, key, value)
-        kept.append(attnrb._C.scratch_bytes())
+        kept.append(library.scratch_bytes())
     assert kept[1] <= 4 * kept[0]

@@ -7,8 +7,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from attnrb import _C, Attended, Edit, Paging, functional
+from attnrb import Attended, Edit, Paging, functional
 from attnrb.ops import paged
+from attnrb.ops.library import instruction_set
 from attnrb.ops.reference_paging import paged_attention
 from paged_problems import DTYPES, PagedProblem, gathered, random_problem
 from tolerance import one_rounding
@@ -34,7 +35,7 @@ def adds_in_order(problem: PagedProblem, rows: slice, length: int) -> bool:
         return True
     seeing = problem.options["visibility"]
     even = problem.key.shape[2] % 2 == 0 and seeing.window is None and seeing.chunk is None
-    pairs = problem.query.dtype == torch.bfloat16 and _C.instruction_set() == "avx512_bf16"
+    pairs = problem.query.dtype == torch.bfloat16 and instruction_set() == "avx512_bf16"
     return length <= 512 and (even or not pairs)
 
 

@@ -7,14 +7,17 @@ import importlib
 import inspect
 import pydoc
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 from importlib.resources import files
 from pathlib import Path
 
 import attnrb
 import pytest
-from attnrb import _C
 from attnrb.deprecation import deprecated
+from attnrb.ops import _native, library
 from conftest import REPOSITORY
 
 MODULES = (
@@ -85,15 +88,29 @@ def test_type_checkers_see_every_public_name(name: str) -> None:
     assert "*" in bound or set(module.__all__) <= bound, set(module.__all__) - bound  # type: ignore[attr-defined]
 
 
-def test_the_package_is_typed_and_its_stub_names_what_the_extension_has() -> None:
-    package = files("attnrb")
-    assert (package / "py.typed").is_file()
-    stub = ast.parse((package / "_C.pyi").read_text(encoding="utf-8"))
-    named = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
-    named |= {
-        node.target.id for node in stub.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
-    assert named == {each for each in dir(_C) if not each.startswith("_")}
+def test_the_package_is_typed() -> None:
+    assert (files("attnrb") / "py.typed").is_file()
+
+
+def test_the_native_library_shows_what_python_asks_of_it_and_nothing_else() -> None:
+    """The ops reach torch by its registry: of ours, the C functions alone are symbols that others could meet."""
+    if sys.platform != "linux" or shutil.which("nm") is None:
+        pytest.skip("nm is missing")
+    shown = subprocess.run(
+        ["nm", "-D", "--defined-only", _native.library()], capture_output=True, text=True, check=True
+    )
+    names = {line.split()[-1].partition("@")[0] for line in shown.stdout.splitlines()}
+    assert names == {f"attnrb_{each}" for each in set(library.__all__) - {"version"}}
+
+
+def test_the_native_library_calls_no_function_of_python() -> None:
+    """One build of it serves every version of Python."""
+    if sys.platform != "linux" or shutil.which("nm") is None:
+        pytest.skip("nm is missing")
+    asked = subprocess.run(
+        ["nm", "-D", "--undefined-only", _native.library()], capture_output=True, text=True, check=True
+    )
+    assert not re.findall(r"\bPy\w+", asked.stdout)
 
 
 # ---------------------------------------------------------------------------------------------- versions, deprecation
@@ -104,9 +121,9 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def test_the_version_is_written_in_one_place_and_the_changelog_dates_it() -> None:
-    """The extension takes it from pyproject.toml, and attnrb.__version__ from the extension."""
+    """The native library takes it from pyproject.toml, and attnrb.__version__ from the library."""
     assert VERSION is not None
-    assert attnrb.__version__ == _C.version
+    assert attnrb.__version__ == library.version()
     changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
     dated = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", changelog, re.MULTILINE)
     assert dated[0] == VERSION[1]

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    return importlib.import_module
 
 
 def side_by_side(log: Path, first: str, second: str) -> subprocess.CompletedProcess[str]:
@@ -29,3 +40,60 @@ def test_a_failure_stops_the_other_command(failing: int, tmp_path: Path) -> None
     ran = side_by_side(tmp_path / "log", *commands)
     assert ran.returncode != 0
     assert "why" in ran.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ wheels
+
+
+def wheel(folder: Path, tag: str, *names: str) -> Path:
+    path = folder / f"attnrb-9.9.9-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"\x00GLIBC_2.2.5\x00GLIBC_2.14\x00GLIBCXX_3.4.9\x00")
+    return path
+
+
+_TAG = "py3-none-manylinux_2_28_x86_64"
+
+
+@pytest.mark.parametrize(
+    ("tag", "names", "message"),
+    [
+        (_TAG, ["attnrb/libattnrb.so", "attnrb/_C.cpython-311-x86_64-linux-gnu.so"], "tied to a version of Python: _C"),
+        ("cp311-cp311-linux_x86_64", ["attnrb/libattnrb.so"], "tied to a version of Python: its tag"),
+        (
+            _TAG,
+            ["attnrb/libattnrb.so", "attnrb.libs/libtorch-1.so"],
+            "brings libraries of others: attnrb.libs/libtorch",
+        ),
+    ],
+)
+def test_a_wheel_that_serves_fewer_than_all_is_refused(
+    tag: str, names: list[str], message: str, tmp_path: Path, tool: Any
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        tool("dist").look_at(wheel(tmp_path, tag, *names))
+
+
+def test_the_versions_that_a_wheel_asks_for(tmp_path: Path, tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dist = tool("dist")
+    monkeypatch.setattr(dist, "run", lambda *_: "")
+    found = dist.look_at(wheel(tmp_path, _TAG, "attnrb/libattnrb.so"))
+    assert found["newest"]["libattnrb.so"] == {"GLIBC": "2.14", "GLIBCXX": "3.4.9"}
+
+
+def test_oldest_versions_are_those_that_are_allowed(tool: Any) -> None:
+    text = (REPOSITORY / "pyproject.toml").read_text("utf-8")
+    for requirements in tool("matrix").ROWS.values():
+        for requirement in requirements:
+            name, version = requirement.split("==")
+            allowed = re.findall(rf'"{re.escape(name)}>=(\d[\d.]*\d)', text)
+            assert allowed, name
+            assert all(version == each or version.startswith(f"{each}.") for each in allowed), requirement
+
+
+def test_the_page_of_versions_is_what_the_program_writes(tool: Any) -> None:
+    matrix = tool("matrix")
+    if not matrix.FOUND.exists():
+        pytest.skip(f"nothing was run yet that would write {matrix.FOUND.name}")
+    assert matrix.PAGE.read_text("utf-8") == matrix.page(json.loads(matrix.FOUND.read_text("utf-8")))

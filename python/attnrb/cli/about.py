@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from attnrb import _C, __version__
+from attnrb import __version__
 from attnrb.models import ModelError, cache_folder, default_model_path
-from attnrb.ops import _native
+from attnrb.ops import _native, library
 
 
 def about() -> dict[str, Any]:
@@ -27,14 +27,14 @@ def about() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "transformers": package_version("transformers"),
         "machine": f"{platform.system()} {platform.machine()}",
-        "instruction_set": _C.instruction_set(),
-        "instruction_sets_found": _C.instruction_sets(),
+        "instruction_set": library.instruction_set(),
+        "instruction_sets_found": library.instruction_sets(),
         "ATTNRB_CPU": os.environ.get("ATTNRB_CPU", "not set"),
         "cuda": _cuda(),
         "cuda_prefill": _cuda_prefill(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "build": _C.build_options(),
+        "build": library.build_options(),
         "default_model": embedded,
         "cache": "off" if cache is None else str(cache),
     }

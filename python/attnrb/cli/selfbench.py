@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnrb import _C, functional, reference
+from attnrb import functional, reference
 from attnrb.ops.edit import Edit
+from attnrb.ops.library import instruction_set
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.visibility import Visibility
 from attnrb.policies import LayerView, Mixture, ModelShape, Policy, Request
@@ -135,7 +136,7 @@ def run(
     setting = (
         f"{HEADS} heads, {KEY_HEADS} key heads, width {WIDTH}, {str(dtype).removeprefix('torch.')}; "
         f"prefill {length} tokens, decode {length * DECODE_FACTOR} keys; "
-        f"{_C.instruction_set()}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+        f"{instruction_set()}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     )
     return Report(setting, outlier_count / outlier_rows, rows)
 

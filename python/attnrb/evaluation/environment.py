@@ -30,7 +30,8 @@ _PACKAGES = (
 
 def environment() -> dict[str, Any]:
     """Versions, git state, machine, threads; JSON-ready. What is absent is None."""
-    from attnrb import _C, __version__
+    from attnrb import __version__
+    from attnrb.ops import library
 
     return {
         "attnrb": __version__,
@@ -40,7 +41,7 @@ def environment() -> dict[str, Any]:
         **{name: _version(name) for name in _PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "instruction_set": _C.instruction_set(),
+        "instruction_set": library.instruction_set(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],

@@ -1,8 +1,8 @@
-"""Importing this module loads the native library, so that ``torch.ops.attnrb`` and ``attnrb._C`` can be used."""
+"""Importing this module loads the native library, so that ``torch.ops.attnrb`` can be used."""
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from pathlib import Path
 
 from attnrb.decisions import tell
@@ -28,13 +28,12 @@ def _load() -> None:
             f"attnrb needs torch 2.10 or newer, this is torch {version}: run `pip install 'torch>=2.10'`."
         )
 
-    library = _folder() / "libattnrb.so"
-    if not library.is_file():
+    if not library().is_file():
         raise ImportError(
-            f"attnrb's native library is missing, there is no {library}: this is perhaps a source tree that was never "
-            "installed. Run `pip install .` in it, or leave the tree to import an installed attnrb."
+            f"attnrb's native library is missing, there is no {library()}: this is perhaps a source tree that was "
+            "never installed. Run `pip install .` in it, or leave the tree to import an installed attnrb."
         )
-    _load_into_torch(library)
+    _load_into_torch(library())
     # Beside a torch without CUDA it would be of no use: no tensor would reach it.
     if torch.version.cuda is None:
         return
@@ -45,33 +44,38 @@ def _load() -> None:
         tell("no_cuda_ops", "torch has CUDA, but attnrb was built without the CUDA ops")
 
 
-def _load_into_torch(library: Path) -> None:
+def _load_into_torch(path: Path) -> None:
     import torch
 
     try:
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
-            f"attnrb's native library {library} does not load into torch {torch.__version__}: {error}. Build it again "
+            f"attnrb's native library {path} does not load into torch {torch.__version__}: {error}. Build it again "
             "here: run `pip install --force-reinstall --no-deps .` in attnrb's source tree."
         ) from error
 
 
-def _warn_of_driver(library: Path) -> None:
+def _warn_of_driver(path: Path) -> None:
     """Says at once what a driver older than the library's CUDA runtime would otherwise say at the first op."""
     import ctypes
     import warnings
 
-    problem = ctypes.CDLL(str(library)).attnrb_driver_problem
+    problem = ctypes.CDLL(str(path)).attnrb_driver_problem
     problem.restype = ctypes.c_char_p
     text = problem()
     if text is not None:
         warnings.warn(text.decode(), RuntimeWarning, stacklevel=2)
 
 
+def library() -> Path:
+    """Where the native library is. In an editable install it is not beside this file."""
+    return _place("libattnrb.so")
+
+
 def cuda_library() -> Path:
     """Where the CUDA ops are, if this attnrb was built with them."""
-    return _folder() / "libattnrb_cuda.so"
+    return _place("libattnrb_cuda.so")
 
 
 def has_cuda_ops() -> bool:
@@ -93,10 +97,10 @@ def library_kernels() -> list[str]:
     return [name for name, switch in switches.items() if getattr(torch.backends.cuda, switch)()]
 
 
-def _folder() -> Path:
-    # Beside the extension module, which in an editable install is not beside this file.
-    extension = importlib.util.find_spec("attnrb._C")
-    return Path(__file__ if extension is None or extension.origin is None else extension.origin).parent
+def _place(name: str) -> Path:
+    # Of the folders that the package is spread over: its sources, and in an editable install what was built.
+    places = [Path(folder, name) for folder in sys.modules["attnrb"].__path__]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 _load()

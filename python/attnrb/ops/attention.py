@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrb import _C
 from attnrb.decisions import tell
 from attnrb.ops import dense, training
 from attnrb.ops.edit import NO_EDIT, RULES, Attended, Edit, EditArguments, edit_arguments
 from attnrb.ops.everything import strengthened
+from attnrb.ops.library import outlier_capacity
 from attnrb.ops.operands import (
     check_gain_values,
     check_one_device,
@@ -280,7 +280,7 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
     emit, keys = options["emit"], key.shape[2] if table is None else table.shape[1] * key.shape[2]
     capacity = 0
     if emit is not None:
-        capacity = torch.sym_min(_C.outlier_capacity(emit), keys)  # type: ignore[no-untyped-call]
+        capacity = torch.sym_min(outlier_capacity(emit), keys)  # type: ignore[no-untyped-call]
     output = training.like_rows(query, value.shape[3]) if table is None else query.new_empty((*rows, value.shape[3]))
     return (
         output,

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnrb import _C
 from attnrb.decisions import tell
 from attnrb.ops.edit import RULES, EditArguments
+from attnrb.ops.library import outlier_capacity
 from attnrb.ops.operands import records_gradient, transformed
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import Scores, promoted
@@ -310,7 +310,7 @@ def _not_above(threshold: float) -> float:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capacity(threshold: float) -> int:
-    return _C.outlier_capacity(threshold)
+    return outlier_capacity(threshold)
 
 
 def outlier_mask(weights: Tensor, threshold: float, query_offset: int) -> Tensor:

