@@ -194,8 +194,8 @@ def test_a_broken_configuration_file(tmp_path: Path, text: str, error: type[Exce
 
 def test_layers_without_attention_are_left_out_unless_they_are_named() -> None:
     """What is named and turns out to have none is an error, which the patch raises at the first forward."""
-    shape = ModelShape(4, 2, (True, True, False, True))
-    assert [gain is None for gain in Rebalance().gain_rows(shape)] == [True, False, True, False]
+    shape = ModelShape(5, 2, (True, True, False, True, True))
+    assert [gain is None for gain in Rebalance().gain_rows(shape)] == [True, False, True, False, True]
     assert Rebalance(layers=[2, 3]).gain_rows(shape)[2] is not None
     assert Rebalance(heads={2: [0]}).gain_rows(shape)[2] is not None
     assert Rebalance(heads=[0]).gain_rows(shape)[2] is None

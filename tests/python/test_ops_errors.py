@@ -272,7 +272,7 @@ def test_visibility_refuses(arguments: dict[str, Any], exception: type[Exception
         Visibility(**arguments)
 
 
-_DENSE = ("batches differ", "widths differ", "sinks of another size", "mask that does not broadcast", "no width")
+_DENSE = ("batches differ", "widths differ", "sinks of another size", "mask that does not broadcast")
 
 
 @pytest.mark.parametrize("case", [*_DENSE, "H no multiple of Hk", "key_start of another size"])

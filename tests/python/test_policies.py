@@ -151,7 +151,6 @@ def test_what_is_no_policy_is_not_registered() -> None:
         ([1, 3], "1+3"),
         ([3, 2], "3+2"),
         ([4], "4"),
-        ([], "[]"),
         ([0.5, 1.0], "0.5+1"),
         (True, "true"),
         (None, "None"),

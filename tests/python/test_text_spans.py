@@ -165,7 +165,6 @@ def test_tokens_of_no_characters_belong_to_no_span() -> None:
     assert row.tokens_of(1, 5) == (1, 4)
     assert row.tokens_of(2, 8, whole=True) == (3, 6)
     assert row.tokens_of(2, 2, whole=True) is None
-    assert row.tokens_of(3, 3) is None
     cut = RowOffsets(row.starts, row.ends, np.array([[8, 8], [8, 9]]))
     assert not cut.is_cut(8, 8, whole=True)
     assert cut.is_cut(8, 9)
