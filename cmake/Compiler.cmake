@@ -27,10 +27,9 @@ if(ATTNRB_WERROR)
   target_compile_options(attnrb_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()
 if(ATTNRB_MANYLINUX)
-  # Templates that the standard library of a newer compiler would share are compiled in.
   target_compile_options(attnrb_options INTERFACE
     "SHELL:$<$<COMPILE_LANGUAGE:CXX>:-include ${PROJECT_SOURCE_DIR}/csrc/glibc_2_28.h>")
-  target_compile_definitions(attnrb_options INTERFACE ATTNRB_MANYLINUX _GLIBCXX_EXTERN_TEMPLATE=0)
+  target_compile_definitions(attnrb_options INTERFACE ATTNRB_MANYLINUX)
 endif()
 if(ATTNRB_SANITIZE)
   # Both halve the time of compiling. -g1: lines for the stack traces, no variables. Of a null pointer or an access beyond

@@ -3,6 +3,7 @@
 // which are torch.ops.attnrb.*, they are all that the library shows.
 #include <cstddef>
 #include <cstdint>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -14,6 +15,9 @@
 // The standard library's headers ask this variable of glibc 2.32 whether counts need no atomics. Here they always do.
 extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded;
 char __libc_single_threaded = 0;
+// Newer libraries have constructors of these that older ones had in the header. So they are compiled here, all of them.
+template class std::basic_ostringstream<char>;
+template class std::basic_stringstream<char>;
 #endif
 
 #define ATTNRB_EXPORT extern "C" __attribute__((visibility("default")))

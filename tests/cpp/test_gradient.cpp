@@ -157,6 +157,14 @@ TEST_P(GradientEdges, ColumnMeansAreOverAllThatSeeTheKey) {
   }
 }
 
+// The last sequence is padding alone: its rows begin and end behind the last key, where there is no column.
+TEST_P(GradientEdges, ASequenceOfPaddingHasNoColumns) {
+  AttentionCase attention = simple_case({2, 2, 1, 48, 48, 16, 16});
+  attention.key_start = {3, 48};
+  Random random(5);
+  expect_right(attention, random, true);
+}
+
 // Padding on both sides, hidden from everyone, and a query that sees nothing: NaN there changes no bit.
 TEST_P(GradientEdges, PaddingIsNeverRead) {
   for (const bool received : {false, true}) {

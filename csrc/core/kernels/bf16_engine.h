@@ -161,13 +161,14 @@ struct Bf16Dot : Bf16Probabilities {
       for (int c = 0; c < Chunks; ++c) {
         const int n = Whole ? chunk : int(columns - c * chunk);
         const __m512i even = load_halves(values + c * chunk, n);
-        // The probability behind the last key is zero, but there may be no row of values.
+        // Behind the last key there may be no row of values, nor a number for its probability.
         const __m512i odd = j + 1 < count ? load_halves(values + value_stride + c * chunk, n) : _mm512_setzero_si512();
         pair[2 * c] = _mm512_unpacklo_epi16(even, odd);
         pair[2 * c + 1] = _mm512_unpackhi_epi16(even, odd);
       }
       for (int r = 0; r < Rows; ++r) {
-        const __m512i p = Bf16Product::broadcast(probabilities + r * probability_stride + j);
+        const Probability* from = probabilities + r * probability_stride + j;
+        const __m512i p = j + 1 < count ? Bf16Product::broadcast(from) : _mm512_set1_epi32(from->bits);
         for (int v = 0; v < Vectors; ++v) sum[r][v] = Bf16Product::add(p, pair[v], sum[r][v]);
       }
     }
