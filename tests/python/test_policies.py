@@ -181,13 +181,13 @@ def test_composed_policies_that_do_not_fit_are_refused() -> None:
         Compose(Emphasis(), "sinks")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("first", "fits"), [((3, 3), True), ((3, 4), False), ((3, None), False)])
+@pytest.mark.parametrize(("first", "fits"), [((300, 300), True), ((300, 301), False), ((3, None), False)])
 @pytest.mark.parametrize("as_tensors", [False, True])
 def test_composed_biases_are_for_the_same_queries(first: tuple[int, int | None], fits: bool, as_tensors: bool) -> None:
     model, ids = tiny("llama"), tokens(1, 8)
 
     def of(query: int | None) -> Custom:
-        number = torch.tensor([query]) if as_tensors and query is not None else query
+        number = None if query is None else torch.tensor([query]) if as_tensors else int(str(query))
         return Custom(lambda view: Edit(key_bias=torch.full((1, 1, 4), 0.5), first_query=number), layers=(1,))
 
     with torch.no_grad(), attnrb.patch(model, Compose(*map(of, first))):

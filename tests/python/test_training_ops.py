@@ -237,16 +237,19 @@ class NoGradient(torch.autograd.Function):
         return None
 
 
-@pytest.mark.parametrize("op", ["source_attention", "rebalanced_attention", "received_attention", "attention"])
+@pytest.mark.parametrize("op", ["source", "rebalanced", "received", "attention", "older source", "older rebalanced"])
 @pytest.mark.autograd
 def test_an_undefined_gradient_stays_undefined(op: str) -> None:
     query, key, value = tensors(queries=9, keys=9)
-    outliers = outliers_of(query, key, value)
+    outliers, gain = outliers_of(query, key, value), torch.full((4,), 0.3)
+    older = (True, 0, 0, 0, None, None, None, 0.2, 0.0, None)
     results = {
-        "source_attention": lambda: functional.source_attention(query, key, value)[0],
-        "rebalanced_attention": lambda: functional.rebalanced_attention(query, key, value, outliers, 0.3),
-        "received_attention": lambda: functional.received_attention(query, key),
+        "source": lambda: functional.source_attention(query, key, value)[0],
+        "rebalanced": lambda: functional.rebalanced_attention(query, key, value, outliers, 0.3),
+        "received": lambda: functional.received_attention(query, key),
         "attention": lambda: functional.attention(query, key, value).output,
+        "older source": lambda: ops.source_attention(query, key, value, 0.01, *older)[0],
+        "older rebalanced": lambda: ops.rebalanced_attention(query, key, value, *outliers, gain, False, *older),
     }
     NoGradient.apply(results[op]()).sum().backward()  # type: ignore[no-untyped-call]
     assert query.grad is key.grad is value.grad is None

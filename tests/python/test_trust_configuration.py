@@ -276,15 +276,16 @@ def test_an_interrupt_leaves_nothing_behind(where: str, kept: bool) -> None:
     assert torch.equal(model(ids).logits, plain)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
 @pytest.mark.parametrize("removed", [False, True])
-def test_an_interrupt_within_an_early_exit_gives_the_layers_back(removed: bool) -> None:
+def test_an_interrupt_within_an_early_exit_gives_the_layers_back(removed: bool, number: int) -> None:
     model, ids = tiny("llama"), tokens(1, 9)
     calls = 0
 
     def interrupted(call: attnrb.AttentionCall) -> None:
         nonlocal calls
         calls += call.layer == 0
-        if calls == 2:
+        if calls == number:
             raise KeyboardInterrupt
 
     patched = attnrb.patch(model, POLICY, observer=interrupted)
