@@ -3,7 +3,8 @@
     python bench/python/bench_training.py [--quick] [--threads N] [--json FILE]
 
 Time: rebalanced_attention with its backward against scaled_dot_product_attention with its own, on the same inputs,
-after the gradients were checked against dense autograd in float64. Memory: the resident set's peak above the inputs
+after the gradients were checked against dense autograd in float64; minima of the rounds in which nothing slowed the
+machine down from outside, as in bench_attention.py. Memory: the resident set's peak above the inputs
 (Linux), each length in a process of its own; the exponent is the slope of a line through the logarithms, 1 for linear
 and 2 for an n-by-n matrix.
 """
@@ -81,14 +82,15 @@ def verify(dtype: Any) -> None:
 def measure(name: str, keys: int, seconds: float) -> dict[str, Any]:
     """Times of one dtype."""
     import torch
+    from roofline import product_probe
     from timing import interleaved
 
     dtype = getattr(torch, name)
     verify(dtype)
-    times = interleaved(steps(*operands(dtype, keys)), seconds=seconds, least=3)
-    ratio = times["attnrb"].median / times["sdpa"].median
+    times = interleaved(steps(*operands(dtype, keys)), seconds=seconds, least=3, probe=product_probe(dtype))
+    ratio = times["attnrb"].fastest / times["sdpa"].fastest
     # Seven products of M N D for each head, half of them hidden by the causal mask.
-    rate = 7 * keys * keys * WIDTH * HEADS / times["attnrb"].median / 1e9
+    rate = 7 * keys * keys * WIDTH * HEADS / times["attnrb"].fastest / 1e9
     return {
         "name": f"{name} n{keys}",
         "seconds": {who: asdict(taken) for who, taken in times.items()},
@@ -139,10 +141,12 @@ def main(arguments: list[str] | None = None) -> int:
         for name in BARS:
             result = measure(name, 512 if options.quick else 2048, options.seconds)
             results.append(result)
-            own, other = (result["seconds"][who]["median"] * 1e3 for who in ("attnrb", "sdpa"))
+            own, other = (result["seconds"][who]["fastest"] * 1e3 for who in ("attnrb", "sdpa"))
+            holds = "holds" if result["holds"] else "MISSED"
             print(
                 f"{result['name']}: attnrb {own:.0f} ms ({result['rate']:.0f} GFLOP/s), sdpa {other:.0f} ms, "
-                f"ratio {result['ratio']:.2f} (bar <= {result['at_most']}: {'holds' if result['holds'] else 'MISSED'})",
+                f"ratio {result['ratio']:.2f} (bar <= {result['at_most']}: {holds}), "
+                f"{result['seconds']['attnrb']['dropped']} rounds dropped",
                 flush=True,
             )
     if options.only != "time":

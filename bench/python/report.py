@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-_LAYOUT = "{:<38} {:>9} {:<17} {:>9} {:>7} {:>8}  {:<6} {:>15} {:>8} {:>6} {:>6}"
+_LAYOUT = "{:<38} {:>9} {:<17} {:>9} {:>7} {:>8}  {:<6} {:>15} {:>8} {:>6} {:>6} {:>8}"
 
 HEADER = _LAYOUT.format(
-    "case", "attnrb ms", "against", "its ms", "ratio", "bar", "holds", "rate", "limit", "share", "out/row"
+    "case", "attnrb ms", "against", "its ms", "ratio", "bar", "holds", "rate", "limit", "share", "out/row", "dropped"
 )
 
 
 def lines(result: dict[str, Any]) -> list[str]:
     """One line for each bar; what belongs to the case as a whole stands in the first."""
-    own = result["seconds"]["attnrb"]["median"]
+    own = result["seconds"]["attnrb"]
     table = []
     for index, bar in enumerate(result["bars"]):
         against = result["seconds"].get(bar["against"])
@@ -21,9 +21,9 @@ def lines(result: dict[str, Any]) -> list[str]:
         first = index == 0
         line = _LAYOUT.format(
             result["name"] if first else "",
-            _milliseconds(own) if first else "",
+            _milliseconds(own["fastest"]) if first else "",
             bar["against"],
-            _milliseconds(against["median"]) if against else "",
+            _milliseconds(against["fastest"]) if against else "",
             f"{bar['is']:.2f}",
             limit,
             "yes" if bar["holds"] else "NO",
@@ -31,6 +31,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"{result['limit']:.0f}" if first else "",
             f"{result['rate'] / result['limit']:.0%}" if first else "",
             f"{result['outliers_a_row']:.1f}" if first else "",
+            f"{own['dropped']}/{own['dropped'] + own['rounds']}" if first else "",
         )
         table.append(line.rstrip())
     return table

@@ -69,12 +69,14 @@ inline void multiply(int c, int a, int b) {
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(config) (static_cast<void>(config), emulation::configure())
 #define _tile_release() static_cast<void>(emulation::configured = false)
 #define _tile_loadd emulation::load
+#define _tile_stream_loadd emulation::load
 #define _tile_stored emulation::store
 #define _tile_zero(tile) static_cast<void>(emulation::configured_tile(tile) = emulation::Tile())
 #define _tile_dpbf16ps emulation::multiply

@@ -12,7 +12,7 @@ namespace {
 // Of what float32 may not see at all: any finite number does.
 constexpr double kAnything = 1e30;
 // A bias is added up over the rows of a tile in float32, over tiles in float64.
-constexpr int64_t kTileRows = 128;
+constexpr int64_t kTileRows = 256;
 
 // An error for each kind of kernels.
 struct Errors {
@@ -80,7 +80,7 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
   const Loaded values(problem.value, dtype, {shape.batch, shape.key_heads, keys, value_width});
   const Loaded upstreams(problem.grad_output, dtype, {shape.batch, shape.heads, shape.queries, value_width});
   const double cap = problem.scoring.softcap;
-  const double rounding = dtype == DType::bfloat16 ? tile_probability_rounding(dtype) : 0.0;
+  const double rounding = tile_probability_rounding(dtype), left_out = dtype == DType::float16 ? 0x1p-16 : 0.0;
   const double cuda_rounding = cuda_probability_rounding(dtype), least = dtype == DType::float16 ? 0x1p-25 : 0.0;
   std::vector<Sum> query(size_t(shape.batch * shape.heads * shape.queries * width));
   std::vector<Sum> key(size_t(shape.batch * shape.key_heads * keys * width));
@@ -127,7 +127,8 @@ GradientTruth gradient_truth(const GradientProblem& problem) {
             }
           }
           const double error = sum_error(value_width + 1) * size;
-          upstream.push_back({sum, {error, error, error + cut_off_error(value_width) * size}});
+          const double in_tiles = error + (received ? 0.0 : left_out * size);
+          upstream.push_back({sum, {error, in_tiles, error + cut_off_error(value_width) * size}});
         }
         if (received) {
           for (int64_t j = 0; j < keys; ++j) {

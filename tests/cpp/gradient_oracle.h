@@ -11,8 +11,9 @@
 //                  and with a softcap |P (w dW - delta)| times the slope's 2 |tanh| (W_i / cap + 4u) + 4u
 // Under rule rest (Note: [Gradients of shared rows]) the mean q of dW over the others errs as a sum of them does, a
 // ratio of masses as two weights, and terms that a difference takes apart count with the size of both. Sums over keys
-// or rows add the error of their length. Kernels that multiply in bfloat16 round P and dS to 2^-8, and CUDA's in
-// float16 to 2^-11 and there to 2^-25 at least.
+// or rows add the error of their length. Kernels that multiply in bfloat16 round P and dS to 2^-8; those that multiply
+// float16 in two halves leave 2^-16 of each product out of dW, and err by 2^-15 of P and dS. CUDA's round in float16 to
+// 2^-11 and there to 2^-25 at least.
 #pragma once
 
 #include <vector>

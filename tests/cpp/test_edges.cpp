@@ -1,6 +1,7 @@
 // What generated cases reach rarely or never: rows that see nothing, NaN and infinity, outlier rows that break the
 // rules.
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
@@ -54,6 +55,21 @@ TEST_P(Edges, ExpandedOperandsAreReadThroughZeroStrides) {
   ASSERT_EQ(kernels().attention(problem, test_pool(2), *scratch), Status::ok);
   int64_t ties = 0;
   EXPECT_TRUE(matches(kernels(), attention, truth, &ties));
+}
+
+// Blocks of rows may be larger there: several strips, the last of them cut short, over several blocks of keys.
+TEST_P(Edges, FarMoreKeysThanQueries) {
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16})
+    for (const Role role : {Role::source, Role::rebalanced}) {
+      AttentionCase attention = simple_case({1, 2, 1, 141, 600, 20, 36}, dtype);
+      attention.role = role;
+      Random random(4);
+      if (role == Role::rebalanced) add_outliers(attention, random, 9);
+      const AttentionTruth truth = attention_truth(attention.problem());
+      run_attention(kernels(), attention, 2);
+      int64_t ties = 0;
+      EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
+    }
 }
 
 TEST_P(Edges, LargeScoresDoNotOverflow) {
@@ -138,6 +154,29 @@ void check_poison(const Kernels& kernels, AttentionCase& attention, const Attent
           << "row " << row << ", column " << d << ": got " << got;
     }
   }
+}
+
+// Rounded by adding half a unit of bfloat16, a NaN whose bits are all ones would become a small number.
+TEST(EdgesOfNumbers, NaNStaysNaNWhateverItsBits) {
+  float poison;
+  const uint32_t bits = 0x7fffffffu;
+  std::memcpy(&poison, &bits, sizeof(poison));
+  for (const Kernels* kernels : edited_kernels())
+    for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16})
+      for (const int64_t queries : {1, 7, 70}) {
+        AttentionCase attention = simple_case(make_shape(1, 2, 1, queries, 300, 24), dtype);
+        attention.sinks = {poison, 0.5f};
+        SCOPED_TRACE(std::string(kernels->name) + ", " + attention.describe());
+        run_attention(*kernels, attention, 2);
+        for (int64_t i = 0; i < queries; ++i) {
+          EXPECT_TRUE(std::isnan(attention.lse[size_t(i)])) << i;
+          EXPECT_FALSE(std::isnan(attention.lse[size_t(queries + i)])) << i;
+          for (int64_t d = 0; d < 24; ++d) {
+            EXPECT_TRUE(std::isnan(attention.output.at(0, 0, i, d))) << i;
+            EXPECT_FALSE(std::isnan(attention.output.at(0, 1, i, d))) << i;
+          }
+        }
+      }
 }
 
 TEST_P(Edges, PoisonReachesOnlyTheRowsThatSeeIt) {

@@ -2,7 +2,7 @@
 #include "vec_avx512.h"
 
 #include "amx_engine.h"
-#include "bf16_gradient_engine.h"
+#include "amx_gradient_engine.h"
 #include "table.h"
 
 namespace attnrb {
@@ -16,14 +16,14 @@ template <>
 struct AmxChoice<bfloat16> {
   using Engine = AmxEngine<bfloat16>;
   using Dot = FloatDot<bfloat16>;
-  using GradientEngine = Bf16GradientEngine;
+  using GradientEngine = AmxGradientEngine<bfloat16>;
 };
 
 template <>
 struct AmxChoice<float16> {
   using Engine = AmxEngine<float16>;
   using Dot = FloatDot<float16>;
-  using GradientEngine = FloatGradientEngine<float16>;
+  using GradientEngine = AmxGradientEngine<float16>;
 };
 
 }  // namespace amx

@@ -1,63 +1,11 @@
-// Tile products on Intel AMX: 16 x 32 bfloat16 tiles, accumulated in float32.
-//
-// Note: [AMX tile layouts]
-// A product of tiles is C[16,16] += A[16 rows, 32] * B[32, 16 columns], where B is stored as 16 rows of 16 pairs: row p
-// holds the elements 2p and 2p+1 of every column side by side. Keys are packed so that a column is a key and a pair is
-// two neighbouring components; values so that a column is a component and a pair is two neighbouring keys. Queries and
-// probabilities are read row-major. Two row tiles times two column tiles keep four accumulators busy, so that each
-// loaded tile is used twice.
-//
-// Note: [float16 in two halves]
-// A float16 number has 11 significant bits, a bfloat16 number 8. x = high + low with high = bfloat16(x) and low the
-// rest, of at most 3 bits, is exact. x*y = high*high + high*low + low*high up to low*low, which is 2^-16 of the product
-// at most and is left out: three tile products give float16 inputs float32-like accuracy.
+// Tile products of the forward on Intel AMX (amx_tiles.h).
 #pragma once
 
-#include <type_traits>
-
-#include "bf16_pairs.h"
+#include "amx_tiles.h"
 #include "float_engine.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
-
-constexpr int64_t kTileElements = 512;  // 16 x 32 bfloat16, 1 KB
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Loads 32 components as bfloat16: the number itself, or the high or low half of a float16 one.
-template <int Plane>
-ATTNRB_INLINE __m512i load_plane(const bfloat16* p, int n) {
-  static_assert(Plane == 0, "bfloat16 has one plane");
-  return load_halves(p, n);
-}
-
-ATTNRB_INLINE Vec widen_low(__m512i pair) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(pair)), 16))};
-}
-ATTNRB_INLINE Vec widen_high(__m512i pair) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(pair, 1)), 16))};
-}
-
-// See Note: [float16 in two halves].
-template <int Plane>
-ATTNRB_INLINE __m512i split(Vec a, Vec b) {
-  const __m512i high = round_pair(a, b);
-  if (Plane == 0) return high;
-  return round_pair(a - widen_low(high), b - widen_high(high));
-}
-
-template <int Plane>
-ATTNRB_INLINE __m512i load_plane(const float16* p, int n) {
-  const __m512i halves = load_halves(p, n);
-  return split<Plane>(Vec{_mm512_cvtph_ps(_mm512_castsi512_si256(halves))},
-                      Vec{_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))});
-}
 
 // T is bfloat16 (one plane) or float16 (two planes, three products).
 template <class T>
@@ -91,11 +39,8 @@ struct AmxEngine {
   int64_t query_block_bytes() const { return planes * query_plane() * 2; }
   static constexpr int64_t probability_bytes() { return planes * probability_plane * 2; }
 
-  void start_worker() const {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  void stop_worker() const { _tile_release(); }
+  void start_worker() const { start_tiles(); }
+  void stop_worker() const { stop_tiles(); }
 
   // Tiles [block_keys / 16][columns / 32], see Note: [AMX tile layouts].
   template <class Rows>

@@ -8,17 +8,10 @@
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-struct Bf16GradientEngine {
+struct Bf16GradientEngine : PanelGradientEngine {
   using Input = bfloat16;
   static constexpr int chain = 128;
   static constexpr int exp2_degree = 4;
-  static constexpr int strip = 24;
-  static constexpr int block_rows = 96;
-  static constexpr int block_keys = 128;
-  static constexpr int key_granule = 32;
-  static constexpr int key_rows = 4;
-  static_assert(block_keys % Blocking::panel == 0 && strip % Blocking::rows == 0 && strip % 2 == 0,
-                "blocks hold whole tiles and pairs");
 
   static constexpr int64_t lanes(int64_t elements) { return (elements + 1) / 2; }
   static constexpr int64_t columns(int64_t width) { return round_up(width, Vec::width); }
@@ -76,9 +69,9 @@ struct Bf16GradientEngine {
     static constexpr int64_t lanes() { return 3 * plane; }
     explicit Weights(float* memory) : weights_(memory), gradients_(memory + plane), rows_(memory + 2 * plane) {}
 
-    void convert(const float* p, const float* ds, int64_t row, int64_t rows, int64_t first, int64_t last) const {
-      for (int64_t r = row; r < row + rows; r += 2) {
-        const float *even_p = p + r * block_keys, *even_ds = ds + r * block_keys;
+    void convert(const float* p, const float* ds, int64_t row, int64_t first, int64_t last) const {
+      for (int64_t r = row; r < row + strip; r += 2) {
+        const float *even_p = p + (r - row) * block_keys, *even_ds = ds + (r - row) * block_keys;
         for (int64_t j = first; j < last; j += 16) {
           store_pairs(weights_ + r / 2 * block_keys + j, even_p + j, even_p + block_keys + j);
           store_pairs(gradients_ + r / 2 * block_keys + j, even_ds + j, even_ds + block_keys + j);
@@ -112,9 +105,7 @@ struct Bf16GradientEngine {
 
   // Lane i becomes (even[i], odd[i]).
   static ATTNRB_INLINE void store_pairs(float* out, const float* even, const float* odd) {
-    alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(kPairs), narrow(even, odd)));
+    _mm512_storeu_si512(out, alternate(narrow(even, odd)));
   }
 
   // 32 components from d on; zeros beyond the width, and for a null row.

@@ -23,6 +23,13 @@ ATTNRB_INLINE __m512i load_halves(const T* p, int64_t column_stride, int n) {
 
 ATTNRB_INLINE __m512i round_pair(Vec a, Vec b) { return (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v); }
 
+// The first 16 halves and the last alternate: lane i becomes (half i, half 16 + i).
+ATTNRB_INLINE __m512i alternate(__m512i halves) {
+  alignas(64) static constexpr uint16_t kAlternate[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kAlternate), halves);
+}
+
 // Components of two rows side by side: `low` holds the pairs of the first 16, `high` those of the last.
 ATTNRB_INLINE void interleave(__m512i even, __m512i odd, __m512i& low, __m512i& high) {
   alignas(64) static constexpr uint16_t kInterleave[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,

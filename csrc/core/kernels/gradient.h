@@ -19,12 +19,14 @@
 
 #include <new>
 
+#include "gradient_operands.h"
 #include "gradient_scores.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-// Float sums of dQ take at most this much at a time, unless one batch element alone needs more.
+// Float sums of dQ, and rows that are packed once for all blocks of keys, take at most this much at a time, unless
+// those of one key head alone need more.
 constexpr int64_t kGradientBudget = int64_t(128) << 20;
 
 template <class Engine>
@@ -34,8 +36,9 @@ class Gradient : Driver<Gradient<Engine>> {
   using Base::note, Base::pool_;
   using Input = typename Engine::Input;
   static constexpr int64_t kRows = Engine::block_rows, kKeys = Engine::block_keys, kStrip = Engine::strip;
-  static constexpr int64_t kStrips = kRows / kStrip;
+  static constexpr int64_t kStrips = kRows / kStrip, kStripsAtOnce = Engine::strips_at_once;
   using Products = GradientProducts<Engine>;
+  using RowOperands = GradientRowOperands;
 
  public:
   Gradient(const GradientProblem& problem, const ThreadPool& pool, Scratch& scratch)
@@ -50,14 +53,16 @@ class Gradient : Driver<Gradient<Engine>> {
         row_blocks_((shape_.queries + kRows - 1) / kRows),
         key_blocks_((shape_.keys + kKeys - 1) / kKeys),
         query_columns_(Engine::columns(shape_.width)),
-        value_columns_(Engine::columns(shape_.value_width)) {}
+        value_columns_(Engine::columns(shape_.value_width)),
+        sum_rows_(Engine::whole_strips ? row_blocks_ * kRows : shape_.queries),
+        packed_(shape_, received()) {}
 
+  // In units: the heads that share a key head.
   Status run() {
-    const int64_t heads = shape_.batch * shape_.heads,
-                  element_bytes = shape_.heads * shape_.queries * query_columns_ * 4;
-    int64_t elements = kGradientBudget / (element_bytes > 0 ? element_bytes : 1);
-    elements = elements < 1 ? 1 : elements > shape_.batch ? shape_.batch : elements;
-    this->reserve_shared([&](Carver& carver) { carve_shared(carver, elements); });
+    const int64_t heads = shape_.batch * shape_.heads, units = shape_.batch * shape_.key_heads;
+    const int64_t unit_bytes = 4 * group_ * (sum_rows_ * query_columns_ + row_blocks_ * packed_.lanes());
+    const int64_t at_once = larger(smaller(kGradientBudget / larger(unit_bytes, int64_t(1)), units), int64_t(1));
+    this->reserve_shared([&](Carver& carver) { carve_shared(carver, at_once); });
     this->reserve_workers();
 
     for_each_task(pool_, heads * row_blocks_, [&](int64_t, int64_t task) {
@@ -69,21 +74,23 @@ class Gradient : Driver<Gradient<Engine>> {
       for_each_task(pool_, heads, [&](int64_t index, int64_t task) {
         data_.share(task / shape_.heads, task % shape_.heads, this->worker(index).all_bias);
       });
-    for (int64_t first = 0; first < shape_.batch; first += elements) {
-      const int64_t count = shape_.batch - first < elements ? shape_.batch - first : elements;
-      for_each_task(pool_, count * shape_.heads * row_blocks_, [&](int64_t, int64_t task) { clear(task); });
+    for (int64_t first = 0; first < units; first += at_once) {
+      const int64_t count = smaller(units - first, at_once), row_tasks = count * group_ * row_blocks_;
+      for_each_task(pool_, row_tasks, [&](int64_t index, int64_t task) {
+        clear(task);
+        if constexpr (Engine::packs_rows_once) pack_rows(this->worker(index), rows_of(first, task), task);
+      });
       if (received() || data_.parts()) {
         walk<Pass::deltas>(first, count);
-        for (int64_t i = 0; i < count * shape_.heads * row_blocks_; ++i) turns_[i].store(0, std::memory_order_relaxed);
+        for (int64_t i = 0; i < row_tasks; ++i) turns_[i].store(0, std::memory_order_relaxed);
       }
       if (data_.parts())
-        for_each_task(pool_, count * shape_.heads * row_blocks_, [&](int64_t, int64_t task) {
-          const int64_t head = task / row_blocks_, first_row = task % row_blocks_ * kRows;
-          data_.settle(first + head / shape_.heads, head % shape_.heads, first_row, row_end(first_row));
+        for_each_task(pool_, row_tasks, [&](int64_t, int64_t task) {
+          const RowBlock of = rows_of(first, task);
+          data_.settle(of.batch, of.head, of.first, row_end(of.first));
         });
       walk<Pass::gradients>(first, count);
-      for_each_task(pool_, count * shape_.heads * row_blocks_,
-                    [&](int64_t, int64_t task) { write_query_gradient(first, task); });
+      for_each_task(pool_, row_tasks, [&](int64_t, int64_t task) { write_query_gradient(rows_of(first, task), task); });
     }
     if (problem_.grad_sinks != nullptr)
       for_each_task(pool_, shape_.heads, [&](int64_t, int64_t head) { write_sink_gradient(head); });
@@ -98,7 +105,7 @@ class Gradient : Driver<Gradient<Engine>> {
 
   struct Worker {
     float *keys_across, *keys_along, *values_across;
-    float *query_rows, *query_along, *output_rows, *output_along;
+    RowOperands operands;
     float *scores, *products;
     float* weights;
     float *key_sums, *value_sums;
@@ -119,6 +126,17 @@ class Gradient : Driver<Gradient<Engine>> {
     bool finite;
   };
 
+  // A block of rows of one head.
+  struct RowBlock {
+    int64_t batch, head, first;
+  };
+  // Of a task among those of the units from `first_unit` on.
+  RowBlock rows_of(int64_t first_unit, int64_t task) const {
+    const int64_t unit = first_unit + task / row_blocks_ / group_;
+    return {unit / shape_.key_heads, unit % shape_.key_heads * group_ + task / row_blocks_ % group_,
+            task % row_blocks_ * kRows};
+  }
+
   static AttentionProblem row_problem(const GradientProblem& problem) {
     AttentionProblem rows;
     rows.shape = problem.shape;
@@ -135,10 +153,11 @@ class Gradient : Driver<Gradient<Engine>> {
   bool received() const { return problem_.grad_received != nullptr; }
   bool edits() const { return problem_.edit.indices != nullptr; }
 
-  void carve_shared(Carver& carver, int64_t elements) {
+  void carve_shared(Carver& carver, int64_t units) {
     const int64_t heads = shape_.batch * shape_.heads;
-    sums_ = carver.take<float>(elements * shape_.heads * shape_.queries * query_columns_);
-    turns_ = carver.take<std::atomic<int32_t>>(elements * shape_.heads * row_blocks_);
+    sums_ = carver.take<float>(units * group_ * sum_rows_ * query_columns_);
+    turns_ = carver.take<std::atomic<int32_t>>(units * group_ * row_blocks_);
+    if constexpr (Engine::packs_rows_once) all_rows_ = packed_.take(carver, units * group_ * row_blocks_);
     data_.carve(carver);
     gains_ = carver.take<double>(edits() ? key_blocks_ * heads : 0);
     biases_ = carver.take<double>(problem_.grad_bias != nullptr ? heads * shape_.keys : 0);
@@ -150,10 +169,7 @@ class Gradient : Driver<Gradient<Engine>> {
     worker.keys_across = carver.take<float>(Engine::across_lanes(kKeys, width));
     worker.keys_along = carver.take<float>(Engine::along_lanes(kKeys, width));
     worker.values_across = carver.take<float>(Engine::across_lanes(kKeys, value_width));
-    worker.query_rows = carver.take<float>(kRows * Engine::row_lanes(width));
-    worker.query_along = carver.take<float>(Engine::along_lanes(kRows, width));
-    worker.output_rows = carver.take<float>(kRows * Engine::row_lanes(value_width));
-    worker.output_along = carver.take<float>(Engine::along_lanes(kRows, value_width));
+    worker.operands = Engine::packs_rows_once ? RowOperands() : packed_.take(carver, 1);
     worker.scores = carver.take<float>(kRows * kKeys);
     worker.products = carver.take<float>(kRows * kKeys);
     worker.weights = carver.take<float>(Engine::Weights::lanes());
@@ -161,7 +177,7 @@ class Gradient : Driver<Gradient<Engine>> {
     worker.value_sums = carver.take<float>(kKeys * value_columns_);
     worker.deltas = carver.take<float>(kRows);
     worker.rests = carver.take<RestSums>(kRows);
-    worker.shares = carver.take<float>(kKeys);
+    worker.shares = carver.take<float>(Engine::Places::place(kKeys));
     worker.rows = carver.take<Row>(kRows);
     worker.queries = carver.take<const Input*>(kKeys > kRows ? kKeys : kRows);
     worker.outputs = carver.take<const Input*>(kKeys > kRows ? kKeys : kRows);
@@ -176,34 +192,60 @@ class Gradient : Driver<Gradient<Engine>> {
 
   int64_t row_end(int64_t first) const { return first + kRows < shape_.queries ? first + kRows : shape_.queries; }
 
+  // Sums of a block of rows.
+  float* row_sums(int64_t task) const {
+    return sums_ + (task / row_blocks_ * sum_rows_ + task % row_blocks_ * kRows) * query_columns_;
+  }
+
   void clear(int64_t task) {
     new (&turns_[task]) std::atomic<int32_t>(0);
-    const int64_t first = task % row_blocks_ * kRows, left = shape_.queries - first, rows = left < kRows ? left : kRows;
-    float* sums = sums_ + (task / row_blocks_ * shape_.queries + first) * query_columns_;
+    float* const sums = row_sums(task);
+    const int64_t rows = smaller(sum_rows_ - task % row_blocks_ * kRows, kRows);
     for (int64_t i = 0; i < rows * query_columns_; ++i) sums[i] = 0.0f;
+  }
+
+  // Operands of a block of rows, for all blocks of keys: rows that have no part in any gradient are zeros.
+  void pack_rows(const Worker& worker, const RowBlock& of, int64_t task) const {
+    const RowOperands to = packed_.of_block(all_rows_, task);
+    const int64_t rows = row_end(of.first) - of.first, padded = round_up(rows, kStrip);
+    const int64_t first_row = (of.batch * shape_.heads + of.head) * shape_.queries + of.first;
+    for (int64_t r = 0; r < padded; ++r) {
+      const bool active = r < rows && data_.active(first_row + r);
+      worker.queries[r] = active ? row_of<Input>(problem_.query, of.batch, of.head, of.first + r) : nullptr;
+      worker.outputs[r] =
+          active && !received() ? row_of<Input>(problem_.grad_output, of.batch, of.head, of.first + r) : nullptr;
+    }
+    const int64_t query_stride = problem_.query.strides[3], output_stride = problem_.grad_output.strides[3];
+    Engine::pack_rows(to.query_rows, worker.queries, padded, query_stride, shape_.width, rules_.query_factor());
+    Engine::template pack_down<kRows>(to.query_along, worker.queries, padded, query_stride, shape_.width);
+    if (received()) return;
+    Engine::pack_rows(to.output_rows, worker.outputs, padded, output_stride, shape_.value_width, 1.0f);
+    Engine::template pack_down<kRows>(to.output_along, worker.outputs, padded, output_stride, shape_.value_width);
   }
 
   // ------------------------------------------------------------------------------------------------ blocks of keys
 
   template <Pass pass>
-  void walk(int64_t first_batch, int64_t count) {
+  void walk(int64_t first_unit, int64_t count) {
     // Under a causal mask the first keys are seen by the most queries: their blocks come first.
-    const int64_t heads = count * shape_.key_heads;
-    for_each_task(pool_, key_blocks_ * heads, [&](int64_t worker, int64_t task) {
+    for_each_task(pool_, key_blocks_ * count, [&](int64_t worker, int64_t task) {
+      const int64_t own = task % count, unit = first_unit + own;
       Block block;
-      block.index = task / heads;
-      block.batch = first_batch + task % heads / shape_.key_heads;
-      block.key_head = task % shape_.key_heads;
+      block.index = task / count;
+      block.batch = unit / shape_.key_heads;
+      block.key_head = unit % shape_.key_heads;
       block.key = block.index * kKeys;
       block.count = shape_.keys - block.key < kKeys ? shape_.keys - block.key : kKeys;
-      walk_block<pass>(first_batch, worker, block);
+      walk_block<pass>(own * group_ * row_blocks_, worker, block);
     });
   }
 
+  // `first_task` is that of the unit's first block of rows.
   template <Pass pass>
-  void walk_block(int64_t first_batch, int64_t worker_index, Block& block) {
+  void walk_block(int64_t first_task, int64_t worker_index, Block& block) {
     const FlushSubnormals flush;
     const Worker worker = this->worker(worker_index);
+    Engine::start_worker();
     pack_block<pass>(worker, block);
     for (int64_t i = 0; i < kKeys * query_columns_; ++i) worker.key_sums[i] = 0.0f;
     for (int64_t i = 0; i < kKeys * value_columns_; ++i) worker.value_sums[i] = 0.0f;
@@ -211,7 +253,7 @@ class Gradient : Driver<Gradient<Engine>> {
       const int64_t head = block.key_head * group_ + g;
       if (received())
         for (int64_t j = 0; j < kKeys; ++j)
-          worker.shares[j] =
+          worker.shares[Engine::Places::place(j)] =
               j < block.count ? data_.shares[(block.batch * shape_.heads + head) * shape_.keys + block.key + j] : 0.0f;
       double gain = 0.0;
       if (rules_.bias.any()) *worker.bias = rules_.bias.block(block.batch, head, block.key, kKeys, worker.bias_values);
@@ -220,10 +262,8 @@ class Gradient : Driver<Gradient<Engine>> {
         const int64_t first = row_block * kRows, left = shape_.queries - first, rows = left < kRows ? left : kRows;
         const Interval seen = visible_interval(problem_.visibility, block.batch, first, first + rows, shape_.keys);
         if (block.key >= seen.high || block.key + block.count <= seen.low) continue;
-        const int64_t turn = ((block.batch - first_batch) * shape_.heads + head) * row_blocks_ + row_block;
-        float* sums =
-            sums_ + (((block.batch - first_batch) * shape_.heads + head) * shape_.queries + first) * query_columns_;
-        tile<pass>(worker, block, head, first, rows, turns_[turn], int32_t(block.index - seen.low / kKeys), sums, gain);
+        tile<pass>(worker, block, head, first, rows, first_task + g * row_blocks_ + row_block,
+                   int32_t(block.index - seen.low / kKeys), gain);
       }
       if (pass == Pass::gradients && edits())
         gains_[(block.index * shape_.batch + block.batch) * shape_.heads + head] = gain;
@@ -231,6 +271,7 @@ class Gradient : Driver<Gradient<Engine>> {
         for (int64_t j = 0; j < block.count; ++j)
           biases_[(block.batch * shape_.heads + head) * shape_.keys + block.key + j] = worker.bias_totals[j];
     }
+    Engine::stop_worker();
     if (pass == Pass::deltas) return;
     write_block(problem_.grad_key, block, worker.key_sums, query_columns_, shape_.width, problem_.scoring.scale);
     if (!received())
@@ -289,14 +330,17 @@ class Gradient : Driver<Gradient<Engine>> {
                    int64_t width, float factor) const {
     const int64_t* s = target.strides;
     Input* out = static_cast<Input*>(target.data) + block.batch * s[0] + block.key_head * s[1] + block.key * s[2];
-    for (int64_t j = 0; j < block.count; ++j) write_scaled(out + j * s[2], sums + j * columns, width, factor);
+    Products::write_keys(out, s[2], block.count, sums, columns, width, factor);
   }
 
   // ------------------------------------------------------------------------------------------------ tiles
 
   template <Pass pass>
-  void tile(const Worker& worker, const Block& block, int64_t head, int64_t first_query, int64_t rows,
-            std::atomic<int32_t>& turn, int32_t my_turn, float* query_sums, double& gain) {
+  void tile(const Worker& worker, const Block& block, int64_t head, int64_t first_query, int64_t rows, int64_t task,
+            int32_t my_turn, double& gain) {
+    std::atomic<int32_t>& turn = turns_[task];
+    float* const query_sums = row_sums(task);
+    const RowOperands operands = Engine::packs_rows_once ? packed_.of_block(all_rows_, task) : worker.operands;
     const int64_t strips = (rows + kStrip - 1) / kStrip;
     const int64_t first_row = (block.batch * shape_.heads + head) * shape_.queries + first_query;
     bool finite = block.finite;
@@ -307,6 +351,7 @@ class Gradient : Driver<Gradient<Engine>> {
       worker.rests[r] = RestSums();
       if (r >= rows || !data_.active(first_row + r)) continue;
       rules_.start(row, block.batch, head, first_query + r, worker.bias);
+      scores_.prefetch(block.batch, head, first_query + r);
       worker.queries[r] = row_of<Input>(problem_.query, block.batch, head, first_query + r);
       if (!received()) worker.outputs[r] = row_of<Input>(problem_.grad_output, block.batch, head, first_query + r);
       finite = finite && data_.finite(first_row + r);
@@ -321,37 +366,36 @@ class Gradient : Driver<Gradient<Engine>> {
     const bool careful = partial && !finite;
     const typename Engine::Weights weights(worker.weights);
     if (any) {
-      Engine::pack_rows(worker.query_rows, worker.queries, strips * kStrip, problem_.query.strides[3], shape_.width,
-                        rules_.query_factor());
-      Products::multiply_rows(worker.query_rows, worker.keys_across, shape_.width, ranges, strips, worker.scores);
-      if (!received()) {
-        Engine::pack_rows(worker.output_rows, worker.outputs, strips * kStrip, problem_.grad_output.strides[3],
-                          shape_.value_width, 1.0f);
-        Products::multiply_rows(worker.output_rows, worker.values_across, shape_.value_width, ranges, strips,
-                                worker.products);
-      }
       if (rules_.bias.any())
         for (int64_t j = 0; j < kKeys; ++j) worker.bias_sums[j] = 0.0f;
-      for (int64_t s = 0; s < strips; ++s) {
-        if (ranges[s].empty()) continue;
-        for (int64_t r = s * kStrip; r < (s + 1) * kStrip; ++r)
-          differentiate<pass>(worker, block, r, head, first_query + r, first_row + r, ranges[s], gain);
-        if (pass == Pass::gradients && !careful)
-          weights.convert(worker.scores, worker.products, s * kStrip, kStrip, ranges[s].first, ranges[s].last);
+      for (int64_t first = 0; first < strips; first += kStripsAtOnce) {
+        const int64_t end = smaller(first + kStripsAtOnce, strips), at = careful ? first : first % kStripsAtOnce;
+        multiply_rows(worker, operands, ranges + first, first, end - first, at * kStrip * kKeys);
+        for (int64_t s = first; s < end; ++s) {
+          if (ranges[s].empty()) continue;
+          float *scores = worker.scores + (at + s - first) * kStrip * kKeys,
+                *products = worker.products + (at + s - first) * kStrip * kKeys;
+          for (int64_t r = 0; r < kStrip; ++r)
+            differentiate<pass>(worker, block, s * kStrip + r, head, first_query, first_row, ranges[s],
+                                scores + Engine::score_row(r), products + Engine::score_row(r), gain);
+          if (pass == Pass::gradients && !careful)
+            weights.convert(scores, products, s * kStrip, ranges[s].first, ranges[s].last);
+        }
       }
     }
     if (pass == Pass::gradients && any && !careful) {
       if (!received()) {
-        Engine::template pack_along<kRows>(worker.output_along, worker.outputs, strips * kStrip,
-                                           problem_.grad_output.strides[3], shape_.value_width);
-        Products::multiply_down([&](int64_t row, int64_t key) { return weights.weights_down(worker.scores, row, key); },
-                                worker.output_along, value_columns_, ranges, strips, worker.value_sums);
+        if constexpr (!Engine::packs_rows_once)
+          Engine::template pack_along<kRows>(operands.output_along, worker.outputs, strips * kStrip,
+                                             problem_.grad_output.strides[3], shape_.value_width);
+        Products::add_values(worker.scores, weights, operands.output_along, value_columns_, ranges, strips,
+                             worker.value_sums);
       }
-      Engine::template pack_along<kRows>(worker.query_along, worker.queries, strips * kStrip, problem_.query.strides[3],
-                                         shape_.width);
-      Products::multiply_down(
-          [&](int64_t row, int64_t key) { return weights.gradients_down(worker.products, row, key); },
-          worker.query_along, query_columns_, ranges, strips, worker.key_sums);
+      if constexpr (!Engine::packs_rows_once)
+        Engine::template pack_along<kRows>(operands.query_along, worker.queries, strips * kStrip,
+                                           problem_.query.strides[3], shape_.width);
+      Products::add_keys(worker.products, weights, operands.query_along, query_columns_, ranges, strips,
+                         worker.key_sums);
     }
     if (any && rules_.bias.any())
       for (int64_t j = 0; j < kKeys; ++j) worker.bias_totals[j] += double(worker.bias_sums[j]);
@@ -361,10 +405,25 @@ class Gradient : Driver<Gradient<Engine>> {
       if (careful)
         multiply_visible(worker, block, rows, ranges, query_sums);
       else
-        Products::multiply_gradients(worker.products, weights, worker.keys_along, query_columns_, ranges, rows,
-                                     query_sums);
+        Products::add_rows(worker.products, weights, worker.keys_along, query_columns_, ranges, rows, query_sums);
     }
     turn.store(my_turn + 1, std::memory_order_release);
+  }
+
+  // Scores of `count` strips from the one that `first` is, and gradients of their weights, to where `to` says.
+  void multiply_rows(const Worker& worker, const RowOperands& operands, const KeyRange* ranges, int64_t first,
+                     int64_t count, int64_t to) const {
+    const Input** rows = worker.queries + first * kStrip;
+    float* packed = operands.query_rows + first * kStrip * Engine::row_lanes(shape_.width);
+    if constexpr (!Engine::packs_rows_once)
+      Engine::pack_rows(packed, rows, count * kStrip, problem_.query.strides[3], shape_.width, rules_.query_factor());
+    Products::multiply_rows(packed, worker.keys_across, shape_.width, ranges, count, worker.scores + to);
+    if (received()) return;
+    rows = worker.outputs + first * kStrip;
+    packed = operands.output_rows + first * kStrip * Engine::row_lanes(shape_.value_width);
+    if constexpr (!Engine::packs_rows_once)
+      Engine::pack_rows(packed, rows, count * kStrip, problem_.grad_output.strides[3], shape_.value_width, 1.0f);
+    Products::multiply_rows(packed, worker.values_across, shape_.value_width, ranges, count, worker.products + to);
   }
 
   void add_deltas(const Worker& worker, int64_t first_row, int64_t rows) {
@@ -402,36 +461,39 @@ class Gradient : Driver<Gradient<Engine>> {
   // their product is NaN.
   void multiply_visible(const Worker& worker, const Block& block, int64_t rows, const KeyRange* ranges,
                         float* query_sums) const {
-    const auto add = [](float* sums, float factor, const Input* row, int64_t stride, int64_t width) {
-      for (int64_t d = 0; d < width; ++d) sums[d] += factor * to_float(row[d * stride]);
+    const auto add = [](float* sums, auto&& place, float factor, const Input* row, int64_t stride, int64_t width) {
+      for (int64_t d = 0; d < width; ++d) sums[place(d)] += factor * to_float(row[d * stride]);
     };
     for (int64_t r = 0; r < rows; ++r) {
       const KeyRange& range = ranges[r / kStrip];
       for (int64_t j = range.first; j < range.last && j < block.count; ++j) {
         if (worker.queries[r] == nullptr || !rules_.visible(worker.rows[r], block.key + j)) continue;
-        const float weight = worker.scores[r * kKeys + j], gradient = worker.products[r * kKeys + j];
+        const int64_t at = r / kStrip * kStrip * kKeys + Engine::score_row(r % kStrip) + Engine::Places::place(j);
+        const float weight = worker.scores[at], gradient = worker.products[at];
+        const auto of_key = [&](int64_t d) { return Engine::key_place(j, d, query_columns_); };
+        const auto of_value = [&](int64_t d) { return Engine::key_place(j, d, value_columns_); };
+        const auto of_row = [&](int64_t d) { return Engine::row_place(r, d, query_columns_); };
         if (!received())
-          add(worker.value_sums + j * value_columns_, weight, worker.outputs[r], problem_.grad_output.strides[3],
+          add(worker.value_sums, of_value, weight, worker.outputs[r], problem_.grad_output.strides[3],
               shape_.value_width);
-        add(worker.key_sums + j * query_columns_, gradient, worker.queries[r], problem_.query.strides[3], shape_.width);
-        add(query_sums + r * query_columns_, gradient,
-            problem_.key.template row<Input>(block.batch, block.key_head, block.key + j), problem_.key.column_stride(),
-            shape_.width);
+        add(worker.key_sums, of_key, gradient, worker.queries[r], problem_.query.strides[3], shape_.width);
+        add(query_sums, of_row, gradient, problem_.key.template row<Input>(block.batch, block.key_head, block.key + j),
+            problem_.key.column_stride(), shape_.width);
       }
     }
   }
 
   // One row of a tile: in place, scores become weights and gradients of weights become gradients of scores.
   template <Pass pass>
-  void differentiate(const Worker& worker, const Block& block, int64_t r, int64_t head, int64_t query, int64_t index,
-                     const KeyRange& range, double& gain) const {
-    float *scores = worker.scores + r * kKeys, *products = worker.products + r * kKeys;
+  void differentiate(const Worker& worker, const Block& block, int64_t r, int64_t head, int64_t first_query,
+                     int64_t first_row, const KeyRange& range, float* scores, float* products, double& gain) const {
     if (worker.queries[r] == nullptr) {
-      for (int64_t j = range.first; j < range.last; ++j) scores[j] = products[j] = 0.0f;
+      for (int64_t j = range.first; j < range.last; ++j)
+        scores[Engine::Places::place(j)] = products[Engine::Places::place(j)] = 0.0f;
       return;
     }
-    const TileRow tile{worker.rows[r],  block.batch, head,   query,    index,
-                       block.key,       range,       scores, products, received() ? worker.shares : products,
+    const TileRow tile{worker.rows[r],  block.batch, head,   first_query + r, first_row + r,
+                       block.key,       range,       scores, products,        received() ? worker.shares : products,
                        worker.bias_sums};
     TileMarks marks = worker.marks;
     if (pass == Pass::gradients)
@@ -444,16 +506,12 @@ class Gradient : Driver<Gradient<Engine>> {
 
   // ------------------------------------------------------------------------------------------------ results
 
-  void write_query_gradient(int64_t first_batch, int64_t task) const {
+  void write_query_gradient(const RowBlock& of, int64_t task) const {
     const FlushSubnormals flush;
-    const int64_t head = task / row_blocks_ % shape_.heads, element = task / row_blocks_ / shape_.heads;
-    const int64_t first = task % row_blocks_ * kRows, left = shape_.queries - first, rows = left < kRows ? left : kRows;
-    const float* sums = sums_ + (task / row_blocks_ * shape_.queries + first) * query_columns_;
     const int64_t* s = problem_.grad_query.strides;
-    Input* out =
-        static_cast<Input*>(problem_.grad_query.data) + (first_batch + element) * s[0] + head * s[1] + first * s[2];
-    for (int64_t r = 0; r < rows; ++r)
-      write_scaled(out + r * s[2], sums + r * query_columns_, shape_.width, problem_.scoring.scale);
+    Input* out = static_cast<Input*>(problem_.grad_query.data) + of.batch * s[0] + of.head * s[1] + of.first * s[2];
+    Products::write_rows(out, s[2], row_end(of.first) - of.first, row_sums(task), query_columns_, shape_.width,
+                         problem_.scoring.scale);
   }
 
   void write_sink_gradient(int64_t head) const {
@@ -500,7 +558,9 @@ class Gradient : Driver<Gradient<Engine>> {
   const RowRules rules_;
   GradientRows<Input> data_;
   const GradientScores<Engine> scores_;
-  const int64_t group_, row_blocks_, key_blocks_, query_columns_, value_columns_;
+  const int64_t group_, row_blocks_, key_blocks_, query_columns_, value_columns_, sum_rows_;
+  const PackedGradientRows<Engine> packed_;
+  RowOperands all_rows_{};  // where they are packed once
   float* sums_ = nullptr;
   std::atomic<int32_t>* turns_ = nullptr;
   double* gains_ = nullptr;   // [key block, B, H]

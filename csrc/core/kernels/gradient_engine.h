@@ -58,18 +58,35 @@ ATTNRB_INLINE void multiply_columns(const float* a, int64_t a_stride, const floa
     multiply_lanes<Engine, Rows, 1, Transposed, Accumulate>(a, a_stride, b, c, c_stride, depth);
 }
 
+// What engines that read panels share: sizes, and scores and sums that lie row by row.
+struct PanelGradientEngine {
+  static constexpr int strip = 24;                           // query rows that share a range of keys
+  static constexpr int block_rows = 96;                      // query rows of a tile
+  static constexpr int block_keys = 128;                     // keys of a tile
+  static constexpr int strips_at_once = block_rows / strip;  // strips of a tile whose scores are made in one go
+  static constexpr bool packs_rows_once = false;             // or for each tile
+  static constexpr bool whole_strips = false;                // whether sums have rows for all rows of a strip
+  static constexpr int key_granule = 2 * Vec::width;
+  static constexpr int key_rows = 4;  // keys multiplied at a time where they are the rows
+  static_assert(block_keys % Blocking::panel == 0 && strip % Blocking::rows == 0 && strip % 2 == 0 &&
+                    key_granule % key_rows == 0,
+                "blocks hold whole tiles and pairs");
+
+  using Places = InOrder;
+  static constexpr int64_t score_row(int64_t r) { return r * block_keys; }
+  // Where sums of a query row lie, and those of a key.
+  static constexpr int64_t row_place(int64_t r, int64_t d, int64_t columns) { return r * columns + d; }
+  static constexpr int64_t key_place(int64_t j, int64_t d, int64_t columns) { return j * columns + d; }
+
+  static void start_worker() {}
+  static void stop_worker() {}
+};
+
 template <class T>
-struct FloatGradientEngine {
+struct FloatGradientEngine : PanelGradientEngine {
   using Input = T;
   static constexpr int chain = 32;  // lanes of a score that are summed in one go, see float_engine.h
   static constexpr int exp2_degree = 6;
-  static constexpr int strip = 24;        // query rows that share a range of keys
-  static constexpr int block_rows = 96;   // query rows of a tile
-  static constexpr int block_keys = 128;  // keys of a tile
-  static constexpr int key_granule = 2 * Vec::width;
-  static constexpr int key_rows = 4;  // keys multiplied at a time where they are the rows
-  static_assert(block_keys % Blocking::panel == 0 && strip % Blocking::rows == 0 && key_granule % key_rows == 0,
-                "blocks hold whole tiles");
 
   static constexpr int64_t lanes(int64_t elements) { return elements; }
   // A vector of columns read `along`, and rows of that many.
@@ -126,8 +143,8 @@ struct FloatGradientEngine {
     static constexpr int64_t lanes() { return 0; }
     explicit Weights(float* /*memory*/) {}
 
-    void convert(const float* /*p*/, const float* /*ds*/, int64_t /*row*/, int64_t /*rows*/, int64_t /*first*/,
-                 int64_t /*last*/) const {}
+    // Of the strip from `row` on, which begins at p and ds.
+    void convert(const float* /*p*/, const float* /*ds*/, int64_t /*row*/, int64_t /*first*/, int64_t /*last*/) const {}
     // Transposed left-hand sides, from a row and a key on: keys are neighbours, summed lanes block_keys apart.
     const float* weights_down(const float* p, int64_t row, int64_t key) const { return p + row * block_keys + key; }
     const float* gradients_down(const float* ds, int64_t row, int64_t key) const { return ds + row * block_keys + key; }

@@ -18,13 +18,13 @@ namespace ATTNRB_ISA {
 
 // Outliers of one row in a tile, with what the dense pass overwrites.
 struct TileMarks {
-  int32_t* places;
+  int32_t* keys;
   float *weight_gradients, *slopes, *scores;
   int32_t count;
 
   static TileMarks carve(Carver& carver, int64_t keys) {
     TileMarks marks{};
-    marks.places = carver.take<int32_t>(keys);
+    marks.keys = carver.take<int32_t>(keys);
     marks.weight_gradients = carver.take<float>(keys);
     marks.slopes = carver.take<float>(keys);
     marks.scores = carver.take<float>(keys);
@@ -32,7 +32,8 @@ struct TileMarks {
   }
 };
 
-// A row of a tile. Numbers of keys are counted from the first key of the tile.
+// A row of a tile. Numbers of keys are counted from the first key of the tile; scores lie where Engine::Places says, a
+// vector of them in order, and whole groups of key_granule keys one behind the other.
 struct TileRow {
   const Row& row;
   int64_t batch, head, query;
@@ -47,10 +48,17 @@ struct TileRow {
 template <class Engine>
 class GradientScores {
   using Input = typename Engine::Input;
+  using Places = typename Engine::Places;
 
  public:
   GradientScores(const GradientProblem& problem, const RowRules& rules, const GradientRows<Input>& data)
       : problem_(problem), rules_(rules), data_(data) {}
+
+  // Asks for the outliers that a row's tile is going to read.
+  ATTNRB_INLINE void prefetch(int64_t batch, int64_t head, int64_t query) const {
+    const Edit& edit = problem_.edit;
+    if (edit.indices != nullptr) __builtin_prefetch(edit.indices + list_of(batch, head, query) * edit.capacity);
+  }
 
   // Returns the row's share of the gain's gradient.
   double differentiate(const TileRow& tile, TileMarks& marks) const {
@@ -71,7 +79,7 @@ class GradientScores {
     hide(tile);
     Vec sum = Vec::zero();
     for_weights(tile, [&](int64_t j, Vec weight, typename Vec::Mask hidden) {
-      sum = sum + Vec::select(hidden, Vec::zero(), weight * Vec::load(tile.weight_gradients + j));
+      sum = sum + Vec::select(hidden, Vec::zero(), weight * Vec::load(tile.weight_gradients + Places::place(j)));
     });
     return sum.sum();
   }
@@ -84,7 +92,8 @@ class GradientScores {
     Vec mass = Vec::zero(), product = Vec::zero();
     for_weights(tile, [&](int64_t j, Vec weight, typename Vec::Mask hidden) {
       mass = mass + Vec::select(hidden, Vec::zero(), weight);
-      product = product + Vec::select(hidden, Vec::zero(), weight * Vec::load(tile.weight_gradients + j));
+      const Vec upstream = Vec::load(tile.weight_gradients + Places::place(j));
+      product = product + Vec::select(hidden, Vec::zero(), weight * upstream);
     });
     float marked = 0.0f;
     for (int32_t c = 0; c < marks.count; ++c) marked += marked_weight(tile, marks.scores[c]);
@@ -92,11 +101,16 @@ class GradientScores {
   }
 
  private:
+  int64_t list_of(int64_t batch, int64_t head, int64_t query) const {
+    return problem_.edit.list(problem_.shape.heads, problem_.shape.queries, batch, head, query);
+  }
+
   void hide(const TileRow& tile) const {
     const int64_t first = tile.range.first, count = tile.range.last - first;
-    rules_.cap(tile.scores + first, count);
+    float* const scores = tile.scores + Places::place(first);
+    rules_.template cap<Places>(scores, count);
     if (tile.range.partial || RowRules::removes(tile.row))
-      rules_.hide(tile.row, tile.scores + first, tile.key + first, count, count);
+      rules_.template hide<Places>(tile.row, scores, tile.key + first, count, count);
   }
 
   // Calls each(j, weights, mask of those that the row does not see).
@@ -106,7 +120,7 @@ class GradientScores {
     const Vec rest = Vec::set(data_.references[2 * tile.index + 1]), factor = Vec::set(rules_.score_factor());
     const float* bias = tile.row.bias != nullptr ? tile.row.bias->values : nullptr;
     for (int64_t j = tile.range.first; j < tile.range.last; j += Vec::width) {
-      const Vec score = Vec::load(tile.scores + j);
+      const Vec score = Vec::load(tile.scores + Places::place(j));
       const Vec biased = bias != nullptr ? Vec::fma(score, factor, Vec::load(bias + j)) : score;
       const Vec exponent = Vec::fms(biased, to_log2, reference) - rest;
       each(j, exp2<Engine::exp2_degree>(Vec::max(Vec::set(-200.0f), exponent)),
@@ -138,12 +152,13 @@ class GradientScores {
     const Vec factor = Vec::set(Biased ? rules_.score_factor() : 1.0f);
     const Vec share = Vec::set(Shares ? data_.shared[index].factor : 1.0f);
     for (int64_t j = tile.range.first; j < tile.range.last; j += Vec::width) {
-      const Vec score = Vec::load(scores + j);
+      const int64_t at = Places::place(j);
+      const Vec score = Vec::load(scores + at);
       Vec biased = score;
       if constexpr (Biased) biased = Vec::fma(score, factor, Vec::load(tile.row.bias->values + j));
       const Vec exponent = Vec::fms(biased, to_log2, reference) - rest;
       Vec weight = exp2<Engine::exp2_degree>(Partial ? Vec::max(Vec::set(-200.0f), exponent) : exponent);
-      const Vec upstream = Vec::load(tile.weight_gradients + j);
+      const Vec upstream = Vec::load(tile.weight_gradients + at);
       Vec gradient = weight * (Shares ? Vec::fms(upstream, share, delta) : upstream - delta);
       if (Shares) weight = weight * share;
       const typename Vec::Mask hidden = Vec::greater_equal(Vec::set(-kInfinity), score);
@@ -159,15 +174,15 @@ class GradientScores {
         weight = Vec::select(hidden, Vec::zero(), weight);
         gradient = Vec::select(hidden, Vec::zero(), gradient);
       }
-      weight.store(scores + j);
-      gradient.store(products + j);
+      weight.store(scores + at);
+      gradient.store(products + at);
     }
   }
 
   // Notes the row's outliers in this tile. `lifts`: they are none of the others then, and their scores are hidden.
   void gather(const TileRow& tile, TileMarks& marks, bool lifts) const {
     const Edit& edit = problem_.edit;
-    const int64_t list = edit.list(problem_.shape.heads, problem_.shape.queries, tile.batch, tile.head, tile.query);
+    const int64_t list = list_of(tile.batch, tile.head, tile.query);
     const int32_t* slots = edit.indices + list * edit.capacity;
     const int64_t base = tile.key + problem_.visibility.key_offset;
     int32_t low = 0, high = edit.counts[list];
@@ -183,15 +198,16 @@ class GradientScores {
       const int64_t j = int64_t(slots[low]) - base;
       if (j >= tile.range.last) break;
       if (!rules_.visible(tile.row, tile.key + j)) continue;
-      const float tanh = problem_.scoring.softcap > 0 ? tile.scores[j] / problem_.scoring.softcap : 0.0f;
+      const int64_t at = Places::place(j);
+      const float score = tile.scores[at];
+      const float tanh = problem_.scoring.softcap > 0 ? score / problem_.scoring.softcap : 0.0f;
       const int32_t c = marks.count++;
-      marks.places[c] = int32_t(j);
-      marks.weight_gradients[c] = tile.weight_gradients[j];
+      marks.keys[c] = int32_t(j);
+      marks.weight_gradients[c] = tile.weight_gradients[at];
       marks.slopes[c] = 1.0f - tanh * tanh;
       if (!lifts) continue;
-      marks.scores[c] = tile.scores[j];
-      if (tile.row.bias != nullptr) marks.scores[c] = tile.scores[j] * rules_.score_factor() + tile.row.bias->values[j];
-      tile.scores[j] = -kInfinity;
+      marks.scores[c] = tile.row.bias == nullptr ? score : score * rules_.score_factor() + tile.row.bias->values[j];
+      tile.scores[at] = -kInfinity;
     }
   }
 
@@ -206,18 +222,18 @@ class GradientScores {
     const float gain = problem_.edit.gain[tile.head], delta = data_.deltas[tile.index];
     double sum = 0.0;
     for (int32_t c = 0; c < marks.count; ++c) {
-      const int32_t j = marks.places[c];
-      const float weight = tile.scores[j], weight_gradient = marks.weight_gradients[c];
+      const int64_t j = marks.keys[c], at = Places::place(j);
+      const float weight = tile.scores[at], weight_gradient = marks.weight_gradients[c];
       if (problem_.edit.rule == Rule::row) {
         sum += double(weight) * (double(weight_gradient) - double(delta));
         if (tile.row.bias != nullptr) tile.bias_sums[j] += gain * weight * (weight_gradient - delta);
-        tile.products[j] *= 1.0f + gain;
+        tile.products[at] *= 1.0f + gain;
       } else {
         sum += double(weight) * double(weight_gradient);
         if (tile.row.bias != nullptr) tile.bias_sums[j] += gain * weight * weight_gradient;
-        tile.products[j] += gain * weight * weight_gradient * marks.slopes[c];
+        tile.products[at] += gain * weight * weight_gradient * marks.slopes[c];
       }
-      tile.scores[j] = weight * (1.0f + gain);
+      tile.scores[at] = weight * (1.0f + gain);
     }
     return sum;
   }
@@ -227,13 +243,13 @@ class GradientScores {
     const SharedRow& shared = data_.shared[tile.index];
     double sum = 0.0;
     for (int32_t c = 0; c < marks.count; ++c) {
-      const int32_t j = marks.places[c];
+      const int64_t j = marks.keys[c], at = Places::place(j);
       const float weight = marked_weight(tile, marks.scores[c]), weight_gradient = marks.weight_gradients[c];
       const float gradient = weight * (shared.strength * weight_gradient - shared.marked_delta);
       if (shared.shares) sum += double(weight) * (double(weight_gradient) - double(shared.mean));
       if (tile.row.bias != nullptr) tile.bias_sums[j] += gradient;
-      tile.products[j] = gradient * marks.slopes[c];
-      tile.scores[j] = weight * shared.strength;
+      tile.products[at] = gradient * marks.slopes[c];
+      tile.scores[at] = weight * shared.strength;
     }
     return sum;
   }

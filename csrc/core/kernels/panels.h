@@ -14,6 +14,15 @@ namespace ATTNRB_ISA {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Where the j-th number of a row lies, for numbers that lie one after the other. Any such type has
+//   place(j)  of the j-th number; a vector of them is in order from any multiple of its width on
+//   pair(j)   the same where j is a multiple of two vectors, the second of which lies `second` behind the first
+struct InOrder {
+  static constexpr int64_t second = Vec::width;
+  static constexpr int64_t place(int64_t j) { return j; }
+  static constexpr int64_t pair(int64_t j) { return j; }
+};
+
 // Register blocking: rows x vectors accumulators, leaving room for one row of b and a broadcast.
 struct Blocking {
   static constexpr int rows = 6;

@@ -102,12 +102,18 @@ class RowRules {
     if (partial || removes(row)) hide(row, scores, key, count, held);
   }
 
+  // Of scores that lie as Places says: a vector of them is in order anywhere.
+  template <class Places = InOrder>
   ATTNRB_INLINE void cap(float* scores, int64_t count) const {
     if (!capped_) return;
     const Vec inner = Vec::set(scale_ / problem_.scoring.softcap), outer = Vec::set(problem_.scoring.softcap);
-    for (int64_t j = 0; j < count; j += Vec::width) (outer * tanh(Vec::load(scores + j) * inner)).store(scores + j);
+    for (int64_t j = 0; j < count; j += Vec::width) {
+      float* const at = scores + Places::place(j);
+      (outer * tanh(Vec::load(at) * inner)).store(at);
+    }
   }
 
+  template <class Places = InOrder>
   ATTNRB_INLINE void hide(const Row& row, float* scores, int64_t key, int64_t count, int64_t held) const {
     const Vec low = Vec::set(float(row.low - key)), high = Vec::set(float(smaller(row.high - key, held)));
     for (int64_t j = 0; j < count; j += Vec::width) {
@@ -117,7 +123,8 @@ class RowRules {
       if (removes(row))
         shown = Vec::both(shown,
                           Vec::greater(Vec::load(row.bias->values + (key - row.bias->key) + j), Vec::set(-kInfinity)));
-      Vec::select(shown, Vec::load(scores + j), Vec::set(-kInfinity)).store(scores + j);
+      float* const at = scores + Places::place(j);
+      Vec::select(shown, Vec::load(at), Vec::set(-kInfinity)).store(at);
     }
   }
 
