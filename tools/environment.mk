@@ -78,7 +78,7 @@ $(DONE)/oldest: constraints-oldest.txt $(DONE)/venv
 # vLLM wants a transformers of its own, and brings builds for CUDA of three packages that do not load beside a CPU's torch.
 VLLM_VERSION ?= 0.32.0
 VLLM := build/vllm-$(VLLM_VERSION)
-VLLM_TESTS := refusals requests tiny_models processes harness real server
+VLLM_TESTS := refusals requests tiny_models compiled processes harness real server docs
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 $(DONE)/vllm-$(VLLM_VERSION): $(NATIVE_SOURCES) $(DONE)/tools
 	$(BIN)/python -m venv $(VLLM)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -302,3 +306,21 @@ def test_compiles() -> None:
     with torch.no_grad():
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(*given.values(), found), expected)
+
+
+def test_nothing_is_touched_outside_of_operands_and_tables() -> None:
+    """Each lies against a page that ends the process; hostile tables raise before they lead anywhere."""
+    program = Path(__file__).with_name("guarded_memory.py")
+    ran = subprocess.run([sys.executable, str(program), "0", "160"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, (ran.returncode, ran.stderr[-2000:])
+
+
+def test_the_pages_around_them_do_end_the_process() -> None:
+    program = (
+        "import ctypes, torch, guarded_memory as g; t = g.guarded(torch.ones(5), at_end=True); "
+        "ctypes.string_at(t.data_ptr() + 20, 1)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == -signal.SIGSEGV

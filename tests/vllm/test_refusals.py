@@ -42,6 +42,12 @@ def start(folder: Path, options: Any = "off", **engine: Any) -> Any:
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"kv_cache_dtype": "fp8"}, "quantised caches"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+        ({"runner": "pooling"}, "pooling models"),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "KV connectors",
+        ),
     ],
 )
 def test_what_is_not_served_is_named(folder: Path, engine: dict[str, Any], said: str) -> None:
@@ -102,3 +108,50 @@ def test_a_layer_with_other_attention_is_found_out() -> None:
         check_layers(config(l0=ours, l1=other), rows)
     with pytest.raises(NotImplementedError, match="layer 1 has 2 query heads"):
         check_layers(config(l0=ours, l1=SimpleNamespace(attnrb=True, num_heads=2)), rows)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"parallel_config": {"decode_context_parallel_size": 2}}, "decode context parallelism"),
+        ({"parallel_config": {"prefill_context_parallel_size": 2}}, "prefill context parallelism"),
+        ({"parallel_config": {"enable_dbo": True}}, "two batches at once"),
+        ({"model_config": {"is_encoder_decoder": True}}, "encoder-decoder models"),
+        ({"model_config": {"is_attention_free": True}}, "models without attention"),
+        ({"model_config": {"is_hybrid": True}}, "mix attention with other layers"),
+        ({"model_config": {"is_mm_prefix_lm": True}}, "image tokens see each other"),
+        ({"cache_config": {"cache_dtype": "int8_per_token_head"}}, "quantised caches"),
+    ],
+)
+def test_what_no_engine_here_can_be_started_with_is_named_too(
+    folder: Path, changed: dict[str, dict[str, Any]], said: str
+) -> None:
+    """By a configuration that says so: this platform, or the tiny model, has not got it."""
+    from attnrb.hosts.vllm.refusals import refuse
+
+    config = start(folder)
+    for name, values in changed.items():
+        setattr(config, name, _Saying(getattr(config, name), values))
+    with pytest.raises(ValueError, match=said):
+        refuse(config)
+
+
+class _Saying:
+    """Another object, some of whose attributes say something else."""
+
+    def __init__(self, other: Any, values: dict[str, Any]) -> None:
+        self._other, self._values = other, values
+
+    def __getattr__(self, name: str) -> Any:
+        return self._values[name] if name in self._values else getattr(self._other, name)
+
+
+def test_position_biases_are_refused_where_the_model_is_made(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.BloomConfig(
+        vocab_size=engines.VOCABULARY, hidden_size=128, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    )
+    transformers.BloomForCausalLM(config).float().save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=r"position biases \(alibi\)"), engines.engine(tmp_path, "off"):
+        pass

@@ -8,7 +8,9 @@ from typing import Any
 
 import engines
 import pytest
-from attnrb import Policy
+import torch
+from attnrb import Emphasis, HeadProfile, LearnedGains, Policy, Rebalance
+from attnrb.policies import ModelShape
 
 MOST = 1e-4
 
@@ -119,6 +121,50 @@ def test_the_same_policy_shares_cached_keys_and_another_does_not(llm: Any) -> No
     assert cached({"policy": "emphasis", "spans": [[3, 6]]}, prompt) == 0
     assert cached({"policy": "emphasis", "spans": [[3, 6]]}, prompt) >= 96
     assert cached({"policy": "emphasis"}, prompt) >= 96  # no spans: nothing to edit
+
+
+def test_gains_that_were_learned_and_heads_of_a_profile(folder: Path, model: Any, tmp_path: Path) -> None:
+    shape = ModelShape(4, 4)
+    gains = LearnedGains(shape, Rebalance(alpha=0.7)).requires_grad_(False)
+    gains.gains.copy_(torch.linspace(-0.5, 2.0, gains.gains.numel()).view_as(gains.gains))
+    gains.save(tmp_path / "gains")
+    scores = torch.rand(4, 4, generator=torch.Generator().manual_seed(3)).tolist()
+    profile = HeadProfile(scores, keep=6)
+    profile.save(tmp_path / "profile.json")
+    prompts = engines.tiny_prompts()
+    spans = engines.spans_of(prompts)
+    learned = engines.reference(model, gains, prompts)
+    chosen = engines.reference(model, Emphasis(strength=6, heads=profile), prompts, spans)
+    with engines.engine(folder, {"policy": "learned_gains", "path": str(tmp_path / "gains")}) as started:
+        assert engines.differences(engines.asked(started, prompts), learned) <= (0, MOST)
+    with engines.engine(
+        folder, {"policy": "emphasis", "strength": 6, "heads": str(tmp_path / "profile.json")}
+    ) as started:
+        for _ in range(2):
+            options = [{"spans": own} for own in spans] + [gains.to_dict()] * len(prompts)
+            found = engines.asked(started, prompts * 2, options)
+            assert engines.differences(found, chosen + learned) <= (0, MOST)
+        plain = engines.asked(started, prompts, "off")
+    assert engines.differences(plain, learned) > (0, 10 * MOST)
+    assert engines.differences(plain, chosen) > (0, 10 * MOST)
+
+
+def test_several_answers_to_one_request(llm: Any, jobs: Any) -> None:
+    """And parameters that are used again are as they were."""
+    from vllm import SamplingParams, TokensPrompt
+
+    prompts, options, wanted = jobs
+    chosen = [index for index, each in enumerate(options) if isinstance(each, dict) and marked(each)][:2]
+    for index in chosen:
+        given = {"attnrb": dict(options[index])}
+        # One of one token is the greedy one, and vLLM has several answers for sampling only.
+        params = SamplingParams(n=3, temperature=1.0, top_k=1, max_tokens=16, ignore_eos=True, detokenize=False,
+                                extra_args=given)  # fmt: skip
+        for _ in range(2):
+            prompt = TokensPrompt(prompt_token_ids=list(prompts[index]))
+            (said,) = llm.generate([prompt], params, use_tqdm=False)
+            assert [list(each.token_ids) for each in said.outputs] == [wanted[index].tokens] * 3
+        assert params.extra_args == {"attnrb": options[index]}
 
 
 def test_preempted_requests_go_on_as_they_were(folder: Path, model: Any) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +17,7 @@ import attnrb
 import engines
 import httpx
 import pytest
+import servers
 import torch
 
 NEW = 8
@@ -30,6 +28,14 @@ MOST_GROWTH = 128 << 20
 
 TEXT = "Currently, the capital is Bern. ((The capital is Geneva.)) Which city is the capital"
 LITERAL = "f((x)) is"
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def parts(chat: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The same messages as lists of parts, as some clients send them."""
+    return [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in chat]
 
 
 @dataclass
@@ -56,37 +62,7 @@ class Server:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.model.generation_config.eos_token_id = None
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-
-    def start(self, log: Path) -> subprocess.Popen[bytes]:
-        options = [
-            "--dtype",
-            "float32",
-            "--enforce-eager",
-            "--max-model-len",
-            "256",
-            "--max-num-seqs",
-            "8",
-            "--block-size",
-            "32",
-        ]
-        options += f"--host 127.0.0.1 --port {self.port} --served-model-name tiny --max-num-batched-tokens 64".split()
-        command = [sys.executable, "-m", "attnrb", "serve", str(self.folder), *options]
-        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        running = subprocess.Popen(command, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
-        for _ in range(600):
-            if running.poll() is not None:
-                break
-            try:
-                if httpx.get(self.url("/health"), timeout=5).status_code == 200:
-                    return running
-            except httpx.HTTPError:
-                time.sleep(1)
-        running.kill()
-        raise RuntimeError(log.read_text("utf-8", "replace")[-4000:])
+        self.port = servers.free_port()
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
@@ -131,6 +107,8 @@ class Server:
                 self.answer(attnrb.Rebalance(alpha=1.5), plain)),
             Job(chats, {"messages": chat}, self.answer(strong, chat)),
             Job(chats, {"messages": chat, "attnrb": {"strength": 20}}, self.answer(stronger, chat)),
+            Job(chats, {"messages": parts(chat)}, self.answer(strong, chat)),
+            Job(chats, {"messages": chat, "tools": TOOLS, "tool_choice": "none"}, self.answer(strong, chat)),
             Job(chats, {"messages": [{"role": "user", "content": plain}], "attnrb": rebalance},
                 self.answer(attnrb.Rebalance(alpha=1.5), [{"role": "user", "content": plain}])),
         ]  # fmt: skip
@@ -140,12 +118,10 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
     found = Server(folder)
-    running = found.start(folder / "log.txt")
-    try:
+    options = "--dtype float32 --enforce-eager --max-model-len 256 --max-num-seqs 8 --block-size 32 --host 127.0.0.1 "
+    options += "--served-model-name tiny --max-num-batched-tokens 64 --kv-cache-memory-bytes 256M"
+    with servers.serving(folder, found.port, options.split(), folder / "log.txt"):
         yield found
-    finally:
-        running.terminate()
-        running.wait(60)
 
 
 def tokens_of(response: httpx.Response) -> list[int]:
@@ -172,6 +148,14 @@ def test_each_way_of_asking(server: Server) -> None:
         ("/v1/completions", {"prompt": "x", "vllm_xargs": {"attnrb": '{"alpha": 1'}}, "expected 'off'"),
         ("/v1/completions", {"prompt": "x", "attnrb": {"spans": [[0, 99]]}}, "tokens of the prompt"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "((a"}]}, "messages[0].content"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": TEXT}, 3]}, "expected a dictionary"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": TEXT}], "chat_template": "{{ 1 }}"},
+            "takes none from a request",
+        ),
+        ("/v1/responses", {"input": "x", "attnrb": {"strength": 2}}, "elsewhere options travel as JSON text"),
+        ("/v1/completions", {"prompt": "x", "attnrb": {"policy": "rebalance", "threshold": 1e-9}}, "expected at least"),
     ],
 )
 def test_a_bad_request_gets_400_and_a_sentence(server: Server, path: str, body: dict[str, Any], said: str) -> None:

@@ -40,6 +40,8 @@ OFF = "off"
 """In place of options: the model as it is."""
 
 _MOST_SPANS = 4096
+_LEAST_THRESHOLD = 1e-3
+"""Of a request's own: there are up to 1/threshold outliers in a row, for which the engine must have memory."""
 
 
 def engine_policy(options: Any) -> Policy:
@@ -116,6 +118,7 @@ class Ask:
                 f"{KEY}: tokens: the spans were made for other tokens than those of the prompt as the engine reads it. "
                 "Most likely the chat template was given other options here and there"
             )
+        _check_thresholds(plan, _plan(policy_text(default), shape))
         if beyond := [span for span in spans if span.end > len(prompt)]:
             raise ValueError(f"{KEY}: spans: expected tokens of the prompt, which has {len(prompt)}, got {beyond[0]}")
         if spans and not plan.wants_spans:
@@ -151,6 +154,16 @@ def _plan(text: str, shape: ModelShape) -> LayerPlan:
     plan = Policy.from_dict(json.loads(text)).resolve(shape)
     rehearse(plan)
     return plan
+
+
+def _check_thresholds(plan: LayerPlan, default: LayerPlan) -> None:
+    least = min([_LEAST_THRESHOLD, *default.emits.values()])
+    for threshold in plan.emits.values():
+        if threshold < least:
+            raise ValueError(
+                f"{KEY}: threshold: expected at least {least:g} of a request, got {threshold:g}: a smaller one needs "
+                "memory for more outliers, which the engine's own policy may ask for"
+            )
 
 
 def rehearse(plan: LayerPlan) -> None:

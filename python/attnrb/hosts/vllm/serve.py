@@ -7,18 +7,22 @@ in ``vllm_xargs`` with a digest of the tokens that they were made for. The engin
 (`attnrb.hosts.vllm.asked.Ask.of_options`), so that a template with other options there is an error and no other span.
 
 Markup is read unless ``attnrb`` is ``"off"`` or has ``"markup": false``, as long as the policy of the request takes
-spans: in an engine that re-balances, ``((`` is text.
+spans: in an engine that re-balances, ``((`` is text. A request to another address that has the field is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import hmac
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+import os
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from attnrb.hosts.vllm.asked import KEY, OFF, digest, engine_policy, wants_spans
+from attnrb.hosts.vllm.chats import Chats, chats_of
 from attnrb.policies import Plain, Policy
 from attnrb.text.mark import mark, spans
 from attnrb.text.marked import Marked, batch_rows
@@ -29,6 +33,7 @@ __all__ = ["Markup", "Resolver"]
 Message = MutableMapping[str, Any]
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _MOST_BYTES = 64 << 20
+_FIELD = f'"{KEY}"'.encode()
 
 
 class Resolver:
@@ -37,21 +42,13 @@ class Resolver:
     Args:
         tokenizer: the server's.
         default: the engine's policy.
-        chat_template: the server's own, in place of the tokenizer's; None: the tokenizer's.
-        template_options: what the server gives every chat template.
+        chats: how the server reads chats.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        default: Policy,
-        chat_template: str | None = None,
-        template_options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Any, default: Policy, chats: Chats | None = None) -> None:
         self.tokenizer = tokenizer
         self.default = default
-        self.chat_template = chat_template
-        self.template_options = dict(template_options or {})
+        self.chats = Chats() if chats is None else chats
 
     def resolve(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The body without markup and without the field ``attnrb``.
@@ -101,19 +98,33 @@ class Resolver:
         return marked
 
     def _chat(self, body: dict[str, Any]) -> Marked | None:
-        messages = body.get("messages")
+        messages, chats = body.get("messages"), self.chats
         if not isinstance(messages, list) or not any(_has_markup(text) for text in _texts(messages)):
             return None
-        options = {**self.template_options, **(body.get("chat_template_kwargs") or {})}
-        if template := body.get("chat_template") or self.chat_template:
+        _check_only_text(messages)
+        given = _object(body, "chat_template_kwargs")
+        template = body.get("chat_template") or chats.template
+        if not chats.trusts_templates and (body.get("chat_template") or given.get("chat_template")) is not None:
+            raise ValueError(
+                "chat_template: this server takes none from a request: it was started without "
+                "--trust-request-chat-template"
+            )
+        tools = chats.tools_of(body)
+        options = {**chats.options, **given}
+        if template is not None:
             options["chat_template"] = template
-        for name in ("tools", "documents", "continue_final_message", "reasoning_effort"):
+        for name in ("documents", "continue_final_message", "reasoning_effort"):
             if body.get(name):
                 options[name] = body[name]
+        if body.get("reasoning_effort") is not None:
+            options.setdefault("enable_thinking", body["reasoning_effort"] != "none")
+        if tools:
+            options["tools"] = tools
         if body.get("add_special_tokens"):
             options["add_special_tokens"] = True
         start = bool(body.get("add_generation_prompt", True)) and not body.get("continue_final_message")
-        marked = mark(self.tokenizer, messages, add_generation_prompt=start, return_tensors=None, **options)
+        read = chats.read_messages(messages, template, tools)
+        marked = mark(self.tokenizer, read, add_generation_prompt=start, return_tensors=None, **options)
         body["messages"] = [_without_markup(message) for message in messages]
         return marked
 
@@ -121,7 +132,7 @@ class Resolver:
 def _options(body: dict[str, Any]) -> Any:
     """The options of a body, taken out of it; None where it has none."""
     outer = body.pop(KEY, None)
-    inner = (body.get("vllm_xargs") or {}).get(KEY) if isinstance(body.get("vllm_xargs"), Mapping) else None
+    inner = _object(body, "vllm_xargs").get(KEY)
     if outer is not None and inner is not None:
         raise ValueError(f"{KEY}: expected once, got it in vllm_xargs too")
     given = inner if outer is None else outer
@@ -137,7 +148,15 @@ def _options(body: dict[str, Any]) -> Any:
 
 def _with_options(body: dict[str, Any], options: Any) -> dict[str, Any]:
     text = options if isinstance(options, str) else json.dumps(options)
-    return {**body, "vllm_xargs": {**(body.get("vllm_xargs") or {}), KEY: text}}
+    return {**body, "vllm_xargs": {**_object(body, "vllm_xargs"), KEY: text}}
+
+
+def _object(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A field of a body that is an object; an empty one where it is missing."""
+    found = body.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise TypeError(f"{name}: expected an object, got {type(found).__name__}")
+    return found or {}
 
 
 def _placed(marked: Marked) -> dict[str, Any]:
@@ -153,31 +172,40 @@ def _has_markup(text: str) -> bool:
     return "((" in text or "))" in text
 
 
-def _texts(messages: list[Any]) -> list[str]:
-    found = []
+def _texts(messages: list[Any]) -> Iterator[str]:
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, str):
-            found.append(content)
-        elif isinstance(content, list):
-            found += [
-                part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-            ]
-    return found
+        parts = content if isinstance(content, list) else [content]
+        yield from (text for text in map(_text, parts) if text is not None)
 
 
-def _without_markup(message: Mapping[str, Any]) -> dict[str, Any]:
-    content = message.get("content")
-    if isinstance(content, str):
-        content = parse_markup(content)[0]
-    elif isinstance(content, list):
-        content = [
-            {**part, "text": parse_markup(part["text"])[0]}
-            if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-            else part
-            for part in content
-        ]
-    return {**message, "content": content} if "content" in message else dict(message)
+def _text(part: Any) -> str | None:
+    """The text of a part of a message's content; None where it is something else."""
+    found = part.get("text") if isinstance(part, Mapping) else part
+    return found if isinstance(found, str) else None
+
+
+def _check_only_text(messages: list[Any]) -> None:
+    for index, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for number, part in enumerate(content if isinstance(content, list) else []):
+            if _text(part) is None:
+                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                raise ValueError(f"messages[{index}].content[{number}]: expected text beside markup, got {kind!r:.80}")
+
+
+def _without_markup(message: Any) -> Any:
+    def plain(part: Any) -> Any:
+        text = _text(part)
+        if text is None:
+            return part
+        read = parse_markup(text)[0]
+        return {**part, "text": read} if isinstance(part, Mapping) else read
+
+    if not isinstance(message, Mapping) or "content" not in message:
+        return message
+    content = message["content"]
+    return {**message, "content": list(map(plain, content)) if isinstance(content, list) else plain(content)}
 
 
 class Markup:
@@ -197,31 +225,51 @@ class Markup:
     ) -> None:
         """Serve one connection."""
         path = str(scope.get("path", ""))
-        if scope["type"] != "http" or scope.get("method") != "POST" or not path.endswith((_CHAT, _COMPLETIONS)):
+        if scope["type"] != "http" or scope.get("method") != "POST" or not _is_json(scope) or not _has_key(scope):
             await self.app(scope, receive, send)
             return
-        sent = await _read(receive)
+        try:
+            sent = await _read(receive)
+        except ValueError as error:
+            await _answer(send, 413, str(error))
+            return
         if sent is None:
             return
         try:
-            body = json.loads(sent)
-        except ValueError:
-            body = None  # the server's own words are best
-        if isinstance(body, dict):
-            try:
-                resolved = await asyncio.get_running_loop().run_in_executor(
-                    self._worker, lambda: self._resolve(scope, path, body)
-                )
-            except (TypeError, ValueError) as error:
-                await _answer(send, 400, str(error))
-                return
-            sent = json.dumps(resolved).encode()
+            sent = await self._resolved(scope, path, sent)
+        except (TypeError, ValueError) as error:
+            await _answer(send, 400, str(error))
+            return
         await self.app(_with_length(scope, len(sent)), _again(sent, receive), send)
 
-    def _resolve(self, scope: Message, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _resolved(self, scope: Message, path: str, sent: bytes) -> bytes:
+        """The body that the server gets."""
+        served = path.endswith((_CHAT, _COMPLETIONS))
+        if not served and _FIELD not in sent:
+            return sent
+        try:
+            body = json.loads(sent)
+        except (ValueError, RecursionError):
+            return sent  # the server's own words are best
+        if not isinstance(body, dict):
+            return sent
+        if not served:
+            if KEY in body:
+                raise ValueError(
+                    f"{KEY}: expected in requests to {_CHAT} and {_COMPLETIONS}; elsewhere options travel as JSON text "
+                    "in vllm_xargs, and markup is not read"
+                )
+            return sent
+        resolve = functools.partial(self._resolve, scope, path, body)
+        return await asyncio.get_running_loop().run_in_executor(self._worker, resolve)
+
+    def _resolve(self, scope: Message, path: str, body: dict[str, Any]) -> bytes:
         if self._resolver is None:
             self._resolver = resolver_of(scope["app"].state)
-        return self._resolver.resolve(path, body)
+        try:
+            return json.dumps(self._resolver.resolve(path, body)).encode()
+        except (AttributeError, LookupError, RecursionError) as error:  # of messages that are none, in a template
+            raise ValueError(f"{KEY}: the request cannot be read: {type(error).__name__}: {error}") from error
 
 
 def resolver_of(state: Any) -> Resolver:
@@ -229,21 +277,39 @@ def resolver_of(state: Any) -> Resolver:
     from transformers import AutoTokenizer
 
     config = state.engine_client.vllm_config
-    model, args = config.model_config, state.args
+    model = config.model_config
     tokenizer = AutoTokenizer.from_pretrained(
         model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
     )
-    template = getattr(args, "chat_template", None)
-    if template is not None:
-        from vllm.renderers.chat_utils import load_chat_template
-
-        template = load_chat_template(template)
     options = (config.additional_config or {}).get(KEY, OFF)
-    return Resolver(tokenizer, engine_policy(options), template, getattr(args, "default_chat_template_kwargs", None))
+    return Resolver(tokenizer, engine_policy(options), chats_of(model, state.args, tokenizer))
+
+
+def _header(scope: Message, name: bytes) -> bytes | None:
+    return next((value for each, value in scope["headers"] if each.lower() == name), None)
+
+
+def _is_json(scope: Message) -> bool:
+    """Whether a request has a JSON body, which servers assume where nothing is said."""
+    kind = _header(scope, b"content-type")
+    return kind is None or b"json" in kind.lower()
+
+
+def _has_key(scope: Message) -> bool:
+    """Whether a request has the server's key, if it wants one. Of another nothing is read: the server refuses it."""
+    args = getattr(scope["app"].state, "args", None)
+    keys = [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
+    scheme, _, token = (_header(scope, b"authorization") or b"").partition(b" ")
+    right = [hmac.compare_digest(token, key.encode()) for key in keys]
+    return not keys or (scheme.lower() == b"bearer" and any(right))
 
 
 async def _read(receive: Callable[[], Awaitable[Message]]) -> bytes | None:
-    """The body of a request; None where the client went."""
+    """The body of a request; None where the client went.
+
+    Raises:
+        ValueError: it is too large.
+    """
     parts, size = [], 0
     while True:
         message = await receive()
@@ -252,7 +318,7 @@ async def _read(receive: Callable[[], Awaitable[Message]]) -> bytes | None:
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > _MOST_BYTES:
-            return None
+            raise ValueError(f"{KEY}: expected a request of at most {_MOST_BYTES >> 20} MiB")
         if not message.get("more_body", False):
             return b"".join(parts)
 
