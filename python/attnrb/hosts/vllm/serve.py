@@ -101,7 +101,7 @@ class Resolver:
         messages, chats = body.get("messages"), self.chats
         if not isinstance(messages, list) or not any(_has_markup(text) for text in _texts(messages)):
             return None
-        _check_only_text(messages)
+        _check_messages(messages)
         given = _object(body, "chat_template_kwargs")
         template = body.get("chat_template") or chats.template
         if not chats.trusts_templates and (body.get("chat_template") or given.get("chat_template")) is not None:
@@ -185,16 +185,18 @@ def _text(part: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _check_only_text(messages: list[Any]) -> None:
+def _check_messages(messages: list[Any]) -> None:
     for index, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(message, Mapping):
+            raise TypeError(f"messages[{index}]: expected a dictionary with role and content, got {message!r:.80}")
+        content = message.get("content")
         for number, part in enumerate(content if isinstance(content, list) else []):
             if _text(part) is None:
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
                 raise ValueError(f"messages[{index}].content[{number}]: expected text beside markup, got {kind!r:.80}")
 
 
-def _without_markup(message: Any) -> Any:
+def _without_markup(message: Mapping[str, Any]) -> Mapping[str, Any]:
     def plain(part: Any) -> Any:
         text = _text(part)
         if text is None:
@@ -202,7 +204,7 @@ def _without_markup(message: Any) -> Any:
         read = parse_markup(text)[0]
         return {**part, "text": read} if isinstance(part, Mapping) else read
 
-    if not isinstance(message, Mapping) or "content" not in message:
+    if "content" not in message:
         return message
     content = message["content"]
     return {**message, "content": list(map(plain, content)) if isinstance(content, list) else plain(content)}
