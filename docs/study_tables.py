@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attnrb.studies.study_report import difference_table, markdown, profile_table
+from attnrb.studies.study_report import difference_table, markdown, profile_table, repeating_table, trials_table
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "results.md"
@@ -39,9 +39,18 @@ def tables(report: Mapping[str, Any]) -> str:
     lines += ["", "Right answers, in percent:", "", markdown(profile_table(report)), ""]
     families = {pair["family"] for pair in report["differences"]} - {"transfer"}
     lines += ["Differences from the plain model:", "", markdown(difference_table(report, sorted(families))), ""]
+    if (trials := trials_table(report))[1]:
+        lines += ["Settings that were tried, which is no result:", "", markdown(trials), ""]
+    if (repeating := repeating_table(report))[1]:
+        lines += ["Written answers, and how many of them repeat themselves:", "", markdown(repeating), ""]
     if report["neutral_perplexity"]:
         rows = [[arm, f"{value:.2f}"] for arm, value in report["neutral_perplexity"].items()]
         lines += ["Perplexity of neutral text behind a span:", "", markdown((["arm", "perplexity"], rows)), ""]
+    if report.get("above_chance"):
+        rows = [[task, "yes" if above else "no"] for task, above in report["above_chance"].items()]
+        lines += ["Whether the plain model is above chance:", "", markdown((["task", "above chance"], rows)), ""]
+    if report.get("left_out"):
+        lines += ["Not asked:", "", *(f"- {task}: {why}" for task, why in report["left_out"].items()), ""]
     if report["requirements"]:
         rows = [[each["task"], each["what"], "yes" if each["holds"] else "no"] for each in report["requirements"]]
         lines += ["What was expected before the run:", "", markdown((["task", "expected", "found"], rows)), ""]

@@ -42,6 +42,22 @@ def test_they_start_as_the_schedule(options: dict[str, Any]) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_profile_chooses_the_heads_that_have_one() -> None:
+    model, batch = tiny("llama"), tokens(2, 30)
+    scores = [[0.0] * 4 for _ in range(LAYERS)]
+    scores[0][1], scores[2][3], scores[3][0] = 3.0, 2.0, 1.0
+    profile = attnrb.HeadProfile(scores, 3)
+    learned = LearnedGains(model, CONFIG, heads=profile)
+    # The profile's head in the source layer has no gain.
+    assert learned.layers == (2, 3)
+    assert learned.chosen.tolist() == [[False, False, False, True], [True, False, False, False]]
+    chosen = RebalanceConfig(alpha=0.5, threshold=0.05, heads={2: [3], 3: [0]})
+    assert torch.equal(logits(model, learned, batch), logits(model, chosen, batch))
+    assert LearnedGains(model, CONFIG, heads=[1]).layers == tuple(range(1, LAYERS))
+    with pytest.raises(ValueError, match="this profile is of a model with 2 layers"):
+        LearnedGains(model, CONFIG, heads=attnrb.HeadProfile([[1.0] * 4] * 2, 1))
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gpt_oss"])
 def test_their_gradient_is_that_of_dense_autograd(architecture: str, normalize: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -89,3 +90,36 @@ def test_the_command_line_has_the_same_numbers(tmp_path: Path) -> None:
         [group["accuracy"] for result in report["results"] for group in result["groups"].values()] for report in reports
     ]
     assert accuracies[0] == accuracies[1]
+
+
+def test_a_study_scores_and_writes_alike() -> None:
+    from attnrb import Emphasis
+    from attnrb.hosts.vllm.offline import offline_engine
+    from attnrb.models import load
+    from attnrb.studies.answers import answer_row
+    from attnrb.studies.engines import ModelEngine, VllmEngine
+    from attnrb.studies.instructions import instruction_items
+    from attnrb.studies.material import study_items
+    from attnrb.studies.shuffled import ShuffledRebalance
+
+    model, tokenizer = load()
+    options = {"max_model_len": 256, "kv_cache_memory_bytes": 256 << 20, "block_size": 32}
+    served = VllmEngine(offline_engine(model, tokenizer, 256, options), model, tokenizer)
+    own = ModelEngine(model, tokenizer)
+    items = [*study_items("conflict", 3), *study_items("retrieval", 2)]
+    rows = [
+        [
+            answer_row(model, tokenizer, item.prompt(tokenizer, span="marked"), " " + word, "")
+            for word in item.candidates
+        ]
+        for item in items
+    ]
+    prompts = [item.prompt(tokenizer, span="marked") for item in itertools.islice(instruction_items("held-out", 0), 3)]
+    all_heads, few = Emphasis(strength=16), Emphasis(strength=16, heads="smollm2-135m-instruct")
+    for policy in (None, all_heads, few, Emphasis(share=0.3, rows="all")):
+        assert served.serves(policy)
+        for mine, other in zip(served.scores(rows, policy), own.scores(rows, policy), strict=True):
+            assert mine == pytest.approx(other, abs=MOST)
+        assert served.written(prompts, 8, policy) == own.written(prompts, 8, policy)
+    for unserved in (Emphasis(rows="last"), Emphasis(strength=1.0, outside=0.01, rows="all"), ShuffledRebalance()):
+        assert not served.serves(unserved)

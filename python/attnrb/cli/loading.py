@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +24,12 @@ class Loading:
 
     options: LoadOptions
     threads: int | None
+
+    def on(self, device: str | None) -> Loading:
+        """The same on a device that a launcher gave this process, unless the options name one; None: the same."""
+        if device is None or self.options.device != "auto" or self.options.device_map is not None:
+            return self
+        return replace(self, options=replace(self.options, device=device))
 
 
 def takes_model(command: Callable[..., None]) -> Callable[..., None]:

@@ -66,6 +66,15 @@ def search(
             rich_help_panel=_SEARCH,
         ),
     ] = None,
+    halving: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Try all settings on few items, and the best of each so many on so many times as many.",
+            show_default="every setting on all items",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
     generated: running.Generated = False,
     shots: running.Shots = 0,
     chat: running.Chat = False,
@@ -98,6 +107,7 @@ def search(
             policy=policy.policy() if policy.given else None,
             ranges=tuple(_range(each) for each in range_ or ()),
             candidates=tuple(parse_policy(each) for each in config or ()),
+            halving=halving,
             seed=seed,
             shots=shots,
             generated=generated,

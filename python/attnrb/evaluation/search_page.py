@@ -74,14 +74,15 @@ def _trials(result: Mapping[str, Any], chosen: str) -> str:
         [
             str(trial["number"] + 1),
             trial["label"],
+            str(trial["items"]),
             "yes" if trial["pareto"] else "",
             page.percent(trial["accuracy"]),
             page.percent(trial["changed"]),
         ]
-        for trial in sorted(trials, key=lambda trial: -trial["accuracy"])
+        for trial in sorted(trials, key=lambda trial: (-trial["items"], -trial["accuracy"]))
     ]
     return f"""<section><h2>Trials, on the development split</h2>
 <p class="soft small">The setting was chosen by these figures. Of many that are tried on the same items the best looks
 better than it is, so they are no result.</p>
 {page.plot("trials", "Trials by their two objectives", traces, layout, 420)}
-{page.table(["trial", "setting", "Pareto", "accuracy", "answers changed"], rows, 3)}</section>"""
+{page.table(["trial", "setting", "items a task", "Pareto", "accuracy", "answers changed"], rows, 2)}</section>"""

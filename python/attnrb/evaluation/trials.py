@@ -4,6 +4,11 @@ Note: [Two splits]
 Of many settings that are tried on the same items, the best looks better there than it is. So each task's items are
 shuffled and split: settings are compared on the development items alone, and what is reported is the one chosen, on the
 held-out items. Figures of the development split are shown with the trials, and are no result.
+
+Note: [Successive halving]
+Most settings are bad, which a few items show. With a factor f, all settings are tried on a few of the development items
+of each task, the best of each f go on to f times as many, and so on until the last ones are compared on all (Jamieson
+and Talwalkar, arXiv 1502.07943). The sampler learns from the first round.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +33,9 @@ from attnrb.evaluation.runner import PLAIN, Progress, Question, arm_label, prepa
 from attnrb.evaluation.selection import Cell, Selected
 from attnrb.policies import Policy, Rebalance
 
-__all__ = ["SearchPlan", "SearchResult", "Trial", "search"]
+__all__ = ["SearchPlan", "SearchResult", "Trial", "halving_rounds", "search"]
+
+_LEAST_ITEMS = 4  # of each task in the first round: fewer tell nothing
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,20 @@ class SearchPlan(TaskPlan):
         policy: the policy whose ``ranges`` are searched. Default: re-balancing, over the four options above.
         ranges: for options of ``policy`` their bounds, as ``(name, low, high)``; whole numbers where both bounds are.
         candidates: policies of any kind, learnt gains among them, that are tried before the others.
+        halving: the factor of Note: [Successive halving], at least 2; None tries every setting on all items.
     """
 
     command = "search"
-    growing = ("evaluations", "development", "held_out", "alpha", "threshold", "most_source_layer", "candidates")
+    growing = (
+        "evaluations",
+        "development",
+        "held_out",
+        "alpha",
+        "threshold",
+        "most_source_layer",
+        "candidates",
+        "halving",
+    )
 
     evaluations: int = 20
     development: int = 20
@@ -59,10 +76,11 @@ class SearchPlan(TaskPlan):
     policy: Policy | None = None
     ranges: tuple[tuple[str, float, float], ...] = ()
     candidates: tuple[Policy, ...] = ()
+    halving: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(evaluations=1, development=1, held_out=1)
+        self._at_least(evaluations=1, development=1, held_out=1, halving=2)
         for name in ("alpha", "threshold"):
             low, high = getattr(self, name)
             if not low < high:
@@ -91,7 +109,9 @@ class Trial:
     """Share of development items whose answer is not the plain model's."""
     objectives: tuple[float, float]
     pareto: bool
-    """Whether no other trial is as good in both objectives and better in one."""
+    """Whether no other trial on as many items is as good in both objectives and better in one."""
+    items: int
+    """Development items of each task that all this is of."""
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, JSON-ready."""
@@ -191,21 +211,33 @@ def search(
             {"alpha": 0.2, "threshold": 0.01, "source_layer": 0, "one_end": 1, "other_end": layers - 1},
             skip_if_exists=True,
         )
-    measure = _measure(development, selected)
+    rounds = halving_rounds(plan.development, plan.halving)
     with open_run(lm, run_file, plan) as file:
-        found: list[tuple[Policy, float, float, tuple[float, float]]] = []
+
+        def measured(config: Policy, items: int) -> _Measured:
+            questions = _first(development, items)
+            _run_all(lm, questions, {PLAIN: None, arm_label(config): config}, file, progress)
+            return _Measured(config, items, *_measure(questions, selected)(file, arm_label(config)))
+
+        found: list[_Measured] = []
         settings = len(plan.candidates) + plan.evaluations
         for number in range(settings):
             trial = None if number < len(plan.candidates) else study.ask()
             config = plan.candidates[number] if trial is None else _config(trial, plan, layers, most_source)
             say(f"Trial {number + 1} of {settings}: {arm_label(config)}")
-            _run_all(lm, development, {PLAIN: None, arm_label(config): config}, file, progress)
-            measured = measure(file, arm_label(config))
+            found.append(measured(config, rounds[0]))
             if trial is not None:
-                study.tell(trial, list(measured[2]))
-            found.append((config, *measured))
+                study.tell(trial, list(found[-1].objectives))
+        left = list(range(settings))
+        for items in rounds[1:]:
+            left = _best(left, found)[: -(-len(left) // (plan.halving or 1))]
+            for number in left:
+                say(f"{items} items: {arm_label(found[number].config)}")
+                found[number] = measured(found[number].config, items)
+        _run_all(lm, development, {PLAIN: None}, file, progress)
+        chosen = found[_best(left, found)[0]].config
+        measure = _measure(development, selected)
         plain = measure(file, PLAIN)[2]
-        chosen = max(found, key=lambda each: (each[1], -each[2]))[0]
         say(f"Held-out items: {arm_label(chosen)}")
         arms: dict[str, Policy | None] = {PLAIN: None, arm_label(chosen): chosen}
         _run_all(lm, held_out, arms, file, progress)
@@ -215,6 +247,40 @@ def search(
         about = about_run(lm, plan, file, model=model, answers=len(held_out) * len(arms), start=start)
         report = make_report(file.records, held_out, selected, configs, about, seed=plan.seed)
     return SearchResult(chosen, _trials(found), _objectives(selected), plain, report)
+
+
+class _Measured(NamedTuple):
+    """A setting, and what came of it."""
+
+    config: Policy
+    items: int
+    accuracy: float
+    changed: float
+    objectives: tuple[float, float]
+
+
+def halving_rounds(items: int, factor: int | None) -> tuple[int, ...]:
+    """Development items of each task in each round, the last one with all: see Note: [Successive halving]."""
+    rounds = [items]
+    while factor is not None and rounds[0] // factor >= _LEAST_ITEMS:
+        rounds.insert(0, rounds[0] // factor)
+    return tuple(rounds)
+
+
+def _best(numbers: Sequence[int], found: Sequence[_Measured]) -> list[int]:
+    """The numbers of some settings, those with the highest accuracy first; of equals the ones that change less."""
+    return sorted(numbers, key=lambda number: (-found[number].accuracy, found[number].changed, number))
+
+
+def _first(questions: Sequence[Question], items: int) -> list[Question]:
+    """The first items of each task."""
+    seen: dict[str, int] = {}
+    first = []
+    for question in questions:
+        seen[question.task] = seen.get(question.task, 0) + 1
+        if seen[question.task] <= items:
+            first.append(question)
+    return first
 
 
 def _run_all(
@@ -307,11 +373,21 @@ def _measure(
     return measure
 
 
-def _trials(found: Sequence[tuple[Policy, float, float, tuple[float, float]]]) -> tuple[Trial, ...]:
-    def dominated(one: tuple[float, float]) -> bool:
-        return any(other[0] >= one[0] and other[1] >= one[1] and other != one for _, _, _, other in found)
+def _trials(found: Sequence[_Measured]) -> tuple[Trial, ...]:
+    def dominated(one: _Measured) -> bool:
+        alike = [each.objectives for each in found if each.items == one.items and each.objectives != one.objectives]
+        return any(other[0] >= one.objectives[0] and other[1] >= one.objectives[1] for other in alike)
 
     return tuple(
-        Trial(number, config, arm_label(config), accuracy, changed, objectives, not dominated(objectives))
-        for number, (config, accuracy, changed, objectives) in enumerate(found)
+        Trial(
+            number,
+            each.config,
+            arm_label(each.config),
+            each.accuracy,
+            each.changed,
+            each.objectives,
+            not dominated(each),
+            each.items,
+        )
+        for number, each in enumerate(found)
     )

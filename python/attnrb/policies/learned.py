@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from attnrb.policies.base import LayerView, ModelShape, Policy, model_shape, register_policy
+from attnrb.policies.checks import HeadChoice
 from attnrb.policies.learnable import LearnedPerHead
+from attnrb.policies.profile import HeadProfile, read_heads
 from attnrb.policies.rebalance import Rebalance, RebalancePlan
 
 __all__ = ["GAINS_FILE", "LearnedGains"]
@@ -51,13 +53,18 @@ class LearnedGains(LearnedPerHead):
     gains_file = GAINS_FILE
     gains_format = "attnrb.LearnedGains"
 
-    def __init__(self, model: Any, config: Policy | None = None) -> None:
+    def __init__(
+        self, model: Any, config: Policy | None = None, *, heads: HeadChoice | HeadProfile | str | None = None
+    ) -> None:
         """Start from the schedule, and freeze the model.
 
         Args:
             model: the ``transformers`` decoder to be patched, whose parameters are all frozen; or a
                 `attnrb.policies.ModelShape`.
             config: the options. Default: ``Rebalance()``.
+            heads: the heads that have a gain, in place of those of ``config``: a choice as it takes one, or a
+                `attnrb.HeadProfile` or what `HeadProfile.load` takes. A profile's heads below the source layer and in
+                it have none.
 
         Raises:
             TypeError: an argument has the wrong type.
@@ -71,6 +78,12 @@ class LearnedGains(LearnedPerHead):
         if config.boost_all and config.normalize:
             raise ValueError("config: boost_all with normalize takes every gain back, so there is nothing to learn")
         shape = model_shape(model)
+        if heads is not None:
+            chosen_heads = read_heads(heads)
+            if isinstance(chosen_heads, HeadProfile):
+                chosen_heads.check_model(shape)
+                chosen_heads = chosen_heads.chosen
+            config = replace(config, heads=chosen_heads)
         schedule = config.gain_rows(shape)
         # A chosen gain may be 0, as the last layer's is in the schedule.
         rows = replace(config, gains=(1.0,) * shape.layers).gain_rows(shape)

@@ -24,9 +24,9 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from attnrb.studies.conflict import PLACES, SPLITS, check_draw
 from attnrb.studies.items import TaskItem
@@ -35,7 +35,17 @@ from attnrb.text.function_words import FUNCTION_WORDS
 from attnrb.text.mark import spans
 from attnrb.text.marked import Marked
 
-__all__ = ["FORMS", "MATERIAL", "POINTED", "StudyItem", "study_items"]
+__all__ = [
+    "ASIDES",
+    "FORMS",
+    "MATERIAL",
+    "PEOPLE",
+    "POINTED",
+    "StudyItem",
+    "WrittenItem",
+    "different_items",
+    "study_items",
+]
 
 FORMS = ("as it is", "asterisks", "important", "repeated", "alone")
 """How the text itself may point: not at all, by asterisks, by "Important:" before the marked sentence, by saying it
@@ -43,6 +53,8 @@ again before the question, or by leaving out all other sentences."""
 POINTED = ("none", "marked", "wrong", "automatic")
 """What a span lies on: nothing, the marked sentence, one with a wrong answer, or the sentence that shares most words
 with the question, which needs no knowledge of the answer."""
+
+AnyItem = TypeVar("AnyItem", bound="StudyItem")
 
 _SENTENCES = re.compile(r"(?<=[.?!]) ")
 _WORDS = re.compile(r"\w+")
@@ -59,6 +71,9 @@ class StudyItem:
         question: what the candidates complete.
         candidates: how it may go on, the right one first.
         group: items of one group are reported together as well; may be empty.
+        joint: what stands between two sentences, and before the question.
+        per_character: whether the log-likelihoods of the candidates are divided by the numbers of their characters, as
+            is usual where these differ much.
     """
 
     sentences: tuple[str, ...]
@@ -67,6 +82,8 @@ class StudyItem:
     question: str
     candidates: tuple[str, ...]
     group: str = ""
+    joint: str = " "
+    per_character: bool = False
 
     @property
     def answer(self) -> str:
@@ -110,14 +127,28 @@ class StudyItem:
         ranges = []
         if span != "none":
             place = {"marked": self.marked, "wrong": self.wrong, "automatic": self.automatic}[span]
-            start = sum(len(part) + 1 for part in parts[:place])
+            start = sum(len(part) + len(self.joint) for part in parts[:place])
             ranges = [(start, start + len(parts[place]))]
-        return " ".join([*parts, self.question]), ranges
+        return self.joint.join([*parts, self.question]), ranges
 
     def prompt(self, tokenizer: Any, form: str = "as it is", span: str = "none") -> Marked:
         """The prompt's tokens and its span: see `text`."""
         text, ranges = self.text(form, span)
         return spans(tokenizer, text, ranges)
+
+    def scores(self, log_likelihoods: Sequence[float]) -> list[float]:
+        """What decides between the candidates, of their log-likelihoods."""
+        if not self.per_character:
+            return list(log_likelihoods)
+        return [each / len(word) for each, word in zip(log_likelihoods, self.candidates, strict=True)]
+
+
+class WrittenItem(StudyItem):
+    """An item whose answer is written rather than chosen from its candidates."""
+
+    def judge(self, text: str) -> bool:
+        """Whether a text that was written is right."""
+        raise NotImplementedError
 
 
 def _content_words(text: str) -> frozenset[str]:
@@ -149,7 +180,7 @@ def _converted(task: str) -> Callable[[str, int], Iterator[StudyItem]]:
 
 
 # Each as (those of development, those held out).
-_PEOPLE = (
+PEOPLE = (
     ("Anna", "Tom", "Laura", "Peter", "Julia", "Mark", "Sarah", "Paul", "Maria", "Henry"),
     ("Emma", "David", "Alice", "Simon", "Clara", "Oliver", "Ruth", "Daniel", "Grace", "Victor"),
 )
@@ -161,7 +192,7 @@ _COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "orange
 _STUFFS = ("wood", "stone", "steel", "glass", "copper", "iron", "brick", "silver")
 _FOODS = ("bread", "rice", "soup", "fish", "cheese", "pizza", "cake", "pasta")
 _ANIMALS = ("dog", "cat", "horse", "goat", "rabbit", "parrot", "pig", "sheep")
-_ASIDES = (
+ASIDES = (
     (
         "Two birds sat on a wire.",
         "It rained in the evening.",
@@ -186,7 +217,7 @@ _ASKED = ("first", "middle", "last")
 def _retrieval(draw: random.Random, split: int, index: int) -> StudyItem:
     pairs = _PAIRS[index % len(_PAIRS)]
     where = _ASKED[index // len(_PAIRS) % len(_ASKED)]
-    places, people = draw.sample(PLACES["house"][split], pairs), draw.sample(_PEOPLE[split], pairs)
+    places, people = draw.sample(PLACES["house"][split], pairs), draw.sample(PEOPLE[split], pairs)
     asked = {"first": 0, "middle": pairs // 2, "last": pairs - 1}[where]
     wrong = draw.choice([place for place in range(pairs) if place != asked])
     lines = [f"{place.capitalize()}: {person}." for place, person in zip(places, people, strict=True)]
@@ -201,7 +232,7 @@ def _retrieval(draw: random.Random, split: int, index: int) -> StudyItem:
 
 
 def _instruction(draw: random.Random, split: int, index: int) -> StudyItem:
-    thing, person = draw.choice(_THINGS[split]), draw.choice(_PEOPLE[split])
+    thing, person = draw.choice(_THINGS[split]), draw.choice(PEOPLE[split])
     colour, stuff = draw.choice(_COLOURS), draw.choice(_STUFFS)
     facts = {
         "its colour": (f"The {thing} is {colour}.", colour),
@@ -212,7 +243,7 @@ def _instruction(draw: random.Random, split: int, index: int) -> StudyItem:
     wanted = names[index % len(names)]
     other = draw.choice([name for name in names if name != wanted])
     sentences = (
-        draw.choice(_ASIDES[split]),
+        draw.choice(ASIDES[split]),
         f"Say in one word {wanted}.",
         *(sentence for sentence, _ in facts.values()),
     )
@@ -244,7 +275,7 @@ def _several(draw: random.Random, split: int, index: int) -> StudyItem:
 
 def _irrelevant(draw: random.Random, split: int, index: int) -> StudyItem:
     place, colour = draw.choice(PLACES["house"][split]), draw.choice(_COLOURS)
-    fact, aside = f"The door of the {place} is {colour}.", draw.choice(_ASIDES[split])
+    fact, aside = f"The door of the {place} is {colour}.", draw.choice(ASIDES[split])
     marked = draw.randrange(2)
     sentences = (aside, fact) if marked == 0 else (fact, aside)
     others = tuple(each for each in _COLOURS if each != colour)
@@ -275,6 +306,18 @@ MATERIAL: Mapping[str, Callable[[str, int], Iterator[StudyItem]]] = {
 _PATIENCE = 2000  # draws in a row without an item that is new
 
 
+def different_items(made: Iterable[AnyItem], count: int) -> tuple[AnyItem, ...]:
+    """The first ``count`` items that differ, or all if there are fewer."""
+    found: dict[str, AnyItem] = {}
+    old = 0
+    for item in made:
+        old = old + 1 if item.fingerprint in found else 0
+        found.setdefault(item.fingerprint, item)
+        if len(found) == count or old == _PATIENCE:
+            break
+    return tuple(found.values())
+
+
 def study_items(task: str, count: int, *, split: str = "held-out", seed: int = 0) -> tuple[StudyItem, ...]:
     """Make items of a task, no two alike.
 
@@ -290,13 +333,7 @@ def study_items(task: str, count: int, *, split: str = "held-out", seed: int = 0
     if task not in MATERIAL:
         raise ValueError(f"task: expected one of {', '.join(MATERIAL)}, got {task!r}")
     check_draw(count, split)
-    found: dict[str, StudyItem] = {}
-    old = 0
-    for item in MATERIAL[task](split, seed):
-        old = old + 1 if item.fingerprint in found else 0
-        found.setdefault(item.fingerprint, item)
-        if len(found) == count:
-            return tuple(found.values())
-        if old == _PATIENCE:
-            break
-    raise ValueError(f"count: expected at most {len(found)}, the different items of {task}, got {count}")
+    found = different_items(MATERIAL[task](split, seed), count)
+    if len(found) < count:
+        raise ValueError(f"count: expected at most {len(found)}, the different items of {task}, got {count}")
+    return found

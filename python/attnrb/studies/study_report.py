@@ -10,7 +10,15 @@ from attnrb.studies.arms import PLAIN, Arm
 from attnrb.studies.conflict import SPLITS
 from attnrb.studies.neutral import NEUTRAL_TASK, perplexity
 
-__all__ = ["difference_table", "make_study_report", "markdown", "profile_table", "requirements"]
+__all__ = [
+    "difference_table",
+    "make_study_report",
+    "markdown",
+    "profile_table",
+    "repeating_table",
+    "requirements",
+    "trials_table",
+]
 
 HELD_OUT = SPLITS[1]
 _MUST = ("conflict", "retrieval", "story")
@@ -22,7 +30,9 @@ def make_study_report(records: Iterable[Mapping[str, Any]], chosen: Mapping[str,
 
     Args:
         records: of its run.
-        chosen: as `attnrb.studies.study.run_study` returns it.
+        chosen: what the study chose on development items: ``arms``, ``strength``, ``chosen_on``, and perhaps
+            ``trials`` (the settings that it was chosen from), ``left_out`` (tasks, and why) and ``chance`` (what
+            guessing gets right, by task).
         seed: of the bootstrap.
     """
     arms: Sequence[Arm] = chosen["arms"]
@@ -38,13 +48,12 @@ def make_study_report(records: Iterable[Mapping[str, Any]], chosen: Mapping[str,
             by_arm.setdefault((record["arm"], record["task"]), {})[record["item"]] = record
     known = {arm.name for arm in arms}
     found = {key: answers for key, answers in by_arm.items() if key[0] in known}
-    results = [_result(arm, task, found[arm.name, task]) for arm in arms for name, task in found if name == arm.name]
+    asked = [(arm, task) for arm in arms for name, task in found if name == arm.name and arm.asks(task)]
+    results = [_result(arm, task, found[arm.name, task]) for arm, task in asked]
     pairs = [
         _difference(arm, task, found[arm.against, task], found[arm.name, task], seed)
-        for arm in arms
+        for arm, task in asked
         if arm.name != PLAIN
-        for name, task in found
-        if name == arm.name
     ]
     _correct(pairs)
     return {
@@ -54,9 +63,18 @@ def make_study_report(records: Iterable[Mapping[str, Any]], chosen: Mapping[str,
         "results": results,
         "differences": pairs,
         "requirements": requirements(results, pairs),
+        "trials": list(chosen.get("trials", ())),
+        "left_out": dict(chosen.get("left_out", {})),
+        "above_chance": _above_chance(results, chosen.get("chance", {})),
         "neutral_perplexity": {arm: round(perplexity(mine), 4) for arm, mine in neutral.items() if arm in known},
         "cpu_seconds": {kind: round(seconds, 1) for kind, seconds in cpu.items()},
     }
+
+
+def _above_chance(results: Sequence[Mapping[str, Any]], chance: Mapping[str, float]) -> dict[str, bool]:
+    """Whether the plain model's interval lies above what guessing gets right, for tasks where that is known."""
+    plain = {each["task"]: each for each in results if each["arm"] == PLAIN}
+    return {task: plain[task]["wilson"][0] > chance[task] for task in chance if task in plain}
 
 
 def _result(arm: Arm, task: str, answers: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -65,9 +83,11 @@ def _result(arm: Arm, task: str, answers: Mapping[int, Mapping[str, Any]]) -> di
     for record in answers.values():
         if record["group"]:
             groups.setdefault(record["group"], []).append(record["correct"])
+    repeating = [record["repeats"] for record in answers.values() if "repeats" in record]
     return {
         "arm": arm.name,
         "task": task,
+        **({"repeating": sum(repeating) / len(repeating)} if repeating else {}),
         "items": found.items,
         "correct": found.correct,
         "accuracy": found.accuracy,
@@ -167,6 +187,23 @@ def difference_table(
                 ]
             )
     return head, rows
+
+
+def repeating_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Of written answers, how many repeat themselves, in percent: head and rows. No rows without such answers."""
+    rows = [
+        [each["task"], each["arm"], f"{100 * each['accuracy']:.0f}", f"{100 * each['repeating']:.0f}"]
+        for each in report["results"]
+        if "repeating" in each
+    ]
+    return ["task", "arm", "right, %", "repeating themselves, %"], rows
+
+
+def trials_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Settings that were tried on development items, the best of those that went furthest first: head and rows."""
+    trials = sorted(report.get("trials", ()), key=lambda each: (-each["items"], -each["accuracy"]))
+    rows = [[each["setting"], f"{each['items']:,}", f"{100 * each['accuracy']:.1f}"] for each in trials]
+    return ["setting", "development items", "right, %"], rows
 
 
 def markdown(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,21 @@ import torch
 from attnrb.evaluation.environment import environment, peak_memory
 from attnrb.evaluation.runfile import RunFile
 from attnrb.evaluation.runner import Progress
-from attnrb.studies.arms import emphasis_arms, rebalancing_arms
+from attnrb.hosts.processes import Processes
+from attnrb.studies.arms import emphasis_arms
+from attnrb.studies.engines import Engine
 from attnrb.studies.gains import learnt_arms
-from attnrb.studies.study import Study, StudyPlan
+from attnrb.studies.plan import StudyPlan
+from attnrb.studies.rebalancing import run_rebalancing
+from attnrb.studies.selection import run_selection
+from attnrb.studies.study import Study
 from attnrb.studies.study_report import make_study_report
 
 __all__ = ["StudyPlan", "default_run_file", "model_digest", "study_report"]
 
 _MATERIAL = 1  # the version of the items' wording
+# Options that may change between two starts of one run: they add tasks or items, and alter no answer.
+_GROWING = ("items", "quick", "needles", "written", "budgets")
 
 
 def default_run_file(plan: StudyPlan, model: str) -> Path:
@@ -40,7 +47,9 @@ def study_report(
     *,
     model_name: str,
     progress: Callable[[Progress], None] | None = None,
-) -> dict[str, Any]:
+    processes: Processes | None = None,
+    engine: Engine | None = None,
+) -> dict[str, Any] | None:
     """Run a study, or go on with it, and report.
 
     Args:
@@ -50,21 +59,27 @@ def study_report(
         run_file: the file of finished answers. One that exists is gone on with.
         model_name: for the report.
         progress: called as answers are finished.
+        processes: those that share the work. Default: this one alone.
+        engine: what answers. Default: the model itself.
 
     Returns:
-        The report, JSON-ready.
+        The report, JSON-ready; None in all processes but the first.
 
     Raises:
+        DataError: a file of the plan's data is missing or malformed.
         LeakError: an arm's setting saw an item that it would be reported on.
         RunFileError: the run's file cannot be used or written.
     """
-    own = {name: value for name, value in plan.to_dict().items() if name not in ("items", "quick")}
+    processes = processes or Processes()
+    sources = plan.sources()
+    own = {name: value for name, value in plan.to_dict().items() if name not in (*_GROWING, "data")}
     dtype = str(model.dtype).removeprefix("torch.")
-    identity = {"model": model_digest(model), "dtype": dtype, "material": _MATERIAL, **own}
-    with RunFile(run_file, identity) as file:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        file.start({"started": now, "settings": plan.to_dict(), "environment": environment()})
-        chosen = _run(Study(model, tokenizer, plan, file, progress))
+    identity = {"model": model_digest(model), "dtype": dtype, "material": _MATERIAL, "data": sources, **own}
+    with _opened(run_file, identity, plan, processes) as file:
+        study = Study(model, tokenizer, plan, file, progress, processes, engine)
+        chosen = _run(study)
+        if processes.rank:
+            return None
         found = make_study_report(file.records.values(), chosen, plan.seed)
         return {
             "study": plan.study,
@@ -72,6 +87,7 @@ def study_report(
             "model_digest": identity["model"],
             "dtype": dtype,
             "settings": plan.to_dict(),
+            "data": sources,
             "answers": sum(each["items"] for each in found["results"]),
             "run": str(run_file),
             **found,
@@ -80,26 +96,40 @@ def study_report(
         }
 
 
-def _run(study: Study) -> dict[str, Any]:
-    """All steps of a study: what it chose on development items. The answers are in its file.
+def _opened(path: Path, identity: Mapping[str, Any], plan: StudyPlan, processes: Processes) -> RunFile:
+    """The run's file, opened by the first process before the others."""
+    if processes.rank:
+        processes.wait()
+        return RunFile(path, identity, lock=False)
+    file = RunFile(path, identity)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    file.start({"started": now, "settings": plan.to_dict(), "environment": environment()})
+    processes.wait()
+    return file
 
-    Raises:
-        LeakError: an arm's setting saw an item that it would be reported on.
-        RunFileError: an answer could not be written.
-    """
-    plan = study.plan
-    if plan.study == "rebalancing":
-        arms = rebalancing_arms(plan.tasks)
-        study.ask_arms(arms, frozenset())
-        return {"arms": arms, "strength": None, "chosen_on": 0}
-    if plan.study == "gains":
+
+def _run(study: Study) -> dict[str, Any]:
+    """All steps of a study: what it chose on development items. The answers are in its file."""
+    chosen: dict[str, Any] = {"strength": None, "chosen_on": 0}
+    if study.plan.study == "rebalancing":
+        chosen |= run_rebalancing(study)
+    elif study.plan.study == "gains":
         arms, learnt_on = learnt_arms(study)
         study.ask_arms(arms, learnt_on)
-        return {"arms": arms, "strength": None, "chosen_on": len(learnt_on)}
+        chosen |= {"arms": arms, "chosen_on": len(learnt_on)}
+    elif study.plan.study == "selection":
+        chosen |= run_selection(study)
+    else:
+        chosen |= _emphasis(study)
+    return {"left_out": study.asked.left_out, **chosen}
+
+
+def _emphasis(study: Study) -> dict[str, Any]:
+    plan = study.plan
     study.make_profiles()
     strength, seen = study.choose_strength()
     others = () if plan.quick else tuple(each for each in plan.strengths if each != strength)
-    arms = emphasis_arms((strength, *others), plan.tasks, quick=plan.quick)
+    arms = emphasis_arms((strength, *others), study.asked.tasks, quick=plan.quick)
     study.ask_arms(arms, seen)
     study.ask_neutral(arms, seen)
     return {"arms": arms, "strength": strength, "chosen_on": len(seen)}

@@ -10,7 +10,6 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from attnrb.hosts.lm_eval.budget import ComputedTokenBudget, Reading
 from attnrb.hosts.lm_eval.options import sort_options, unknown_option
 from attnrb.hosts.lm_eval.requests import RequestError, check_requests, name_cache
+from attnrb.hosts.processes import accelerator as running_accelerator
 from attnrb.hosts.transformers.logits import FOREIGN, GREEDY, RefuseNaN
 from attnrb.hosts.transformers.patch import patch
 from attnrb.models import UnknownOptionError, load
@@ -105,7 +105,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
             {**options, **late}, plain=plain, policy=policy if config is None else config, loaded=loaded
         )
         self._batch_size_option = _batch_size(batch_size)
-        accelerator = _accelerator()
+        accelerator = running_accelerator()
         name = "" if pretrained is None or loaded else os.fspath(pretrained)
         if not loaded:
             place = _device(device) if accelerator is None else accelerator.device
@@ -418,15 +418,3 @@ def _rows(name: str, option: int | str, other: str = "") -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise ValueError(f"{name}: expected a number of 1 or above{other}, got {option!r}")
     return int(text)
-
-
-def _accelerator() -> Any:
-    """The accelerator of a process that ``accelerate launch`` or ``torchrun`` started with others; None alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return None
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    # Processes wait for each other at the end of a run, however long the longest takes.
-    return Accelerator(
-        cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=52))]
-    )

