@@ -9,12 +9,23 @@ elseif(CMAKE_CXX_COMPILER_ID MATCHES "Clang" AND CMAKE_CXX_COMPILER_VERSION VERS
                       "name it in the environment variable CXX.")
 endif()
 
+list(LENGTH CMAKE_OSX_ARCHITECTURES architectures)
+if(architectures GREATER 1)
+  message(FATAL_ERROR "attnrb is built for one architecture at a time, since each has sources and options of its own; "
+                      "CMAKE_OSX_ARCHITECTURES names ${CMAKE_OSX_ARCHITECTURES}.")
+endif()
+
 # Asked of the compiler, which also knows the target when it compiles for another machine.
 check_cxx_source_compiles("
 #if !defined(__x86_64__)
 #error
 #endif
 int main() {}" ATTNRB_TARGET_X86_64)
+check_cxx_source_compiles("
+#if !defined(__aarch64__)
+#error
+#endif
+int main() {}" ATTNRB_TARGET_AARCH64)
 
 add_library(attnrb_options INTERFACE)
 # nvcc has names of its own for these: see Cuda.cmake.

@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/done
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
 # Two threads a process, where several processes share the cores; some tests set their own number.

@@ -20,7 +20,15 @@ from typing import Any
 from figures import Figures, option_parser
 
 # What --cpu means to PyTorch; it has no lower set than "default".
-_TORCH_CAPABILITY = {"portable": "default", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512", "amx": "amx"}
+_TORCH_CAPABILITY = {
+    "portable": "default",
+    "avx2": "avx2",
+    "avx512": "avx512",
+    "avx512_bf16": "avx512",
+    "amx": "amx",
+    "neon": "default",
+    "neon_bf16": "default",
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

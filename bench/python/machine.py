@@ -19,6 +19,7 @@ _TELLING_FLAGS = (
     "amx_bf16",
     "amx_fp16",
     "asimd",
+    "bf16",
     "sve",
 )
 

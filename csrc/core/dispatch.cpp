@@ -13,6 +13,10 @@
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__) && defined(__aarch64__)
+#include <sys/sysctl.h>
 #endif
 
 namespace attnrb {
@@ -24,6 +28,9 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512_bf16_kernels;
 extern const Kernels amx_kernels;
+#elif defined(__aarch64__)
+extern const Kernels neon_kernels;
+extern const Kernels neon_bf16_kernels;
 #endif
 
 namespace {
@@ -83,6 +90,22 @@ bool has_amx() {
   return has_avx512_bf16() && has_bit(7, 0, kEdx, 24) && has_bit(7, 0, kEdx, 22) && kernel_permits_tiles();
 }
 
+#elif defined(__aarch64__)
+
+// FEAT_BF16: BFDOT and BFMMLA. NEON itself is part of every 64-bit ARM processor that these systems run on.
+bool has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which old headers lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+
 #endif
 
 constexpr bool is_built(const char* set) {
@@ -112,6 +135,9 @@ constexpr Candidate kCandidates[] = {
     {ATTNRB_TABLE(avx512), has_avx512},
     {ATTNRB_TABLE(avx512_bf16), has_avx512_bf16, has_fast_avx512_bf16},
     {ATTNRB_TABLE(amx), has_amx},
+#elif defined(__aarch64__)
+    {ATTNRB_TABLE(neon), always},
+    {ATTNRB_TABLE(neon_bf16), has_neon_bf16},
 #endif
 };
 constexpr int kCandidateCount = int(sizeof(kCandidates) / sizeof(kCandidates[0]));

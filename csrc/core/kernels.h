@@ -8,7 +8,7 @@
 namespace attnrb {
 
 struct Kernels {
-  const char* name;  // "portable", "avx2", "avx512", "avx512_bf16", "amx"
+  const char* name;  // "portable", "avx2", "avx512", "avx512_bf16", "amx"; "neon", "neon_bf16"
   Status (*attention)(const AttentionProblem&, const ThreadPool&, Scratch&);
   void (*received_attention)(const ReceivedProblem&, const ThreadPool&, Scratch&);
   Status (*gradient)(const GradientProblem&, const ThreadPool&, Scratch&);

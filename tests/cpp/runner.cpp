@@ -71,7 +71,8 @@ bool on_device(const Kernels& kernels) { return std::strcmp(kernels.name, "cuda"
 
 double tolerance(const Kernels& kernels, const Bounded& expected) {
   if (on_device(kernels)) return expected.cuda_tolerance;
-  const bool rounds = std::strcmp(kernels.name, "amx") == 0 || std::strcmp(kernels.name, "avx512_bf16") == 0;
+  const std::string name = kernels.name;
+  const bool rounds = name == "amx" || name == "avx512_bf16" || name == "neon_bf16";
   return rounds ? expected.tile_tolerance : expected.tolerance;
 }
 

@@ -253,7 +253,7 @@ class Paging : public KernelTest {
     const int64_t queries = paged.starts[size_t(b) + 1] - paged.starts[size_t(b)];
     if (queries > 1 && queries * (paged.shape.heads / paged.shape.key_heads) > 16) return true;
     const std::string name = kernels().name;
-    const bool pairs = paged.dtype == DType::bfloat16 && name == "avx512_bf16";
+    const bool pairs = paged.dtype == DType::bfloat16 && (name == "avx512_bf16" || name == "neon_bf16");
     const bool even = paged.block_rows % 2 == 0 && paged.visibility.window == 0 && paged.visibility.chunk == 0;
     return paged.lengths[size_t(b)] <= 512 && (even || !pairs);
   }

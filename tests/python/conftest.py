@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--attnrb-cpu",
         metavar="SET",
         default=None,
-        help="instruction set of the native ops (portable, avx2, avx512, avx512_bf16, amx), as ATTNRB_CPU says it",
+        help="instruction set of the native ops (portable, avx2, avx512, ..., neon, neon_bf16), as ATTNRB_CPU says it",
     )
 
 

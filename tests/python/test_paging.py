@@ -35,7 +35,7 @@ def adds_in_order(problem: PagedProblem, rows: slice, length: int) -> bool:
         return True
     seeing = problem.options["visibility"]
     even = problem.key.shape[2] % 2 == 0 and seeing.window is None and seeing.chunk is None
-    pairs = problem.query.dtype == torch.bfloat16 and instruction_set() == "avx512_bf16"
+    pairs = problem.query.dtype == torch.bfloat16 and instruction_set() in ("avx512_bf16", "neon_bf16")
     return length <= 512 and (even or not pairs)
 
 

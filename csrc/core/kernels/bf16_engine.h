@@ -114,6 +114,7 @@ struct Bf16Dot : Bf16Probabilities {
   using Input = bfloat16;
   using Query = bfloat16;
   static constexpr int chunk = 32;
+  static constexpr int products = Vec::width;
 
   // Interleaving two rows of values within each 128 bits costs one operation a register, and leaves components 8i to
   // 8i + 3 of a chunk in its first register of sums, 8i + 4 to 8i + 7 in its second.

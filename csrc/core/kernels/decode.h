@@ -294,7 +294,7 @@ class Decode : Driver<Decode<Dot>> {
   template <int Rows>
   void dot_keys(const Worker& worker, int64_t r, const Input* keys, int64_t stride, int64_t at, int64_t count,
                 Upcoming& ahead) const {
-    constexpr int64_t kKeys = Vec::width / Rows;
+    constexpr int64_t kKeys = Dot::products / Rows;
     const typename Dot::Query* queries = worker.queries + r * query_columns_;
     float* scores = worker.scores + r * kBlockKeys + at;
     int64_t j = 0;
@@ -321,9 +321,9 @@ class Decode : Driver<Decode<Dot>> {
     if constexpr (Keys >= 1) {
       for (; j + Keys <= count; j += Keys)
         for (int64_t i = 0; i < Rows; ++i) {
-          float few[Vec::width];
-          Dot::template dot<Vec::width / Keys>(queries + i * query_columns_, 0, keys + j * stride, stride, shape_.width,
-                                               few, Keys);
+          float few[Dot::products];
+          Dot::template dot<Dot::products / Keys>(queries + i * query_columns_, 0, keys + j * stride, stride,
+                                                  shape_.width, few, Keys);
           std::memcpy(scores + i * kBlockKeys + j, few, Keys * sizeof(float));
         }
       dot_few<Rows, Keys / 2>(queries, keys, stride, j, count, scores);

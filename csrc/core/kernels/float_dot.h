@@ -43,6 +43,7 @@ struct FloatDot : FloatProbabilities {
   using Query = float;
   static constexpr int exp2_degree = 6;
   static constexpr int chunk = 2 * Vec::width;
+  static constexpr int products = Vec::width;  // of a row and a key that are added up at a time
 
   // Where component d lies in a row of packed queries or sums.
   static ATTNRB_INLINE int64_t place(int64_t d) { return d / chunk * chunk + pair_place(T(), int(d % chunk)); }

@@ -15,6 +15,10 @@ struct FloatProduct {
   static ATTNRB_INLINE Column load(const Element* p) { return Vec::load(p); }
   static ATTNRB_INLINE Column broadcast(const Element* p) { return Vec::set(*p); }
   static ATTNRB_INLINE Vec add(Column x, Column column, Vec sum) { return Vec::fma(x, column, sum); }
+  template <int Lane>
+  static ATTNRB_INLINE Vec add_lane(Column factors, Column column, Vec sum) {
+    return Vec::fma_lane<Lane>(factors, column, sum);
+  }
 };
 
 // Probabilities as plain floats, for whatever multiplies in float32.

@@ -28,7 +28,13 @@ ATTNRB_INLINE void multiply_lanes(const float* a, int64_t a_stride, const float*
   Vec sum[Rows][Vectors];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec::zero();
-  for (int64_t k = 0; k < depth; ++k, a += step, b += Blocking::panel) {
+  int64_t k = 0;
+  if constexpr (Vec::by_lane && Transposed)
+    for (; k < depth; ++k, a += step, b += Blocking::panel) add_neighbours<Engine>(a, b, sum);
+  if constexpr (Vec::by_lane)
+    for (; k + Vec::width <= depth; k += Vec::width, a += Vec::width, b += Vec::width * Blocking::panel)
+      add_lanes<Engine>(a, a_stride, b, Blocking::panel, sum);
+  for (; k < depth; ++k, a += step, b += Blocking::panel) {
     Vec column[Vectors];
     for (int v = 0; v < Vectors; ++v) column[v] = Vec::load(b + v * Vec::width);
     for (int r = 0; r < Rows; ++r) {
@@ -67,7 +73,7 @@ struct PanelGradientEngine {
   static constexpr bool packs_rows_once = false;             // or for each tile
   static constexpr bool whole_strips = false;                // whether sums have rows for all rows of a strip
   static constexpr int key_granule = 2 * Vec::width;
-  static constexpr int key_rows = 4;  // keys multiplied at a time where they are the rows
+  static constexpr int key_rows = Vec::by_lane ? 8 : 4;  // keys multiplied at a time where they are the rows
   static_assert(block_keys % Blocking::panel == 0 && strip % Blocking::rows == 0 && strip % 2 == 0 &&
                     key_granule % key_rows == 0,
                 "blocks hold whole tiles and pairs");

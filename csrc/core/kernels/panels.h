@@ -5,9 +5,11 @@
 //   Element: what a panel consists of, 4 bytes, holding `parts` neighbours along the summed axis
 //   Factor:  an element of the left-hand side, broadcast; add(factor, column, sum) = sum + factor * column
 //   chain:   elements that one sum may run over before it joins the others
+//   add_lane: add by a lane of several factors, where vectors can (Note: [Factors by lane])
 #pragma once
 
 #include "../problem.h"
+#include "lanes.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
@@ -25,7 +27,7 @@ struct InOrder {
 
 // Register blocking: rows x vectors accumulators, leaving room for one row of b and a broadcast.
 struct Blocking {
-  static constexpr int rows = 6;
+  static constexpr int rows = Vec::by_lane ? 8 : 6;
   static constexpr int vectors = Vec::width >= 16 ? 4 : 2;
   static constexpr int panel = vectors * Vec::width;
 };
@@ -41,7 +43,11 @@ ATTNRB_INLINE void multiply_tile(const typename Product::Element* a, int64_t a_s
   Vec sum[Rows][Vectors];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec::zero();
-  for (int64_t k = 0; k < depth; ++k, b += Blocking::panel) {
+  int64_t k = 0;
+  if constexpr (Vec::by_lane)
+    for (; k + Vec::width <= depth; k += Vec::width, b += Vec::width * Blocking::panel)
+      add_lanes<Product>(a + k, a_stride, b, Blocking::panel, sum);
+  for (; k < depth; ++k, b += Blocking::panel) {
     typename Product::Column column[Vectors];
     for (int v = 0; v < Vectors; ++v) {
       __builtin_prefetch(b + kPrefetch + v * Vec::width);

@@ -10,6 +10,7 @@ namespace ATTNRB_ISA {
 
 struct Vec {
   static constexpr int width = 8;
+  static constexpr bool by_lane = false;
   using Mask = __m256;
   __m256 v;
 
@@ -57,6 +58,10 @@ struct Vec {
   friend ATTNRB_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
   friend ATTNRB_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
   static ATTNRB_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  template <int Lane>
+  static ATTNRB_INLINE Vec fma_lane(Vec a, Vec b, Vec c) {
+    return fma(set(a.v[Lane]), b, c);
+  }
   static ATTNRB_INLINE Vec fma_pair(Vec a0, Vec b0, Vec a1, Vec b1, Vec c) { return fma(a0, b0, fma(a1, b1, c)); }
   static ATTNRB_INLINE Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
   static ATTNRB_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }

@@ -15,6 +15,7 @@ namespace ATTNRB_ISA {
 
 struct Vec {
   static constexpr int width = 16;
+  static constexpr bool by_lane = false;
   using Mask = __mmask16;
   __m512 v;
 
@@ -50,6 +51,10 @@ struct Vec {
   friend ATTNRB_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend ATTNRB_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
   static ATTNRB_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  template <int Lane>
+  static ATTNRB_INLINE Vec fma_lane(Vec a, Vec b, Vec c) {
+    return fma(set(a.v[Lane]), b, c);
+  }
   static ATTNRB_INLINE Vec fma_pair(Vec a0, Vec b0, Vec a1, Vec b1, Vec c) { return fma(a0, b0, fma(a1, b1, c)); }
   static ATTNRB_INLINE Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
   static ATTNRB_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }

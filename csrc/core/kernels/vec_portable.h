@@ -1,7 +1,8 @@
 // Four floats in GCC's vector extension: SSE2 on x86-64, NEON on AArch64, scalars elsewhere. Every vec_*.h defines one
 // type `Vec` with this vocabulary:
-//   width, Mask; zero, set, iota; load and store of float, bfloat16 and float16, whole or the first n lanes;
-//   load_even_odd (two vectors' worth of bfloat16, the even elements and the odd ones);
+//   width, Mask; by_lane (whether a multiply-add may take a factor from a lane, fma_lane<i>(a, b, c) = a[i]*b+c, at the
+//   price of fma: see lanes.h); zero, set, iota; load and store of float, bfloat16 and float16, whole or the first n
+//   lanes; load_even_odd (two vectors' worth of bfloat16, the even elements and the odd ones);
 //   + - * /, fma (a*b+c), fma_pair (a0*b0+a1*b1+c, with few roundings in a row), fms (a*b-c), max (a NaN in b
 //   survives), abs, round, copy_sign, scale_exponent (x * 2^n); sum, max (over lanes), sums (of `width` vectors),
 //   transpose (of as many); first, none, both, from_bytes, greater, greater_equal, select, bits; compress (the selected
@@ -15,6 +16,7 @@ namespace ATTNRB_ISA {
 
 struct Vec {
   static constexpr int width = 4;
+  static constexpr bool by_lane = false;
   typedef float Floats __attribute__((vector_size(16)));
   typedef int32_t Mask __attribute__((vector_size(16)));
   Floats v;
@@ -64,6 +66,10 @@ struct Vec {
   friend ATTNRB_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
   friend ATTNRB_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
   static ATTNRB_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  template <int Lane>
+  static ATTNRB_INLINE Vec fma_lane(Vec a, Vec b, Vec c) {
+    return fma(set(a.v[Lane]), b, c);
+  }
   static ATTNRB_INLINE Vec fma_pair(Vec a0, Vec b0, Vec a1, Vec b1, Vec c) { return c + (a0 * b0 + a1 * b1); }
   static ATTNRB_INLINE Vec fms(Vec a, Vec b, Vec c) { return {a.v * b.v - c.v}; }
   static ATTNRB_INLINE Vec max(Vec a, Vec b) { return select(a.v > b.v, a, b); }
