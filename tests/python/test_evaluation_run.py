@@ -280,7 +280,7 @@ def test_lm_eval_arguments() -> None:
             _batch_size(wrong)
 
 
-def test_a_process_reads_what_others_have_written(tmp_path: Path) -> None:
+def test_what_somebody_else_has_written_is_read(tmp_path: Path) -> None:
     record = {"task": "t", "item": 0, "arm": "plain", "prompting": "direct", "budget": None, "answer": "1"}
     with RunFile(tmp_path / "run", {}) as first, RunFile(tmp_path / "run", {}, lock=False) as second:
         second.append([record])

@@ -237,6 +237,24 @@ class NoGradient(torch.autograd.Function):
         return None
 
 
+@pytest.mark.parametrize("of", ["output", "lse", "both"])
+@pytest.mark.autograd
+def test_the_older_op_has_the_gradients_of_its_function(of: str) -> None:
+    leaves = tensors(queries=9, keys=9)
+    older = (True, 0, 0, 0, None, None, None, 0.2, 0.0, None)
+    found = ops.source_attention(*leaves, 0.01, *older)[:2]
+    expected = functional.source_attention(*leaves, threshold=0.01, scale=0.2)[:2]
+    chosen = {"output": slice(0, 1), "lse": slice(1, 2), "both": slice(0, 2)}[of]
+    upstream = [torch.randn_like(each) for each in found[chosen]]
+    came = torch.autograd.grad(found[chosen], leaves, upstream, allow_unused=True)
+    wanted = torch.autograd.grad(expected[chosen], leaves, upstream, allow_unused=True)
+    for one, other in zip(came, wanted, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+    assert came[0] is not None
+    assert came[0].any()
+
+
 @pytest.mark.parametrize("op", ["source", "rebalanced", "received", "attention", "older source", "older rebalanced"])
 @pytest.mark.autograd
 def test_an_undefined_gradient_stays_undefined(op: str) -> None:
