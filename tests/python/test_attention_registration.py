@@ -9,6 +9,7 @@ import torch
 from attnrb import Edit, Outliers, Visibility, functional
 from attnrb.ops.attention import OPTIONS
 from attnrb.ops.paging import PagingArguments
+from attnrb.ops.refusals import REFUSAL
 from process_memory import growth
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -131,7 +132,7 @@ def test_the_op_itself_refuses_what_makes_no_sense() -> None:
         ({"chunk": -1}, r"chunk: expected 0 \(no limit\) or a positive number, got -1"),
         ({"query_offset": 1, "query_offsets": torch.tensor([1, 2])}, "query_offset: expected None where query_offsets"),
     ):
-        with pytest.raises(ValueError, match=pattern):
+        with pytest.raises(REFUSAL, match=pattern):
             ops.attention(*operands, **options)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attnrb import Outliers, Visibility, functional
+from attnrb.ops.refusals import REFUSAL
 from torch import Tensor
 
 pytestmark = pytest.mark.emulated
@@ -310,7 +311,7 @@ SCORE = (0.25, 0.0, None)
 def test_ops_refuse(changes: dict[str, Any], pattern: str) -> None:
     arguments = operands(threshold=0.01, vision=VISION) | changes
     vision = arguments.pop("vision")
-    with pytest.raises(ValueError, match=pattern):
+    with pytest.raises(REFUSAL, match=pattern):
         torch.ops.attnrb.source_attention(*arguments.values(), *vision, *SCORE)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from attnrb import functional
+from attnrb.ops.refusals import REFUSAL
 from tolerance import error, one_rounding
 from torch import Tensor
 
@@ -224,13 +225,13 @@ def test_the_mask_carries_no_gradient() -> None:
 def test_the_backward_op_names_what_does_not_fit() -> None:
     weights, mask = torch.rand(1, 2, 3, 5), torch.ones(3, 5, dtype=torch.bool)
     gain = torch.ones(2)
-    with pytest.raises(ValueError, match=r"grad_output: expected the shape \[B, H, M, N\] of weights = \[1, 2, 3, 5\]"):
+    with pytest.raises(REFUSAL, match=r"grad_output: expected the shape \[B, H, M, N\] of weights = \[1, 2, 3, 5\]"):
         ops.rebalance_backward(weights[..., :4], weights, mask, gain, False)
-    with pytest.raises(ValueError, match=r"grad_output: expected the dtype of weights, float32, got bfloat16"):
+    with pytest.raises(REFUSAL, match=r"grad_output: expected the dtype of weights, float32, got bfloat16"):
         ops.rebalance_backward(weights.bfloat16(), weights, mask, gain, False)
-    with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts"):
+    with pytest.raises(REFUSAL, match=r"mask: expected a shape that broadcasts"):
         ops.rebalance_backward(weights, weights, mask[:2], gain, False)
-    with pytest.raises(ValueError, match=r"gain: expected"):
+    with pytest.raises(REFUSAL, match=r"gain: expected"):
         ops.rebalance_backward(weights, weights, mask, torch.ones(3), False)
 
 

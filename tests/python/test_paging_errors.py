@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attnrb import Edit, Outliers, Paging, Visibility, functional
+from attnrb.ops.refusals import REFUSAL
 from torch import Tensor
 
 ops = torch.ops.attnrb
@@ -198,14 +199,14 @@ def test_out_needs_a_paging() -> None:
     rows = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match="out: expected None without a paging"):
         functional.attention(rows, rows, rows, out=rows)
-    with pytest.raises(ValueError, match="block_table: expected a tensor where there is out"):
+    with pytest.raises(REFUSAL, match="block_table: expected a tensor where there is out"):
         ops.attention.into(rows, rows, rows, out=rows)
 
 
 @pytest.mark.parametrize("missing", ["block_table", "query_starts", "seq_lens"])
 def test_the_op_wants_all_tables(missing: str) -> None:
     given = {name: tensor for name, tensor in tables().items() if name != missing}
-    with pytest.raises(ValueError, match=f"{missing}: expected a tensor where .* got None"):
+    with pytest.raises(REFUSAL, match=f"{missing}: expected a tensor where .* got None"):
         ops.attention(*operands().values(), **given)
 
 
@@ -218,7 +219,7 @@ def test_the_op_names_what_paging_says_itself() -> None:
         ("key_end", torch.zeros(4).long()),
         ("mask", torch.ones(1, 1, 1, 1).bool()),
     ):
-        with pytest.raises(ValueError, match=f"{name}: expected none with a block_table"):
+        with pytest.raises(REFUSAL, match=f"{name}: expected none with a block_table"):
             ops.attention(*operands().values(), **tables(), **{name: value})
 
 
@@ -290,7 +291,7 @@ def test_overloads_agree() -> None:
     out.fill_(5)
     assert ops.attention.output_into(*given, **options, out=out) is None
     assert torch.equal(out[served], output[served]) and bool((out[4:] == 5).all())
-    with pytest.raises(ValueError, match="emit: expected none where only the output is returned"):
+    with pytest.raises(REFUSAL, match="emit: expected none where only the output is returned"):
         ops.attention.output(*given, **options, emit=0.1)
 
 

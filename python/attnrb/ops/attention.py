@@ -26,6 +26,7 @@ from attnrb.ops.operands import (
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.paged import attend_paged
 from attnrb.ops.paging import Paging, paging_arguments
+from attnrb.ops.refusals import native_op
 from attnrb.ops.scores import DEFAULT_SCORES, Scores, score_arguments
 from attnrb.ops.visibility import DEFAULT_VISIBILITY, Visibility, VisibilityArguments, visibility_arguments
 
@@ -43,10 +44,10 @@ __all__ = [
 ]
 
 # Looked up once: torch.ops resolves overloads at every call.
-_attention = torch.ops.attnrb.attention.default
-_attention_output = torch.ops.attnrb.attention.output
-_attention_training = torch.ops.attnrb.attention_training.default
-_attention_backward = torch.ops.attnrb.attention_backward.default
+_attention = native_op(torch.ops.attnrb.attention.default)
+_attention_output = native_op(torch.ops.attnrb.attention.output)
+_attention_training = native_op(torch.ops.attnrb.attention_training.default)
+_attention_backward = native_op(torch.ops.attnrb.attention_backward.default)
 _unrecorded = torch._C._AutoDispatchBelowAutograd
 
 # The options of the op in the order of its schema.

@@ -66,7 +66,8 @@ def instruction_set() -> str:
 
 def instruction_sets() -> list[str]:
     """The instruction sets that this build and this processor both have, lowest first."""
-    names, found = _library.attnrb_instruction_sets(), []
+    found: list[str] = []
+    names = _library.attnrb_instruction_sets()
     while names[len(found)] is not None:
         found.append(names[len(found)].decode())
     return found

@@ -22,16 +22,17 @@ from attnrb.ops.operands import (
 )
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.paging import PagingArguments, check_seeing
+from attnrb.ops.refusals import native_op
 from attnrb.ops.scores import Scores
 from attnrb.ops.visibility import VisibilityArguments, describe
 
 __all__ = ["attend_blocks", "attend_paged", "write_blocks", "write_keys"]
 
 # Looked up once: torch.ops resolves overloads at every call.
-_attention = torch.ops.attnrb.attention.default
-_attention_into = torch.ops.attnrb.attention.into
-_attention_output_into = torch.ops.attnrb.attention.output_into
-_write_keys = torch.ops.attnrb.write_keys.default
+_attention = native_op(torch.ops.attnrb.attention.default)
+_attention_into = native_op(torch.ops.attnrb.attention.into)
+_attention_output_into = native_op(torch.ops.attnrb.attention.output_into)
+_write_keys = native_op(torch.ops.attnrb.write_keys.default)
 
 
 _BLOCK_DEVICES = frozenset(("cpu", "meta"))

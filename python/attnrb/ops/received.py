@@ -10,15 +10,16 @@ from torch import Tensor
 from attnrb.ops import dense, training
 from attnrb.ops.edit import Edit, edit_arguments
 from attnrb.ops.operands import check_one_device, check_shapes, native, operands, records_gradient
+from attnrb.ops.refusals import native_op
 from attnrb.ops.scores import OLDER_OPTIONS, score_arguments
 from attnrb.ops.visibility import Visibility, visibility_arguments
 
 __all__ = ["received_attention"]
 
 # The overload `edited` has the options that came later, which the first form of the op lacks.
-_received_attention = torch.ops.attnrb.received_attention.edited
-_received_training = torch.ops.attnrb.received_attention_training.default
-_received_backward = torch.ops.attnrb.received_attention_backward.default
+_received_attention = native_op(torch.ops.attnrb.received_attention.edited)
+_received_training = native_op(torch.ops.attnrb.received_attention_training.default)
+_received_backward = native_op(torch.ops.attnrb.received_attention_backward.default)
 
 _LATER = {"key_bias": None, "first_query": None, "query_offsets": None, "chunk": 0}
 _OPTIONS = (*OLDER_OPTIONS, *_LATER)

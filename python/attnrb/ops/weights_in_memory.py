@@ -11,6 +11,7 @@ from torch import Tensor
 from attnrb.ops import dense
 from attnrb.ops.edit import NO_EDIT, gain_tensor
 from attnrb.ops.operands import check_gain_values, check_one_device, check_operand, check_threshold, native
+from attnrb.ops.refusals import native_op
 from attnrb.ops.scores import promoted
 from attnrb.ops.training import second_derivative
 from attnrb.ops.visibility import describe
@@ -18,10 +19,10 @@ from attnrb.ops.visibility import describe
 __all__ = ["outlier_mask", "rebalance"]
 
 # Looked up once: torch.ops resolves overloads at every call.
-_outlier_mask = torch.ops.attnrb.outlier_mask.default
-_rebalance = torch.ops.attnrb.rebalance.default
-_rebalance_per_head = torch.ops.attnrb.rebalance.per_head
-_rebalance_backward = torch.ops.attnrb.rebalance_backward.default
+_outlier_mask = native_op(torch.ops.attnrb.outlier_mask.default)
+_rebalance = native_op(torch.ops.attnrb.rebalance.default)
+_rebalance_per_head = native_op(torch.ops.attnrb.rebalance.per_head)
+_rebalance_backward = native_op(torch.ops.attnrb.rebalance_backward.default)
 
 
 # ---------------------------------------------------------------------------------------------------- outlier_mask

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from attnrb.hosts.transformers.caches import cache_of, with_cache
 from attnrb.hosts.transformers.patch import Patch
 from attnrb.studies.answers import AnswerRow
 from attnrb.text.spans import Spans
@@ -66,7 +67,7 @@ def candidate_scores(
         first = output.logits[:, -1].float().log_softmax(-1).cpu()
         found = [[float(first[row, answer.answer[0]]) for answer in answers] for row, answers in enumerate(prompts)]
         if longer:
-            cache = output.past_key_values
+            cache = cache_of(output)
             rows = [row for row, _ in longer]
             cache.batch_select_indices(torch.tensor(rows, dtype=torch.int64, device=model.device))
             _add_longer(model, prompts, longer, (cache, mask[rows], spans.select(rows)), found, patched)
@@ -89,7 +90,7 @@ def _add_longer(
     ids = torch.tensor([list(each[:-1]) + [0] * (most - len(each) + 1) for each in answers], **_WHOLE)
     width = mask.shape[1]
     whole = torch.cat([mask, torch.ones_like(ids)], 1)
-    logits = _forward(model, ids, whole, spans, width, patched, use_cache=True, past_key_values=cache).logits
+    logits = _forward(model, ids, whole, spans, width, patched, use_cache=True, **with_cache(model, cache)).logits
     steps = logits.float().log_softmax(-1).cpu()
     for index, ((row, place), answer) in enumerate(zip(longer, answers, strict=True)):
         found[row][place] += sum(float(steps[index, step, token]) for step, token in enumerate(answer[1:]))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attnrb.hosts.transformers.caches import cache_of, with_cache
 from attnrb.policies.base import model_shape
 from attnrb.policies.emphasis import Emphasis
 from attnrb.studies.arms import PLAIN, Arm, emphasis_arms, rebalancing_arms, settings_of_rebalancing
@@ -83,12 +84,12 @@ def seconds_of(work: StudyWork, model: Any) -> float:
     with torch.inference_mode():
         model(ids[:1], use_cache=False, logits_to_keep=1)  # the first forward pays for what is made once
         start = time.perf_counter()
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
         _wait(model)
         reading = time.perf_counter() - start
         start = time.perf_counter()
         for step in range(_STEPS):
-            cache = model(ids[:, step : step + 1], past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(model(ids[:, step : step + 1], use_cache=True, **with_cache(model, cache)))
         _wait(model)
         writing = time.perf_counter() - start
     return work.read * reading / (_ROWS * _TOKENS) + work.written * writing / (_ROWS * _STEPS)

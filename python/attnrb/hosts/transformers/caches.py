@@ -9,17 +9,37 @@ that are left (`Caches`). A position below its slot is padding on the left.
 
 from __future__ import annotations
 
+import inspect
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["Caches", "Sequences", "check_keys"]
+__all__ = ["Caches", "Sequences", "cache_of", "check_keys", "with_cache"]
+
+# What a forward calls its cache, and its output: the first since transformers 5.24, the second before.
+_NAMES = ("cache", "past_key_values")
 
 _WHY = (
     "past_key_values: {what}: keys were removed from this cache. attnrb tells keys by their slots, so it serves caches "
     "that hold the same tokens in every layer"
 )
+
+
+def cache_of(given: Any) -> Any:
+    """The cache among the keyword arguments of a forward, or in its output; None where there is none."""
+    for name in _NAMES:
+        cache = given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+        if cache is not None:
+            return cache
+    return None
+
+
+def with_cache(model: torch.nn.Module, cache: Any) -> dict[str, Any]:
+    """The keyword argument by which a model takes a cache."""
+    known = inspect.signature(model.forward).parameters
+    return {next((name for name in _NAMES if name in known), _NAMES[-1]): cache}
 
 
 class Caches:
@@ -35,7 +55,7 @@ class Caches:
         a look is a wait.
 
         Args:
-            cache: ``past_key_values`` of this forward, or None.
+            cache: that of this forward, or None.
             positions: int ``[B or 1, M]``: its ``position_ids``; anything else says nothing.
             queries: M.
 
@@ -85,7 +105,7 @@ class Sequences:
         """Keep it by the cache that a forward made, if it made one."""
         if torch.compiler.is_compiling():
             return
-        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        parts = output if isinstance(output, tuple) else (cache_of(output),)
         for cache in parts:
             if hasattr(cache, "get_seq_length"):
                 self._kept.setdefault(cache, sequence)

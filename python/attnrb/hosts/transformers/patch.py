@@ -29,7 +29,7 @@ from attnrb.hosts.requests import Requests
 from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward, outer_forward
 from attnrb.hosts.stats import PatchStats
 from attnrb.hosts.transformers.attention import FORWARD, attention
-from attnrb.hosts.transformers.caches import Caches, Sequences
+from attnrb.hosts.transformers.caches import Caches, Sequences, cache_of
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook, begin_model, end_model
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, patch_of, shard_of, whole_model
 from attnrb.hosts.transformers.left_out import LeftOut, end_early_exit
@@ -308,10 +308,10 @@ class Patch:
         self._left_out.give_back()
         inputs = _Inputs(decoder, args, kwargs)
         unpadded = inputs.rule_out_packing()
-        self._caches.check(kwargs.get("past_key_values"), kwargs.get("position_ids"), inputs.queries())
+        self._caches.check(cache_of(kwargs), kwargs.get("position_ids"), inputs.queries())
         request = self._request.current(self._plan)
         if self._plan.keeps:
-            request = (request or Request()).of_sequence(self._sequences.of(kwargs.get("past_key_values")))
+            request = (request or Request()).of_sequence(self._sequences.of(cache_of(kwargs)))
         forward = Forward(
             self._plan,
             self._plan.begin(request),
@@ -345,7 +345,7 @@ class Patch:
                     "attention, name those to re-balance with RebalanceConfig(layers=...). If they did not run at all: "
                     "a model may leave out layers by lowering num_hidden_layers in its configuration, or by layerdrop"
                 )
-        if plan.keeps and forward.request is not None and kwargs.get("past_key_values") is None:
+        if plan.keeps and forward.request is not None and cache_of(kwargs) is None:
             self._sequences.note(output, forward.request.sequence)
         if not torch.compiler.is_compiling():  # a graph counts nothing
             self.stats.add_forward(forward.called & plan.edited)
@@ -410,15 +410,13 @@ class _Inputs:
             return None
         from attnrb.hosts.transformers.masks import integer
 
-        cache = self.kwargs.get("past_key_values")
+        cache = cache_of(self.kwargs)
         return 0 if cache is None else integer(cache.get_seq_length())
 
     def maybe_packed(self) -> bool:
         """Whether transformers looks at the positions for several texts in one row."""
         given = self.kwargs.get
-        return (
-            given("attention_mask") is None and given("past_key_values") is None and given("position_ids") is not None
-        )
+        return given("attention_mask") is None and cache_of(self.kwargs) is None and given("position_ids") is not None
 
     def rule_out_packing(self) -> bool:
         """Say outright that a row is one text, where neither positions nor a mask could say otherwise.
@@ -432,7 +430,8 @@ class _Inputs:
         given = self.kwargs.get
         if not torch.compiler.is_compiling() or self.args[1:]:
             return False
-        if any(given(name) is not None for name in ("attention_mask", "past_key_values", "position_ids")):
+        told = (given("attention_mask"), given("position_ids"), cache_of(self.kwargs))
+        if any(each is not None for each in told):
             return False
         tokens = self.tokens()
         if tokens is None:
