@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrb.cli import files, running
+from attnrb.cli.command import add
 from attnrb.cli.console import duration, errors, output, print_json, steps, user_errors
 from attnrb.cli.loading import Loading, load_model, takes_model
 from attnrb.reports.printable import printable
@@ -31,7 +32,6 @@ _FULL_STRENGTHS, _QUICK_STRENGTHS = (4.0, 8.0, 16.0, 64.0), (8.0, 16.0)
 _FULL_ITEMS, _QUICK_ITEMS = 500, 100
 
 
-@app.command()
 @takes_model
 def emphasis(
     *,
@@ -53,7 +53,6 @@ def emphasis(
     _study({**chosen, **_items(quick, items, seed)}, loading, run, json, html)
 
 
-@app.command()
 @takes_model
 def rebalancing(
     *,
@@ -69,7 +68,6 @@ def rebalancing(
     _study({"study": "rebalancing", "quick": quick, **_items(quick, items, seed)}, loading, run, json, html)
 
 
-@app.command()
 @takes_model
 def gains(
     *,
@@ -112,6 +110,11 @@ def _study(chosen: dict[str, Any], loading: Loading, run: Path | None, json: Pat
     else:
         render(output(), report)
     running.write({json: lambda: study_json(report), html: lambda: study_page(report)})
+
+
+add(app, emphasis, examples=("attnrb study emphasis --quick --json emphasis.json",))
+add(app, rebalancing, examples=("attnrb study rebalancing --quick --json rebalancing.json",))
+add(app, gains, examples=("attnrb study gains --quick",))
 
 
 def study_json(report: Mapping[str, Any]) -> str:
