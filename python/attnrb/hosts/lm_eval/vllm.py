@@ -19,6 +19,8 @@ from attnrb.policies import Policy
 __all__ = ["VllmLM"]
 
 _LEAST_CACHE = 1 << 30
+_NOT_THERE = ("mixed_precision_dtype", "parallelize", "peft", "softmax_dtype")
+"""Options of `AttnrbLM` that vLLM, which reads the model by itself, would not heed."""
 _BLOCK = 128  # rows of vLLM's largest usual block
 
 
@@ -35,9 +37,13 @@ class VllmLM(AttnrbLM):
 
     Raises:
         ImportError: there is no vLLM.
+        ValueError: an option is one that vLLM does not heed.
     """
 
     def __init__(self, pretrained: Any = None, *, engine: dict[str, Any] | None = None, **options: Any) -> None:
+        for name in _NOT_THERE:
+            if options.get(name):
+                raise ValueError(f"{name}: vLLM scores the choices of attnrb-vllm, and takes no such option")
         try:
             from vllm import LLM
             from vllm.platforms import current_platform
