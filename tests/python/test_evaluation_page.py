@@ -111,6 +111,18 @@ def test_names_in_pictures_are_text(chromium: Any, report: dict[str, Any], tmp_p
     assert heard == Heard()
 
 
+def test_groups_that_are_named_as_parts_of_every_object(chromium: Any, report: dict[str, Any], tmp_path: Path) -> None:
+    groups = list(dict.fromkeys(name for result in report["results"] for name in result["groups"]))
+    for names in (("constructor", "__proto__"), ("toString", "valueOf")):
+        changed = renamed(report, dict(zip(groups, names, strict=True)))
+        (tmp_path / "page.html").write_text(page(changed), "utf-8")
+        with opened(chromium, tmp_path / "page.html") as (tab, heard):
+            ticks = tab.locator('.plot[data-spec="accuracies"]').locator(".xtick2 text, .xtick text")
+            shown = {text.rstrip("\u200b") for text in ticks.all_text_contents()}
+            assert set(names) <= shown
+        assert heard == Heard()
+
+
 def test_points_stand_where_their_figures_say(chromium: Any, evaluation: Path, report: dict[str, Any]) -> None:
     """In pixels, of every marker and bar: what shares a row must not move along the axis of values."""
     drawn = """name => {

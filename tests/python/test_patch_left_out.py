@@ -115,12 +115,34 @@ class Skipped(torch.nn.Module):
         return hidden_states
 
 
-def test_layers_left_out_by_other_means_are_refused_with_both_causes() -> None:
+@pytest.mark.parametrize("gone", [1, 2, LAYERS - 1])
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_layer_that_was_taken_out_is_left_out(gone: int, meanwhile: bool) -> None:
+    """The others are strengthened as in a model whose layer adds nothing."""
+    model, ids = tiny("llama"), tokens(2, 12)
+    with torch.no_grad():
+        for weights in (model.model.layers[gone].self_attn.o_proj, model.model.layers[gone].mlp.down_proj):
+            weights.weight.zero_()
+        with attnrb.patch(model, CONFIG):
+            expected = model(ids, use_cache=False).logits
+        rest = [each for at, each in enumerate(model.model.layers) if at != gone]
+        if not meanwhile:
+            model.model.layers = torch.nn.ModuleList(rest)
+        with attnrb.patch(model, CONFIG) as patched:
+            if meanwhile:
+                model.model.layers[gone] = Skipped()
+            assert_close(model(ids, use_cache=False).logits, expected)
+            assert gone not in patched.stats.rebalanced_layers
+
+
+def test_a_source_layer_that_was_taken_out() -> None:
     model = tiny("llama")
-    with torch.no_grad(), attnrb.patch(model, CONFIG):
-        model.model.layers[2] = Skipped()
-        with pytest.raises(NotImplementedError, match=r"layers \[2\] did not go through .* If they did not run at all"):
-            model(tokens(1, 6), use_cache=False)
+    model.model.layers[0] = Skipped()
+    refusal = pytest.raises(RuntimeError, match=r"before the source layer 0.* was taken out of the model, name another")
+    with torch.no_grad(), attnrb.patch(model, CONFIG), refusal:
+        model(tokens(1, 6), use_cache=False)
+    with torch.no_grad(), attnrb.patch(model, attnrb.RebalanceConfig(source_layer=1, threshold=THRESHOLD, alpha=ALPHA)):
+        model(tokens(1, 6), use_cache=False)
 
 
 @pytest.mark.parametrize("depth", [1, 3, 4])

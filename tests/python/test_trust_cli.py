@@ -23,6 +23,7 @@ for package in ("typer", "rich", "transformers"):
 from attnrb import models  # noqa: E402
 from attnrb.cli.app import app  # noqa: E402
 from attnrb.cli.console import print_json  # noqa: E402
+from attnrb.policies import HeadProfile  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from saved_tiny_model import CHAT_TEMPLATE, TEXT, save_tiny_model, tiny_model, tiny_tokenizer  # noqa: E402
@@ -268,6 +269,22 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_activations_beyond_float16(run: Run, broken: Path, arguments: tuple[str, ...]) -> None:
     assert "not finite" in failed(run(*arguments, "--model", broken, "--dtype", "float16"))
     assert run(*arguments, "--model", broken).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["demo", "profile", "study emphasis", "study rebalancing"])
+def test_measurements_beyond_float16(run: Run, broken: Path, tmp_path: Path, command: str) -> None:
+    """An answer whose likelihood is NaN is no wrong answer."""
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    options = {
+        "demo": ("--items", "2", "--heads", tmp_path / "heads.json"),
+        "profile": ("--count", "2", "--out", tmp_path / "out.json"),
+    }.get(command, ("--quick", "--items", "2", "--run", tmp_path / "run.jsonl"))
+    HeadProfile([[1.0] * 4] * 3, keep=2).save(tmp_path / "heads.json")
+    result = run(*command.split(), *options, "--model", broken, "--dtype", "float16")
+    assert result.exit_code == 1, result.output
+    assert "logits are not finite" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.parametrize("command", ["generate", "compare", "analyze"])

@@ -115,6 +115,18 @@ def test_what_is_no_number_is_no_option(text: str) -> None:
         parse_policy(f"emphasis(strength={text})")
 
 
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"alpha": 0.1, "alpha": 0.9}', b'{"keep": 1, "keep": 2}', b"\xff"]
+)
+def test_files_beside_a_model_and_of_heads(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rebalance_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rebalance_config\.json: "):
+        attnrb.Policy.from_pretrained(tmp_path)
+    (tmp_path / "heads.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"heads\.json: "):
+        HeadProfile.load(tmp_path / "heads.json")
+
+
 @pytest.mark.parametrize("text", ["8", "-8", "+8", "8.", ".5", "0.25", "1e3", "1E-3", "inf", "-Infinity"])
 def test_what_is_a_number_is_one_as_an_option(text: str) -> None:
     found = parse_option("strength", text)
@@ -125,6 +137,7 @@ def test_what_is_a_number_is_one_as_an_option(text: str) -> None:
     ("content", "message"),
     [
         (b'{"policy": "rebalance", "alpha": \xff}', "is no UTF-8 text: byte 33"),
+        ('{"alpha": 0.3}'.encode("utf-16"), "is no UTF-8 text but UTF-16, which an editor can save as UTF-8: byte 0"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
         (b'{"policy": "rebalance", "alpha": NaN}', "alpha: expected a finite number"),
@@ -269,6 +282,16 @@ def test_a_text_is_a_text(text: str) -> None:
 def test_a_folder_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="could not be read: Is a directory"):
         read_texts([str(tmp_path)], [])
+
+
+def test_a_prompt_that_names_a_file_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.txt").write_text(TEXT)
+    for command in ("generate", "compare"):
+        told = run(command, "prompt.txt", "-m", folder, "-n", "2")
+        assert told.exit_code == 0
+        assert "the prompt 'prompt.txt' is also the name of a file, and is taken as text" in told.stderr
+        assert "name of a file" not in run(command, "prompt", "-m", folder, "-n", "2").stderr
 
 
 def test_texts_and_strings_are_numbered_together(tmp_path: Path) -> None:

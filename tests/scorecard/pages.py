@@ -3,8 +3,9 @@
     python tests/scorecard/pages.py --count 1000
 
 Pages: the report of `attnrb analyze`, those of `attnrb eval` and `attnrb search`, and a marked batch as notebooks show
-it. Each text stands for a token, for the name of a model, for an arm or for a group of items. A fault is a dialog, a
-request, a word on the console, an element that a text made, a variable that it set, or a text that is not there.
+it. Some dozens of texts share a page: each stands for a token, a marked phrase, a group of items and a trial, and some
+for the names of a model, an arm and a task. A fault is a dialog, a request, a word on the console, an element that a
+text made, a variable that it set, or a text that is not there.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from saved_tiny_model import TEXT, tiny_model, tiny_tokenizer
 from tiny_evaluation import roomy_model, save_data
 
 _ROWS_SHOWN = 16  # of a batch in a notebook
+_A_PAGE = 96  # texts
+_ARMS = 8
 _FORBIDDEN = (
     "img, iframe, object, embed, link, base, form, input[autofocus], a[href^='javascript'], script[src], plaintext"
 )
@@ -47,8 +50,13 @@ class Pages:
     def __init__(self, folder: Path) -> None:
         self.tokenizer = tiny_tokenizer()
         self.analysis = analyze(
-            tiny_model(), self.tokenizer, [TEXT, TEXT[:40]], compare=attnrb.Rebalance(alpha=0.5), model_name="MODEL"
+            tiny_model(),
+            self.tokenizer,
+            [" ".join([TEXT] * 4), TEXT[:40]],
+            compare=attnrb.Rebalance(alpha=0.5),
+            model_name="MODEL",
         )
+        assert len(self.analysis.texts[0].tokens) >= _A_PAGE
         lm = AttnrbLM(roomy_model(), tokenizer=self.tokenizer, plain=True)
         data = save_data(folder / "data")
         plan = Plan(("mmlu_anatomy", "siqa"), data, (attnrb.Rebalance(alpha=3.0),), "both", (0, 4), limit=3)
@@ -56,11 +64,6 @@ class Pages:
         self.search: Any = search(
             lm, SearchPlan(("siqa",), data, evaluations=3, development=2), folder / "search.jsonl", model="MODEL"
         )
-
-    @property
-    def tokens(self) -> int:
-        """Places of a batch of texts: the tokens of the first text."""
-        return len(self.analysis.texts[0].tokens)
 
     def of_analysis(self, texts: list[str]) -> str:
         """The report with each token of the first text replaced, and the model's name."""
@@ -79,13 +82,19 @@ class Pages:
         return dataclasses.replace(report, texts=whole, runs=runs, notes=(texts[0],)).to_html()
 
     def of_evaluation(self, texts: list[str]) -> str:
-        """The report with its model, an arm and its groups under other names."""
-        names = ["MODEL", "alpha=3", "siqa", "mmlu_anatomy", "anatomy", "direct"]
-        return page(_renamed(self.evaluation.to_dict(), dict(zip(names, texts, strict=False))))
+        """The report with texts for its model, arms, groups, subjects, tasks and notes."""
+        return page(_crowded(self.evaluation.to_dict(), texts))
 
     def of_search(self, texts: list[str]) -> str:
-        """The same of a search."""
-        return search_page(_renamed(self.search.to_dict(), dict(zip(["MODEL", "siqa"], texts, strict=False))))
+        """The same of a search, whose trials have texts for names too."""
+        result = self.search.to_dict()
+        trials = result["development"]["trials"]
+        named = [
+            {**trials[place % len(trials)], "number": place, "label": text, "pareto": place % 9 == 0}
+            for place, text in enumerate(texts)
+        ]
+        held_out = _crowded(result["held_out"], texts)
+        return search_page({**result, "development": {**result["development"], "trials": named}, "held_out": held_out})
 
     def of_marked(self, texts: list[str]) -> str:
         """A marked batch, as a notebook would show it."""
@@ -98,16 +107,37 @@ class Pages:
         return f"{head}<body>{shown}</body></html>"
 
 
-def _renamed(value: Any, names: dict[str, str]) -> Any:
-    """The same JSON with other strings in the place of some, keys among them."""
-    if isinstance(value, dict):
-        return {
-            names.get(key, key): _renamed(each, names) if key not in ("settings", "plan") else each
-            for key, each in value.items()
-        }
-    if isinstance(value, list):
-        return [_renamed(each, names) for each in value]
-    return names.get(value, value) if isinstance(value, str) else value
+def _crowded(report: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    """A report that says these texts wherever it names something."""
+    distinct = list(dict.fromkeys(texts))
+    arm, more = texts[1 % len(texts)], distinct[2 : 2 + _ARMS]
+
+    def groups(of: dict[str, Any], names: list[str]) -> dict[str, Any]:
+        kinds = list(of.values())
+        return {name: kinds[place % len(kinds)] for place, name in enumerate(names)}
+
+    def named(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        found = []
+        for part in parts:
+            # A picture for each group would stand for every budget of computed tokens.
+            names = distinct if part["prompting"] == "direct" else distinct[:2]
+            every = {**part, "groups": groups(part["groups"], names)}
+            if part.get("subjects"):
+                every["subjects"] = groups(part["subjects"], distinct)
+            found.append({**every, "arm": arm if part["arm"] != "plain" else "plain"})
+            if part["arm"] != "plain":
+                few = groups(part["groups"], distinct[:2])
+                found += [{**every, "arm": each, "groups": few} for each in more]
+        return found
+
+    note = next(iter(report["tasks"].values()))
+    return {
+        **report,
+        "model": texts[0],
+        "results": named(report["results"]),
+        "differences": named(report["differences"]),
+        "tasks": {text: {**note, "note": text} for text in distinct},
+    }
 
 
 def _letters(text: str) -> str:
@@ -126,7 +156,7 @@ def attempt(tally: Tally, chromium: Any, make: Callable[[list[str]], str], texts
             expected = [printable(texts[place % len(texts)]) for place in range(len(shown))]
             for came, wanted in zip(shown, expected, strict=True):
                 assert _letters(came) == _letters(wanted), f"{came!r} is shown for {wanted!r}"
-        if kind == "marked":
+        else:
             body = _letters(tab.inner_text("body"))
             missing = [text for text in texts if _letters(printable(text))[:20] not in body]
             assert not missing, f"not shown: {missing!a}"
@@ -139,16 +169,15 @@ def attempt(tally: Tally, chromium: Any, make: Callable[[list[str]], str], texts
 
 
 def work(tally: Tally) -> None:
-    """All texts, some dozens a page."""
+    """All texts, some dozens a page, in one browser."""
     with tempfile.TemporaryDirectory() as place, browser() as chromium:
         pages = Pages(Path(place))
         makers = (pages.of_analysis, pages.of_marked, pages.of_evaluation, pages.of_search)
         harmless = Tally(0, 1, tally.seconds)
-        plain = {
-            make: attempt(harmless, chromium, make, ["a"] * pages.tokens, Path(place) / "page.html") for make in makers
-        }
-        for seed in tally.seeds(pages.tokens):
-            end = min(seed + pages.tokens, tally.seed * 10_000_000 + tally.count)
+        names = [f"a{number}" for number in range(_A_PAGE)]
+        plain = {make: attempt(harmless, chromium, make, names, Path(place) / "page.html") for make in makers}
+        for seed in tally.seeds(_A_PAGE):
+            end = min(seed + _A_PAGE, tally.seed * 10_000_000 + tally.count)
             texts = [draw(each) for each in range(seed, end)]
             tally.counts["texts"] += len(texts)
             for make in makers:

@@ -106,8 +106,8 @@ def analyze(
     if compare is not None and not isinstance(compare, Policy):
         raise TypeError(f"compare: expected an attnrb.Policy or None, got {type(compare).__name__}")
     plain = _plain_config(compare, threshold, source_layer)
-    if not z_threshold > 0:
-        raise ValueError(f"z_threshold: expected a number above 0, got {z_threshold}")
+    if not 0 < z_threshold < float("inf"):
+        raise ValueError(f"z_threshold: expected a finite number above 0, got {z_threshold}")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens: expected at least 2, got {max_tokens}")
     if isinstance(texts, str):

@@ -18,11 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrb.cli import files, options
-from attnrb.cli.console import duration, errors, output, reminder, steps, user_errors, write
+from attnrb.cli.console import duration, errors, output, reminder, steps, user_errors, write_json
 from attnrb.cli.loading import Loading, load_model, takes_model
 from attnrb.policies import model_shape
 from attnrb.reports.printable import printable
-from attnrb.text.reading import check_text, parse_json, read_text
+from attnrb.text.reading import as_typed, check_text, parse_json, read_text
 
 if TYPE_CHECKING:
     from attnrb.analysis import AttentionReport, AttentionRun, Detail
@@ -179,8 +179,7 @@ def analyze(
                 progress=progress,
             )
     if files.is_standard_output(json):
-        output()  # makes stdout replace what it cannot encode
-        write(report.to_json())
+        write_json(report.to_json())
     else:
         show(output(), report)
     written = files.write_outputs({json: report.to_json, html: report.to_html, png: report.save_plots})
@@ -257,8 +256,8 @@ def read_texts(given: list[str], strings: list[str]) -> list[NamedText]:
         elif names_a_file(each):
             raise ValueError(f"text: there is no file {each!r}; --text-string takes a text as it is")
         else:
-            texts.append(NamedText(f"text {len(texts) + 1}", each))
-    texts += [NamedText(f"text {len(texts) + number}", each) for number, each in enumerate(strings, 1)]
+            texts.append(NamedText(f"text {len(texts) + 1}", as_typed(each)))
+    texts += [NamedText(f"text {len(texts) + number}", as_typed(each)) for number, each in enumerate(strings, 1)]
     if not texts:
         raise ValueError(
             "text: expected a file, a text of several words or - for standard input, or --text-string with any text"

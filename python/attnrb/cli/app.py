@@ -12,7 +12,7 @@ from attnrb.cli import files, options, render
 from attnrb.cli.analyze import analyze
 from attnrb.cli.cache import cache
 from attnrb.cli.command import add
-from attnrb.cli.console import OneSentence, output, steps, user_errors, write
+from attnrb.cli.console import OneSentence, output, steps, user_errors, warn, write
 from attnrb.cli.data import data
 from attnrb.cli.demo import demo
 from attnrb.cli.loading import Loading, Threads, load_model, run_facts, set_threads, takes_model
@@ -21,6 +21,7 @@ from attnrb.cli.search import search
 from attnrb.cli.serve import serve
 from attnrb.cli.study import app as study
 from attnrb.reports.printable import printable
+from attnrb.text.reading import as_typed
 
 app = typer.Typer(
     help="Rewrite the attention of a language model while it runs.",
@@ -210,7 +211,11 @@ def bench(
 
 
 def _prompt(prompt: str | None) -> str | None:
-    return files.standard_input().strip() if prompt == "-" else prompt
+    if prompt == "-":
+        return files.standard_input().strip()
+    if prompt is not None and files.is_file(prompt):
+        warn(f"the prompt {prompt!r} is also the name of a file, and is taken as text: `- < {prompt}` reads the file")
+    return None if prompt is None else as_typed(prompt)
 
 
 add(

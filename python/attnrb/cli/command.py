@@ -4,7 +4,8 @@ Note: [Options from a file]
 ``--config FILE.yaml`` stands for the options that the file names, as if they were written where it stands, and an
 option that is given on the command line too counts there alone. The file is a mapping of options by their names, with
 ``-`` or ``_`` inside. A list gives an option several times, or several words with commas between where the option takes
-those; a mapping under ``set`` gives one ``name=value`` for each entry.
+those; a mapping under ``set`` gives one ``name=value`` for each entry. Numbers count as they are written: YAML itself
+would read 010 as 8, 1_000 as 1000 and the branch 1.10 as 1.1.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
 
 from attnrb.cli.console import user_errors
+from attnrb.text.reading import is_number, is_whole_number
 
 __all__ = ["Command", "add"]
 
@@ -94,7 +97,23 @@ class Command(TyperCommand):
         """See the class."""
         with user_errors():
             args = self._with_files(ctx, list(_bare_json(args, self.get_params(ctx))))
+        self._check_numbers(ctx, args)
         return super().parse_args(ctx, args)
+
+    def _check_numbers(self, ctx: Any, args: list[str]) -> None:
+        """Refuse what is no number as `attnrb.text.reading.is_number` has it, in a parser's words and with its code."""
+        if ctx.resilient_parsing:  # of words that are being completed
+            return
+        kinds = _number_options(self.callback)
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for param in self.get_params(ctx):
+            value = given.get(param.name)
+            kind = kinds.get(param.name)
+            if kind is None or not isinstance(value, str):
+                continue
+            if not (is_whole_number(value) if kind is int else is_number(value)):
+                what = "integer" if kind is int else "number"
+                raise typer.BadParameter(f"{value!r} is not a valid {what}.", ctx=ctx, param=param)
 
     def _with_files(self, ctx: Any, args: list[str]) -> list[str]:
         names, rest, waiting = [], [], iter(args)
@@ -121,6 +140,17 @@ class Command(TyperCommand):
                     options += values
         # What a person types after the options of a file is the command's argument in place of the file's.
         return [*options, *rest, *(words if not _has_words(rest, params) else [])]
+
+
+def _number_options(command: Any) -> dict[str, type]:
+    """The options of a command that are numbers, and which kind."""
+    found = {}
+    for name, each in inspect.signature(command, eval_str=True).parameters.items():
+        kind = get_args(each.annotation)[0] if get_args(each.annotation) else each.annotation
+        named = {kind, *get_args(kind)} & {int, float}
+        if named:
+            found[name] = named.pop()
+    return found
 
 
 def _bare_json(args: Sequence[str], params: Sequence[Any]) -> Iterator[str]:
@@ -159,7 +189,7 @@ def _read(path: Path, params: Sequence[Any]) -> Iterator[tuple[Any, list[str]]]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text("utf-8-sig"))
+        found = _as_written(path.read_text("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"config: {str(path)!r} could not be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeError) as error:
@@ -178,6 +208,29 @@ def _read(path: Path, params: Sequence[Any]) -> Iterator[tuple[Any, list[str]]]:
         yield param, _written(param, value, f"config: {path.name}: {key}")
 
 
+def _as_written(text: str) -> Any:
+    """A YAML document whose numbers and dates are text; a key that stands twice is an error.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key.value, str) and key.value != "<<"]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise yaml.YAMLError(f"the key {twice!r} stands in it twice")
+            found: dict[Any, Any] = super().construct_mapping(node, deep)
+            return found
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":int", ":float", ":timestamp"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return yaml.load(text, Loader)
+
+
 def _plain(name: str) -> str:
     return name.strip("-").strip("_").replace("_", "-")
 
@@ -188,12 +241,12 @@ def _written(param: Any, value: Any, where: str) -> list[str]:
         return []
     if getattr(param, "is_flag", False):
         if not isinstance(value, bool):
-            raise ValueError(f"{where}: expected true or false, got {value!r}")
+            raise ValueError(f"{where}: expected true or false, got {value}")
         if value:
             return [param.opts[0]]
         return [param.secondary_opts[0]] if param.secondary_opts else []
     if isinstance(value, dict):
-        value = [f"{name}={_text(each)}" for name, each in value.items()]
+        value = [f"{name}={_option_text(each)}" for name, each in value.items()]
     values = value if isinstance(value, list) else [value]
     texts = [_text(each) for each in values]
     if not getattr(param, "multiple", False):
@@ -201,6 +254,21 @@ def _written(param: Any, value: Any, where: str) -> list[str]:
     if param.param_type_name == "argument":
         return texts
     return [f"{param.opts[0]}={text}" if param.opts[0].startswith("--") else text for text in texts]
+
+
+def _option_text(value: Any) -> str:
+    """The value of a policy's option: a list or a mapping as JSON, anything else as it is written."""
+    return _json(value) if isinstance(value, (list, dict)) else _text(value)
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_json, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(str(key))}: {_json(each)}' for key, each in value.items())}}}"
+    if isinstance(value, str) and is_number(value):
+        value = int(value) if is_whole_number(value) else float(value)
+    return json.dumps(value)
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -64,8 +65,19 @@ def print_json(value: Any) -> None:
     Raises:
         ValueError: it holds NaN or an infinity, which JSON has not.
     """
+    typer.echo(as_json(value, wide=_wide()))
+
+
+def write_json(document: str) -> None:
+    """Write a JSON document on stdout, in plain ASCII where the stream has no wider encoding."""
+    # Beyond ASCII there is nothing but letters within texts.
+    write(document if _wide() else re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], document))
+
+
+def _wide() -> bool:
+    """Whether stdout takes any letter."""
     encoding = getattr(sys.stdout, "encoding", None) or ""  # of a closed stream there is none
-    typer.echo(as_json(value, wide=encoding.lower().replace("-", "").startswith("utf")))
+    return encoding.lower().replace("-", "").startswith("utf")
 
 
 def as_json(value: Any, *, wide: bool) -> str:
@@ -87,6 +99,11 @@ def write(text: str) -> None:
         sys.stdout.flush()
 
 
+def warn(message: str) -> None:
+    """Print one sentence on stderr and go on."""
+    errors().print(Text(f"attnrb: {printable(message)}.", style="yellow"), soft_wrap=True)
+
+
 def fail(message: str) -> NoReturn:
     """Print one sentence on stderr and end with exit code 1."""
     sentence = " ".join(printable(message).split()).rstrip(".")
@@ -97,6 +114,12 @@ def fail(message: str) -> NoReturn:
 
 class OneSentence(TyperGroup):
     """The program, in which whatever a command raises, and wherever, ends as `user_errors` says."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Parse and run: help and the words of the packages that do the work may hold letters that no stream takes."""
+        _tolerate(sys.stdout)
+        _tolerate(sys.stderr)
+        return super().main(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, and write out what waits in stdout while an error can still be told."""
@@ -190,7 +213,7 @@ def _plain_warnings() -> Iterator[None]:
     ) -> None:
         if str(_PACKAGE) not in filename:
             return before(message, category, filename, lineno, file, line)
-        return errors().print(Text(f"attnrb: {printable(str(message))}.", style="yellow"), soft_wrap=True)
+        return warn(str(message))
 
     warnings.showwarning = show
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from attnrb.cli import files, options, running
 from attnrb.cli.console import duration, errors, output, print_json, user_errors
 from attnrb.cli.loading import Loading, takes_model
 from attnrb.reports.printable import printable
+from attnrb.text.reading import is_number, reads_as_number
 
 
 @takes_model
@@ -141,7 +142,7 @@ def evaluate(
 def parse_budgets(text: str) -> tuple[int, ...]:
     """Numbers of computed tokens, of a list like ``0,64,128``. Raises ValueError for anything else."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
+    if not all(part.isascii() and part.isdecimal() for part in parts):
         raise ValueError(f"budgets: expected numbers like 0,64,128, got {text!r}")
     return tuple(int(part) for part in parts)
 
@@ -204,5 +205,20 @@ def lm_eval(context: typer.Context) -> None:
 
         from attnrb.hosts.lm_eval import model  # noqa: F401 (registers the model)
 
+        _check_model_args(context.args)
         sys.argv = ["lm-eval", *context.args]
         cli_evaluate()
+
+
+def _check_model_args(args: Sequence[str]) -> None:
+    """Refuse values that the harness would read as numbers and that are none, as ``1_0`` in ``--model_args``."""
+    waiting = False
+    for each in args:
+        option, equals, value = each.partition("=")
+        if each.startswith("-"):
+            waiting = option in ("--model_args", "-a")
+            each = value if equals and waiting else ""
+        for part in each.split(",") if waiting else ():
+            name, _, text = part.partition("=")
+            if reads_as_number(text) and not is_number(text.strip()):
+                raise ValueError(f"{name}: expected a number, or a name in quotes, got {text!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -42,10 +44,21 @@ def standard_input() -> str:
     """
     if sys.stdin is None:
         raise ValueError("standard input is closed, so nothing can be read from it")
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
+        # A locale that knows nothing else, as in many containers, where each byte would come as half of a pair.
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
         return sys.stdin.read().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is no {error.encoding} text: byte {error.start} cannot be read") from error
+
+
+def is_file(name: str) -> bool:
+    """Whether there is a file of this name."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # a text longer than a name may be, or with a NUL in it
+        return False
 
 
 def is_standard_output(path: Path | None) -> bool:

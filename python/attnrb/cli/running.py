@@ -26,6 +26,7 @@ from attnrb.cli.console import (
 from attnrb.cli.files import PANEL, is_standard_output, write_outputs
 from attnrb.cli.loading import Loading, set_threads
 from attnrb.reports.printable import printable
+from attnrb.text.reading import is_whole_number
 
 if TYPE_CHECKING:
     from attnrb.evaluation.plan import TaskPlan
@@ -99,7 +100,7 @@ def batch_size(text: str) -> int | str:
     """Of the option ``--batch-size``. Raises ValueError for what is neither a number above 0 nor ``auto``."""
     if text == "auto":
         return text
-    if not text.isdecimal() or int(text) < 1:
+    if not is_whole_number(text) or int(text) < 1:
         raise ValueError(f"batch_size: expected a number of 1 or above or auto, got {text!r}")
     return int(text)
 

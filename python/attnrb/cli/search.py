@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,9 @@ from attnrb.cli import files, options, running
 from attnrb.cli.console import output, print_json, user_errors
 from attnrb.cli.eval import render
 from attnrb.cli.loading import Loading, takes_model
-from attnrb.policies.parse import parse_option, parse_policy
+from attnrb.policies.parse import parse_policy
 from attnrb.reports.printable import printable
+from attnrb.text.reading import is_number, is_whole_number
 
 _SEARCH = "Search"
 
@@ -143,15 +145,20 @@ def search(
 
 def _range(text: str) -> tuple[str, float, float]:
     name, equals, bounds = text.partition("=")
-    parts = [parse_option("", part.strip()) for part in bounds.split(",")]
-    if not equals or len(parts) != 2 or not all(isinstance(part, (int, float)) for part in parts):
+    if not equals or len(found := _numbers(bounds)) != 2:
         raise ValueError(f"range: expected name=low,high, got {text!r}")
-    return name.strip(), parts[0], parts[1]
+    return name.strip(), found[0], found[1]
 
 
 def _bounds(name: str, text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{name}: expected two numbers like 0,1, got {text!r}") from None
-    return low, high
+    if len(found := _numbers(text)) != 2:
+        raise ValueError(f"{name}: expected two numbers like 0,1, got {text!r}")
+    return found[0], found[1]
+
+
+def _numbers(text: str) -> list[float]:
+    """Finite numbers with commas between; none where one of them is no number."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(is_number(part) and math.isfinite(float(part)) for part in parts):
+        return []
+    return [int(part) if is_whole_number(part) else float(part) for part in parts]

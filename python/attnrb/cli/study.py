@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrb.cli import files, running
+from attnrb.cli.command import add
 from attnrb.cli.console import duration, errors, output, print_json, steps, user_errors
 from attnrb.cli.loading import Loading, load_model, takes_model
 from attnrb.reports.printable import printable
@@ -69,7 +70,6 @@ class _Run:
     engine: str = "transformers"
 
 
-@app.command()
 @takes_model
 def emphasis(
     *,
@@ -120,7 +120,6 @@ def emphasis(
     _study(chosen, loading, _Run(estimate, run, json, html, engine))
 
 
-@app.command()
 @takes_model
 def rebalancing(
     *,
@@ -152,7 +151,6 @@ def rebalancing(
     )
 
 
-@app.command()
 @takes_model
 def gains(
     *,
@@ -307,6 +305,11 @@ def print_estimate(plan: StudyPlan, model: Any) -> None:
         ),
         soft_wrap=True,
     )
+
+
+add(app, emphasis, examples=("attnrb study emphasis --quick --json emphasis.json",))
+add(app, rebalancing, examples=("attnrb study rebalancing --quick --json rebalancing.json",))
+add(app, gains, examples=("attnrb study gains --quick",))
 
 
 def study_json(report: Mapping[str, Any]) -> str:

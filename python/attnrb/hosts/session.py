@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,7 +21,17 @@ from attnrb.policies.base import LayerPlan, Mixture, Request, Session
 if TYPE_CHECKING:
     from attnrb.hosts.transformers.attention import Alike
 
-__all__ = ["AttentionCall", "Forward", "Observer", "calls_of", "current_forward", "enter_forward", "outer_forward"]
+__all__ = [
+    "AttentionCall",
+    "Forward",
+    "Observer",
+    "Running",
+    "calls_anywhere",
+    "calls_of",
+    "current_forward",
+    "enter_forward",
+    "outer_forward",
+]
 
 
 @dataclass(frozen=True)
@@ -192,11 +204,48 @@ def calls_of(module: torch.nn.Module | None) -> int:
     put right when it is looked at next, and only the stack tells whether a call is over. It is asked where something
     is said to run within which nothing should, or of which nothing else is known: not in an ordinary forward.
     """
-    count, frame = 0, inspect.currentframe()
-    while frame is not None and module is not None:
+    return 0 if module is None else _calls(module, inspect.currentframe())
+
+
+def calls_anywhere(module: torch.nn.Module) -> int:
+    """How many calls of a module run in all threads: see `calls_of`."""
+    return sum(_calls(module, frame) for frame in sys._current_frames().values())
+
+
+def _calls(module: torch.nn.Module, frame: FrameType | None) -> int:
+    """How many calls of a module are in a frame and those around it."""
+    count = 0
+    while frame is not None:
         count += frame.f_code.co_name.startswith(_CALLS) and frame.f_locals.get("self") is module
         frame = frame.f_back
     return count
+
+
+class Running:
+    """The forwards of one module that run, in any thread; those of a traced graph are not among them."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        # Weak: one that an interrupt ended goes by itself, sooner or later.
+        self._forwards: weakref.WeakSet[Forward] = weakref.WeakSet()
+
+    def begins(self, forward: Forward) -> None:
+        """Note that a forward begins."""
+        if not torch.compiler.is_compiling():
+            self._forwards.add(forward)
+
+    def ends(self, forward: Forward) -> None:
+        """Note that it is over."""
+        if not torch.compiler.is_compiling():
+            self._forwards.discard(forward)
+
+    def any(self, *, ending: int = 0) -> bool:
+        """Whether one runs: of those that are noted, an interrupt may have ended some (Note: [Interrupts]).
+
+        Args:
+            ending: calls of the module that still run but whose forward is over, or has not begun.
+        """
+        return bool(self._forwards) and calls_anywhere(self._module) > ending
 
 
 def outer_forward(module: torch.nn.Module) -> Forward | None:

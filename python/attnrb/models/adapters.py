@@ -75,7 +75,10 @@ def add_delta(model: Any, delta: str, checkpoint: Checkpoint) -> None:
     Raises:
         ModelError: there is no such checkpoint, or it has not just the same weights.
     """
-    difference = read_model(replace(checkpoint, place=delta, name=delta, gguf_file=None, subfolder=""), model.dtype)
+    try:
+        difference = read_model(replace(checkpoint, place=delta, name=delta, gguf_file=None, subfolder=""), model.dtype)
+    except ModelError as error:
+        raise ModelError(f"delta: {str(error).removeprefix('model: ')}") from error
     ours, theirs = model.state_dict(), difference.state_dict()
     odd = sorted(name for name in ours if name not in theirs or ours[name].shape != theirs[name].shape)
     if odd:

@@ -24,6 +24,7 @@ from attnrb.ops.edit import Edit, EditArguments
 from attnrb.ops.outliers import Outliers
 from attnrb.policies.request import Request
 from attnrb.reports.files import write_whole
+from attnrb.text.reading import parse_json
 
 __all__ = [
     "POLICY_FILE",
@@ -381,10 +382,10 @@ class Policy:
         names = (POLICY_FILE, policy_class("rebalance").file) if not hasattr(cls, "name") else (cls.file,)
         path = _find_file(str(model), names)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8-sig")))
+            return cls.from_dict(parse_json(path.read_text(encoding="utf-8-sig")))
         except TypeError as error:
             raise TypeError(f"{path}: {error}") from error
-        except (ValueError, RecursionError) as error:  # that of JSON has arguments of its own
+        except ValueError as error:  # that of JSON has arguments of its own
             raise ValueError(f"{path}: {error}") from error
 
 

@@ -69,7 +69,7 @@ def read_ranges(name: str, text: str) -> list[int]:
     """Numbers of a list like ``1-12,15`` or ``1-12+15``, ascending. Raises ValueError for anything else."""
     found: set[int] = set()
     for part in re.split(r"[,+]", text):
-        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?\s*", part)
         if match is None:
             raise ValueError(f"{name}: expected numbers and ranges like 1-12,15, got {text!r}")
         first, last = int(match[1]), int(match[2] or match[1])
@@ -103,7 +103,7 @@ def head_choice(name: str, heads: HeadChoice) -> tuple[int, ...] | dict[int, tup
         return indices(name, heads)
     by_layer = {}
     for layer, chosen in heads.items():
-        place = int(layer) if str(layer).isdecimal() else layer
+        place = int(layer) if str(layer).isascii() and str(layer).isdecimal() else layer
         by_layer[index(name, place)] = indices(f"{name}[{place}]", chosen)
     return by_layer
 

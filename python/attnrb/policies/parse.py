@@ -26,11 +26,7 @@ from attnrb.policies.checks import read_ranges
 from attnrb.policies.learnable import learned_file, load_learned
 from attnrb.policies.profile import bundled_profiles
 from attnrb.policies.rebalance import Rebalance
-from attnrb.text.reading import parse_json, read_text
-
-# As JSON writes them, and what Python prints for others; not "1_000", in which a slip of the pen reads as a number.
-_WHOLE = re.compile(r"[+-]?[0-9]+")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
+from attnrb.text.reading import is_number, is_whole_number, parse_json, read_text
 
 __all__ = ["make_policy", "parse_layers", "parse_option", "parse_policy", "policy_options"]
 
@@ -120,14 +116,14 @@ def parse_option(name: str, value: str) -> Any:
     if value.lower() in ("none", "null"):
         return None
     if name in ("layers", "heads"):
-        return read_ranges(name, value) if re.fullmatch(r"[\d\s,+-]+", value) else _layers_or_text(name, value)
+        return read_ranges(name, value) if re.fullmatch(r"[0-9\s,+-]+", value) else _layers_or_text(name, value)
     if name == "gains":
         return [parse_option("", gain) for gain in value.split("+")]
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if _WHOLE.fullmatch(value):
+    if is_whole_number(value):
         return int(value)
-    return float(value) if _NUMBER.fullmatch(value) else value
+    return float(value) if is_number(value) else value
 
 
 def _layers_or_text(name: str, value: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from attnrb.policies.base import ModelShape
 from attnrb.policies.checks import HeadChoice, beyond_the_model, choose_heads, head_choice
 from attnrb.reports.files import write_whole
+from attnrb.text.reading import parse_json
 
 __all__ = ["HeadProfile", "bundled_profiles"]
 
@@ -153,7 +154,7 @@ class HeadProfile:
                 "attnrb.profile_heads(...).save(path) makes one"
             )
         try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8-sig")))
+            return cls.from_dict(parse_json(file.read_text(encoding="utf-8-sig")))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from None
 
@@ -170,7 +171,7 @@ def read_heads(heads: Any) -> HeadChoice | HeadProfile | None:
     """
     if heads is None or isinstance(heads, HeadProfile):
         return heads
-    if isinstance(heads, str) and not re.fullmatch(r"[\d\s,+-]+", heads):
+    if isinstance(heads, str) and not re.fullmatch(r"[0-9\s,+-]+", heads):
         return HeadProfile.load(heads)
     if isinstance(heads, Mapping) and "scores" in heads:
         return HeadProfile.from_dict(heads)

@@ -274,7 +274,8 @@ class RebalanceSession(Session):
         if outliers is None:
             raise RuntimeError(
                 f"layer {view.layer} ran before the source layer {self.plan.source_layer}, which finds the outliers: "
-                "attnrb needs the layers of a model to run in order, all through transformers' AttentionInterface"
+                "attnrb needs the layers of a model to run in order, all through transformers' AttentionInterface. If "
+                "that layer was taken out of the model, name another with source_layer"
             )
         if self.device != view.device:
             self.device = view.device

@@ -42,7 +42,10 @@ const drawPlot = (() => {
   const literal = (value) => {
     if (Array.isArray(value)) return value.map(literal);
     if (typeof value !== "string") return value;
-    return value.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+    // Plotly keeps categories in plain objects, where a group named "constructor" is a function: it gets a letter that
+    // nobody sees.
+    const own = value in Object.prototype ? `${value}\u200b` : value;
+    return own.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
   };
   const changed = (object, names) => {
     const found = names.filter((name) => object[name] !== undefined);

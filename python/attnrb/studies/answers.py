@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from attnrb.hosts.transformers.finite import check_numbers
 from attnrb.hosts.transformers.patch import Patch
 from attnrb.text.marked import Marked, batch_rows
 from attnrb.text.reading import check_text
@@ -104,6 +105,9 @@ def log_likelihoods(model: Any, rows: Sequence[AnswerRow], patched: Patch | None
 
     Returns:
         float32 ``[tokens of the answer]`` for each row.
+
+    Raises:
+        ValueError: the model's logits are not finite.
     """
     places: dict[tuple[Any, ...], int] = {}
     for row in rows:
@@ -127,4 +131,5 @@ def log_likelihoods(model: Any, rows: Sequence[AnswerRow], patched: Patch | None
         mine = logits[places[row.reading], len(row.prompt) - 1 : len(row.read)].float().log_softmax(-1)
         answer = torch.tensor(row.answer, dtype=torch.int64, device=mine.device)
         found.append(mine.gather(-1, answer[:, None])[:, 0])
+    check_numbers(torch.cat(found))
     return found

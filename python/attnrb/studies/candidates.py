@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from attnrb.hosts.transformers.caches import cache_of, with_cache
+from attnrb.hosts.transformers.finite import check_numbers
 from attnrb.hosts.transformers.patch import Patch
 from attnrb.studies.answers import AnswerRow
 from attnrb.text.spans import Spans
@@ -49,6 +50,9 @@ def candidate_scores(
 
     Returns:
         A number for each answer of each prompt.
+
+    Raises:
+        ValueError: the model's logits are not finite.
     """
     firsts = [rows[0] for rows in prompts]
     width = max(len(row.prompt) for row in firsts)
@@ -71,6 +75,7 @@ def candidate_scores(
             rows = [row for row, _ in longer]
             cache.batch_select_indices(torch.tensor(rows, dtype=torch.int64, device=model.device))
             _add_longer(model, prompts, longer, (cache, mask[rows], spans.select(rows)), found, patched)
+    check_numbers(torch.tensor([each for answers in found for each in answers], dtype=torch.float64, device="cpu"))
     return found
 
 

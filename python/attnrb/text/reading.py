@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BYTE_ORDER_MARK", "check_text", "parse_json", "read_text"]
+__all__ = [
+    "BYTE_ORDER_MARK",
+    "as_typed",
+    "check_text",
+    "is_number",
+    "is_whole_number",
+    "parse_json",
+    "read_text",
+    "reads_as_number",
+]
 
 BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 """What some editors put before UTF-8. It would become a model's first token, the one that attention sinks into."""
+
+
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# As JSON writes them, and what Python prints for others.
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
+
+
+def is_whole_number(text: str) -> bool:
+    """Whether a text is a whole number, as `is_number` has it."""
+    return _WHOLE.fullmatch(text) is not None
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number: not ``1_000``, in which a slip of the pen reads as one, nor digits of other scripts.
+
+    Python's ``int`` and ``float`` take both. NaN and infinities pass: what takes a number says whether it takes those.
+    """
+    return _NUMBER.fullmatch(text) is not None
+
+
+def reads_as_number(text: str) -> bool:
+    """Whether Python takes a text for a number, ``1_000`` and digits of other scripts among them."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def as_typed(text: str) -> str:
+    """Text that a person typed: UTF-8, also where the locale says ASCII and each byte came as half of a pair."""
+    try:
+        return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text  # bytes of another encoding, which whoever takes the text refuses
 
 
 def read_text(path: Path) -> str:
@@ -21,7 +68,8 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no UTF-8 text: byte {error.start} cannot be read") from error
+        which = " but UTF-16, which an editor can save as UTF-8" if error.object[:2] in _UTF_16 else ""
+        raise ValueError(f"{str(path)!r} is no UTF-8 text{which}: byte {error.start} cannot be read") from error
     except OSError as error:
         raise ValueError(f"{str(path)!r} could not be read: {error.strerror or error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import warnings
 import zlib
@@ -15,15 +16,18 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
 
 from attnrb.hosts.lm_eval.budget import ComputedTokenBudget, Reading
-from attnrb.hosts.lm_eval.options import sort_options, unknown_option
-from attnrb.hosts.lm_eval.requests import RequestError, check_requests, name_cache
+from attnrb.hosts.lm_eval.options import as_name, as_written, sort_options, unknown_option
+from attnrb.hosts.lm_eval.requests import RequestError, check_budget, check_requests, name_cache
 from attnrb.hosts.processes import accelerator as running_accelerator
+from attnrb.hosts.transformers.finite import check_numbers
 from attnrb.hosts.transformers.logits import FOREIGN, GREEDY, RefuseNaN
 from attnrb.hosts.transformers.patch import patch
 from attnrb.models import UnknownOptionError, load
 from attnrb.policies import Policy
+from attnrb.text.reading import is_number
 from attnrb.text.vocabulary import check_token_ids, describe
 
 __all__ = ["AttnrbLM", "Computed"]
@@ -99,11 +103,19 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         peft: str | None = None,
         **options: Any,
     ) -> None:
+        pretrained, tokenizer, peft = (
+            as_name(name, value)
+            for name, value in (("pretrained", pretrained), ("tokenizer", tokenizer), ("peft", peft))
+        )
         loaded = not (pretrained is None or isinstance(pretrained, (str, os.PathLike)))
         late = {"dtype": dtype, "peft": peft} if loaded else {}
         sorted_ = sort_options(
             {**options, **late}, plain=plain, policy=policy if config is None else config, loaded=loaded
         )
+        if peft is not None and options.get("delta") is not None:
+            raise ValueError("delta: expected it or peft, got both")
+        if not isinstance(tokenizer, (str, os.PathLike, type(None))) and options.get("use_fast_tokenizer") is not None:
+            raise ValueError("use_fast_tokenizer: this tokenizer is loaded already, so the option comes too late")
         self._batch_size_option = _batch_size(batch_size)
         accelerator = running_accelerator()
         name = "" if pretrained is None or loaded else os.fspath(pretrained)
@@ -136,6 +148,12 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self._policy = sorted_.policy
         self._patch = None if self._policy is None else patch(self.model, self._policy)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Any:
+        """Made of the harness' text of options; what only resembles a number there is none."""
+        more = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**as_written(arg_string or "", simple_parse_args_string(arg_string)), **more)
 
     @contextlib.contextmanager
     def rebalanced(self, config: Policy | None) -> Iterator[None]:
@@ -214,8 +232,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
                 rows = logits[at : at + scored[ids]]
                 at += scored[ids]
                 normalizers = rows.logsumexp(-1)
-                if bool(normalizers.isnan().any()):
-                    raise ValueError("model: its logits are not finite; try dtype=float32 (--dtype float32)")
+                check_numbers(normalizers)
                 greedy = rows.argmax(-1)
                 for index in sharing[ids]:
                     target = torch.tensor(requests[index][2], dtype=torch.int64, device=rows.device)
@@ -317,6 +334,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         by_budget: dict[tuple[int, int, int], list[int]] = {}
         for index in held:
             settings = requests[index].args[1]
+            check_budget(settings)
             key = (
                 settings.get("min_computed_tokens", 0),
                 settings["max_computed_tokens"],
@@ -407,7 +425,8 @@ def _device(name: str | None) -> str:
 
 def _batch_size(option: int | str) -> int | None:
     """The number of rows in a batch, or None for an automatic one."""
-    if str(option).partition(":")[0] == "auto":
+    kind, colon, times = str(option).partition(":")
+    if kind == "auto" and (not colon or (is_number(times) and 0 < float(times) < math.inf)):
         return None
     return _rows("batch_size", option, " or 'auto'")
 

@@ -13,8 +13,9 @@ import torch
 
 from attnrb.policies import LearnedGains, Policy, Rebalance, policy_names
 from attnrb.policies.parse import parse_option, parse_policy, policy_options
+from attnrb.text.reading import is_number
 
-__all__ = ["Options", "sort_options", "unknown_option"]
+__all__ = ["Options", "as_name", "as_written", "sort_options", "unknown_option"]
 
 _LOADED = ("revision", "subfolder", "gguf_file", "delta", "device_map", "allow_missing")
 """Of `attnrb.models.load`, under the same names."""
@@ -36,6 +37,18 @@ _SCORED = (
     "truncation",
 )
 """Of the harness' own class, which serves them."""
+_NAMES = ("revision", "subfolder", "gguf_file", "delta", "peft", "tokenizer", "pretrained")
+"""Options that name something: the harness hands over a number where a name consists of digits."""
+_SWITCHES = (
+    "add_bos_token",
+    "allow_missing",
+    "enable_thinking",
+    "logits_cache",
+    "parallelize",
+    "truncation",
+    "use_fast_tokenizer",
+)
+_DTYPES = ("mixed_precision_dtype", "softmax_dtype")
 _COUNTS = {"max_length": 1, "prefix_token_id": 0}
 """Options that are whole numbers, and the least of each: the harness takes 0 for none, and cuts by a negative one."""
 _REFUSED = {
@@ -86,20 +99,15 @@ def sort_options(given: Mapping[str, Any], *, plain: bool, policy: Policy | str 
         ValueError: an option is out of range, does not go with the others, or is unknown to a loaded model. What one to
             be loaded does not know, `attnrb.models.load` finds.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {
+        name: as_name(name, value) if name in _NAMES else value for name, value in given.items() if value is not None
+    }
     for name, why in _REFUSED.items():
         if given.pop(name, False):
             raise ValueError(f"{name}: {why}")
     if given.get("backend", "default") not in ("default", "causal"):
         raise ValueError(f"backend: attnrb serves decoder-only models ('causal'), got {given['backend']!r}")
-    for name in ("plain", "allow_missing", "truncation", "parallelize"):
-        value = plain if name == "plain" else given.get(name, False)
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
-    for name, least in _COUNTS.items():
-        value = given.get(name, least)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected a whole number of {least} or above, got {value!r}")
+    _check_types({**given, "plain": plain})
     chosen = _policy(policy, given, plain)
     scoring = {name: given[name] for name in _SCORED if name in given}
     if loaded:
@@ -111,10 +119,57 @@ def sort_options(given: Mapping[str, Any], *, plain: bool, policy: Policy | str 
         return Options(chosen, {}, scoring)
     tokenizer = {name.removesuffix("_tokenizer"): given[name] for name in _TOKENIZER if name in given}
     loading = {name: given[name] for name in _LOADED if name in given}
-    if "revision" in loading:
-        loading["revision"] = str(loading["revision"])  # the harness reads 0.1 as a number
     others = {name: value for name, value in given.items() if name not in _KNOWN}
     return Options(chosen, {**loading, "tokenizer_options": tokenizer, "options": _places(given) | others}, scoring)
+
+
+def as_name(name: str, value: Any) -> Any:
+    """An option that names a file, a folder or a branch; loaded models and tokenizers pass.
+
+    Raises:
+        TypeError: it is a truth value.
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected a name, got {value!r}")
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+def as_written(text: str, read: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the harness' text, less freely read: names as they stand, and ``1_0`` is no number.
+
+    Args:
+        text: ``name=value`` with commas between.
+        read: what the harness reads in it.
+    """
+    options = dict(read)
+    for each in text.strip().split(","):
+        name, _, value = each.partition("=")
+        number = isinstance(read.get(name), (int, float)) and not isinstance(read.get(name), bool)
+        if number and (name in _NAMES or not is_number(value.strip())):
+            options[name] = value.strip()
+    return options
+
+
+def _check_types(given: Mapping[str, Any]) -> None:
+    """Refuse what the harness' own class would take for something else, or end at in the words of torch."""
+    for name in (*_SWITCHES, "plain"):
+        value = given.get(name, False)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+    for name, least in _COUNTS.items():
+        value = given.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected a whole number of {least} or above, got {value!r}")
+    for name in _DTYPES:
+        value = given.get(name, torch.float32)
+        dtype = getattr(torch, value, None) if isinstance(value, str) else value
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"{name}: expected a dtype such as float32 or bfloat16, got {value!r}")
+    if not isinstance(given.get("chat_template_args", {}), Mapping):
+        raise TypeError(f"chat_template_args: expected a mapping, got {given['chat_template_args']!r}")
+    end = given.get("think_end_token", "")
+    if isinstance(end, bool) or not isinstance(end, (str, int)):
+        raise TypeError(f"think_end_token: expected a token or its number, got {end!r}")
 
 
 def unknown_option(name: str, others: Iterable[str] = ()) -> ValueError:

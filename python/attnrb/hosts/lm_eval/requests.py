@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["RequestError", "check_requests", "name_cache"]
+__all__ = ["RequestError", "check_budget", "check_requests", "name_cache"]
 
 _SHOWN = 40  # characters of a text in an error
+_HEEDED = ("min_computed_tokens", "max_computed_tokens", "answer_tokens", "until", "max_gen_toks")
+# What leaves a greedy search as it is.
+_GREEDY: dict[str, tuple[Any, ...]] = {
+    "do_sample": (False, None),
+    "num_beams": (1, None),
+    "temperature": (0, None),
+    "top_k": (0, 1, None),
+    "top_p": (1, None),
+}
 
 
 class RequestError(ValueError, AssertionError):
@@ -36,6 +45,24 @@ def check_requests(requests: Sequence[tuple[Any, list[int], list[int]]], window:
             raise RequestError(
                 f"request: the continuation{_shown(texts, 1)} has {len(continuation):,} tokens, more than the model's "
                 f"window of {window:,}"
+            )
+
+
+def check_budget(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of a generation that one within a budget of computed tokens cannot heed: it is greedy.
+
+    Args:
+        settings: ``generation_kwargs`` of a task, and ``--gen_kwargs``. Ends of a text and its length, which every task
+            brings, are the budget's to say.
+
+    Raises:
+        RequestError: saying which.
+    """
+    for name, value in settings.items():
+        if name not in _HEEDED and (name not in _GREEDY or value not in _GREEDY[name]):
+            raise RequestError(
+                f"{name}: within a budget of computed tokens a text is generated greedily, without such a setting, got "
+                f"{value!r}"
             )
 
 

@@ -17,6 +17,9 @@ from attnrb.policies import Policy
 
 __all__ = ["VllmLM"]
 
+_NOT_THERE = ("mixed_precision_dtype", "parallelize", "peft", "softmax_dtype")
+"""Options of `AttnrbLM` that vLLM, which reads the model by itself, would not heed."""
+
 
 @register_model("attnrb-vllm")
 class VllmLM(AttnrbLM):
@@ -31,9 +34,13 @@ class VllmLM(AttnrbLM):
 
     Raises:
         ImportError: there is no vLLM.
+        ValueError: an option is one that vLLM does not heed.
     """
 
     def __init__(self, pretrained: Any = None, *, engine: dict[str, Any] | None = None, **options: Any) -> None:
+        for name in _NOT_THERE:
+            if options.get(name):
+                raise ValueError(f"{name}: vLLM scores the choices of attnrb-vllm, and takes no such option")
         check_installed()
         options["plain"] = True  # of the model that is loaded beside the engine
         super().__init__(pretrained, **options)

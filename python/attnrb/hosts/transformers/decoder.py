@@ -69,7 +69,11 @@ def find_decoder(model: Any) -> Any:
     name = type(whole).__name__
     if getattr(whole.config, "is_encoder_decoder", False) or getattr(whole.config, "add_cross_attention", False):
         raise NotImplementedError(f"model: {name} attends to an encoder; {SUPPORTED}")
-    if patch_of(decoder) is not None:
+    if (found := patch_of(decoder)) is not None:
+        if getattr(found, "leaving", False):
+            raise RuntimeError(
+                f"model: a forward of this {name} runs, and its patch goes when that is over: patch it again then"
+            )
         raise RuntimeError(
             f"model: this {name} is patched already; remove that patch first, with remove() of its handle or with "
             "attnrb.unpatch(model)"

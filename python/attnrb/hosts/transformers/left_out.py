@@ -4,7 +4,8 @@ Note: [Layers that are left out]
 A layer that was to be edited and did not call its attention function is an error, unless the model left it out. Models
 do so in two ways. Early exit (LayerSkip, ``generate(assistant_early_exit=k)``) lowers ``num_hidden_layers`` in the
 configuration, and layers from there on do not run. Layer dropping leaves out layers at random in training; there a hook
-notes which layers begin. What is left out is left out: if it was to find outliers, it found none, and the layers above
+notes which layers begin. And people take layers out of a model, which then has no module of their numbers. What is left
+out is left out: if it was to find outliers, it found none, and the layers above
 it stay as they are in this forward.
 """
 
@@ -80,7 +81,10 @@ class LeftOut:
         if self.at_random:
             begun = self._begun.get(forward, set())
             left_out |= {layer for layer in layers if layer in self._layers and layer not in begun}
-        return left_out
+        if left_out.issuperset(layers):
+            return left_out
+        there = {attribute(module, "layer_idx") for module in every_module(self._decoder)}
+        return left_out | {layer for layer in layers if layer not in there}
 
     def settle(self, forward: Forward, layer: int, query: torch.Tensor) -> None:
         """Before a layer runs, pass on that those below it which were left out found no outliers.

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
+from attnrb.hosts.transformers.finite import refuse
+
 __all__ = ["FOREIGN", "GREEDY", "ONE_TEXT", "RefuseNaN"]
 
 FOREIGN = ("constraints", "dola_layers", "force_words_ids")
@@ -41,8 +43,5 @@ class RefuseNaN(LogitsProcessor):
         """Return `scores` as they are, float ``[B, vocabulary]``."""
         # The largest of a row is NaN where one of it is, and −inf where nothing is possible.
         if not bool(torch.isfinite(scores.amax(-1)).all()):
-            raise ValueError(
-                f"model: its logits are not finite after {input_ids.shape[-1]:,} tokens: its weights are damaged, or "
-                "its activations exceed the range of the dtype; try dtype float32 or bfloat16 (--dtype)"
-            )
+            refuse(f" after {input_ids.shape[-1]:,} tokens")
         return scores

@@ -6,7 +6,8 @@ registers attnrb's functions under a name of its own and gives the modules of on
 configuration that says this name (`Note: [Who says attnrb's name]`); the configuration itself, which other models may
 share, is not written to. A hook before the decoder adds one keyword argument, the `Forward`, which models hand down to
 their attention. A hook after it checks that every layer that was to be edited did come by: what cannot be served
-raises, and nothing runs plainly without a word. `Patch.remove` puts the configurations back and takes the hooks out.
+raises, and nothing runs plainly without a word. `Patch.remove` puts the configurations back and takes the hooks out,
+but not in the middle of a forward, whose layers would then read masks that are not for them: it waits for its end.
 
 A patch belongs to one model. Copies of a patched model, made with ``copy.deepcopy``, by pickling or by
 ``save_pretrained``, are not patched: when a hook is copied it leaves nothing but the original attention behind.
@@ -26,10 +27,19 @@ import torch
 from attnrb.decisions import tell
 from attnrb.deprecation import deprecated
 from attnrb.hosts.requests import Requests
-from attnrb.hosts.session import AttentionCall, Forward, Observer, enter_forward, outer_forward
+from attnrb.hosts.session import (
+    AttentionCall,
+    Forward,
+    Observer,
+    Running,
+    calls_anywhere,
+    enter_forward,
+    outer_forward,
+)
 from attnrb.hosts.stats import PatchStats
 from attnrb.hosts.transformers.attention import FORWARD, attention
 from attnrb.hosts.transformers.caches import Caches, Sequences, cache_of
+from attnrb.hosts.transformers.checkpointing import expect_backward
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook, begin_model, end_model
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, patch_of, shard_of, whole_model
 from attnrb.hosts.transformers.left_out import LeftOut, end_early_exit
@@ -76,7 +86,7 @@ def patch(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: ``policy`` names a layer or head that the model has not, or has gains of another model.
-        RuntimeError: the model is patched already.
+        RuntimeError: the model is patched already, or a forward of it runs.
         NotImplementedError: the model cannot be served; the message says why. What only a forward shows raises there.
         ImportError: transformers is missing or too old.
     """
@@ -148,6 +158,7 @@ class Patch:
         stats: what was done so far. It stays readable after `remove`. Forwards inside a graph of ``torch.compile`` are
             not counted.
         model: what was patched.
+        leaving: whether the patch waits for the end of a forward, to be removed then: see `remove`.
         decoder: the part of the model that holds its layers. Called by itself, it computes no logits.
     """
 
@@ -155,6 +166,8 @@ class Patch:
         """See `patch`."""
         _register()
         decoder = find_decoder(model)
+        if calls_anywhere(decoder):
+            raise RuntimeError("model: a forward of it runs: patch it before or after, and not in between")
         self.stats = PatchStats()
         self.decoder = decoder
         self.model = model
@@ -164,11 +177,13 @@ class Patch:
         self.update(policy)
         self._configurations = Configurations(whole_model(model), decoder)
         self._left_out, self._caches, self._sequences = LeftOut(decoder), Caches(), Sequences()
+        self._running = Running(decoder)
+        self.leaving = False
         self._hooks = [
             decoder.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
             decoder.register_forward_hook(Hook(self._after_forward), with_kwargs=True),
             # Also where the forward failed.
-            decoder.register_forward_hook(Hook(_leave), with_kwargs=True, always_call=True),
+            decoder.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True),
             *self._left_out.register(Hook),
         ]
         for each in self._configurations.around:
@@ -278,7 +293,19 @@ class Patch:
             return self.model.generate(**inputs, **options)
 
     def remove(self) -> None:
-        """Make the model what it was. A second call does nothing."""
+        """Make the model what it was. A second call does nothing.
+
+        A backward through gradient checkpointing, which runs the layers again, has to come before it. While a forward
+        runs, as in a hook of the model's or in another thread, the model stays patched until it is over: a forward
+        ends as it began.
+        """
+        if self._running.any():
+            self.leaving = True
+        else:
+            self._take_off()
+
+    def _take_off(self) -> None:
+        self.leaving = False
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -286,7 +313,7 @@ class Patch:
         self._configurations.restore()
 
     def __enter__(self) -> Patch:
-        if not self.active:
+        if not self.active or self.leaving:
             raise RuntimeError("this patch was removed: call attnrb.patch(model, policy) again")
         return self
 
@@ -302,8 +329,13 @@ class Patch:
         return f"Patch({'active' if self.active else 'removed'}, {self.policy!r}, {self.stats})"
 
     def _before_forward(
-        self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if kwargs is None or not self._hooks:  # a hook before this one removed it, and PyTorch had its list already
+            return None
+        if self.leaving and not torch.compiler.is_compiling() and not self._running.any(ending=1):
+            self._take_off()  # an interrupt ended the forward that was waited for
+            return args, kwargs
         check_keywords(decoder, kwargs)
         self._left_out.give_back()
         inputs = _Inputs(decoder, args, kwargs)
@@ -328,6 +360,7 @@ class Patch:
         )
         kwargs[FORWARD] = forward
         enter_forward(forward)
+        self._running.begins(forward)
         return args, kwargs
 
     def _after_forward(
@@ -345,18 +378,22 @@ class Patch:
                     "attention, name those to re-balance with RebalanceConfig(layers=...). If they did not run at all: "
                     "a model may leave out layers by lowering num_hidden_layers in its configuration, or by layerdrop"
                 )
+        expect_backward(decoder, output)
         if plan.keeps and forward.request is not None and cache_of(kwargs) is None:
             self._sequences.note(output, forward.request.sequence)
         if not torch.compiler.is_compiling():  # a graph counts nothing
             self.stats.add_forward(forward.called & plan.edited)
 
-
-def _leave(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """The forward is over, or failed: one around it, whose hook called the model again, goes on."""
-    forward = kwargs.get(FORWARD)
-    if output is None and not torch.compiler.is_compiling():
-        end_early_exit(decoder)
-    enter_forward(forward.outer if isinstance(forward, Forward) else None)
+    def _leave(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The forward is over, or failed: one around it, whose hook called the model again, goes on."""
+        forward = kwargs.get(FORWARD)
+        if output is None and not torch.compiler.is_compiling():
+            end_early_exit(decoder)
+        enter_forward(forward.outer if isinstance(forward, Forward) else None)
+        if isinstance(forward, Forward):
+            self._running.ends(forward)
+        if self.leaving and not torch.compiler.is_compiling() and not self._running.any(ending=1):
+            self._take_off()
 
 
 _KEYWORDS = frozenset(
