@@ -1,24 +1,35 @@
 // Tile products of the forward on Intel AMX (amx_tiles.h).
+//
+// Note: [Tiles of the forward]
+// Operands are blocks of 1024 elements (Note: [AMX tile layouts]), the summed axis innermost:
+//   queries        [strip of 32 rows][plane][32 components]     keys      [32 keys][32 components]
+//   probabilities  [32 keys]                                    values    [32 components][32 keys]
+// Scores of a strip are [32 keys], its sums [32 components], 1024 floats each. A row of 32 probabilities holds the keys
+// 0, 16, 1, 17, ..: two registers of them are rounded and merged without a permutation. Rows i and i + 16 of 32 values
+// lie side by side for it.
 #pragma once
 
 #include "amx_tiles.h"
 #include "float_engine.h"
+#include "row_groups.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
 
-// T is bfloat16 (one plane) or float16 (two planes, three products).
+// T is bfloat16, or float16 in two planes.
 template <class T>
-struct AmxEngine {
+struct AmxEngine : RowGroups<AmxEngine<T>> {
   using Input = T;
   using Probability = bfloat16;
-  static constexpr bool two_planes = sizeof(T) == 2 && !std::is_same<T, bfloat16>::value;
-  static constexpr int planes = two_planes ? 2 : 1;
-  static constexpr int exp2_degree = two_planes ? 6 : 4;
+  using Places = TilePlaces;
+  static constexpr int planes = two_planes<T> ? 2 : 1;
+  static constexpr int exp2_degree = two_planes<T> ? 6 : 4;
   static constexpr int strip = 32;
-  static constexpr int block_rows = 128;
+  static constexpr int block_rows = 256;
   static constexpr int block_keys = 256;
   static constexpr int key_granule = 32;
+  static constexpr bool starts_fresh = true;
+  static constexpr int row_group = 16;
 
   explicit AmxEngine(const Shape& shape)
       : width(shape.width),
@@ -29,228 +40,160 @@ struct AmxEngine {
   const int64_t width, value_width;
   const int64_t columns, value_columns;
 
+  // Keys and values come from the second-level cache, so that more rows than fit the first share them where keys far
+  // outnumber queries.
+  static int64_t rows_at_once(int64_t queries, int64_t keys) {
+    return keys >= 4 * queries ? block_rows : block_rows / 2;
+  }
+
   int64_t key_plane() const { return block_keys * columns; }
   int64_t value_plane() const { return block_keys * value_columns; }
-  int64_t query_plane() const { return block_rows * columns; }
   static constexpr int64_t probability_plane = strip * block_keys;
 
   int64_t key_block_bytes() const { return planes * key_plane() * 2; }
   int64_t value_block_bytes() const { return planes * value_plane() * 2; }
-  int64_t query_block_bytes() const { return planes * query_plane() * 2; }
+  int64_t query_block_bytes() const { return planes * block_rows * columns * 2; }
   static constexpr int64_t probability_bytes() { return planes * probability_plane * 2; }
+
+  // Where rows of a strip begin, at the key `first`, and where the sums of a row of a block do.
+  static ATTNRB_INLINE int64_t score_row(int64_t r, int64_t first) {
+    return TilePlaces::row(r) + TilePlaces::place(first);
+  }
+  static ATTNRB_INLINE int64_t probability_row(int64_t r, int64_t first) {
+    return first / 32 * kBlockElements + r / 16 * kTileElements + r % 16 * 32;
+  }
+  ATTNRB_INLINE int64_t sum_row(int64_t r) const { return r / 32 * 32 * value_columns + TilePlaces::row(r % 32); }
 
   void start_worker() const { start_tiles(); }
   void stop_worker() const { stop_tiles(); }
 
-  // Tiles [block_keys / 16][columns / 32], see Note: [AMX tile layouts].
   template <class Rows>
   void pack_keys(void* packed, const Rows& keys, int64_t column_stride, int64_t count) const {
-    bfloat16* out = static_cast<bfloat16*>(packed);
-    for (int64_t key = 0; key < round_up(count, key_granule); key += 16)
-      for (int64_t d = 0; d < columns; d += 32, out += kTileElements) {
-        pack_key_tile<0>(out, keys, key, column_stride, count, d);
-        if constexpr (two_planes) pack_key_tile<1>(out + key_plane(), keys, key, column_stride, count, d);
-      }
+    for_planes<T>([&](auto plane) {
+      constexpr int kPlane = decltype(plane)::value;
+      bfloat16* out = static_cast<bfloat16*>(packed) + kPlane * key_plane();
+      for (int64_t key = 0; key < round_up(count, key_granule); key += 16)
+        for (int64_t d = 0; d < columns; d += 32) {
+          // A pair of components is one 32-bit element here: the keys' rows become the tile's columns.
+          Vec square[16];
+          for (int i = 0; i < 16; ++i)
+            square[i].v = _mm512_castsi512_ps(
+                load_components<kPlane>(key + i < count ? keys[key + i] : nullptr, d, column_stride, width));
+          Vec::transpose(square);
+          store_tile(out + key / 32 * 32 * columns + d / 32 * kBlockElements + key / 16 % 2 * kTileElements, square);
+        }
+    });
   }
 
-  // Tiles [value_columns / 16][block_keys / 32], see Note: [AMX tile layouts].
   template <class Rows>
   void pack_values(void* packed, const Rows& values, int64_t column_stride, int64_t count) const {
-    bfloat16* out = static_cast<bfloat16*>(packed);
-    for (int64_t d = 0; d < value_columns; d += 32)
-      for (int64_t key = 0; key < round_up(count, key_granule); key += 2) {
-        bfloat16* row = out + d / 16 * (block_keys / 32) * kTileElements + key / 32 * kTileElements + key % 32 / 2 * 32;
-        pack_value_pair<0>(row, values, key, column_stride, count, d);
-        if constexpr (two_planes) pack_value_pair<1>(row + value_plane(), values, key, column_stride, count, d);
-      }
+    for_planes<T>([&](auto plane) {
+      constexpr int kPlane = decltype(plane)::value;
+      const auto load = [&](int64_t r, int64_t d) {
+        return load_components<kPlane>(r < count ? values[r] : nullptr, d, column_stride, value_width);
+      };
+      bfloat16* out = static_cast<bfloat16*>(packed) + kPlane * value_plane();
+      for (int64_t key = 0; key < round_up(count, key_granule); key += 32)
+        for (int64_t i = 0; i < 16; ++i)
+          for (int64_t d = 0; d < value_columns; d += 32) {
+            __m512i low, high;
+            interleave(load(key + i, d), load(key + i + 16, d), low, high);
+            bfloat16* tile = out + (d / 32 * (block_keys / 32) + key / 32) * kBlockElements + i * 32;
+            _mm512_storeu_si512(tile, low);
+            _mm512_storeu_si512(tile + kTileElements, high);
+          }
+    });
   }
 
   void pack_query_row(void* packed, int64_t row, const T* query, int64_t column_stride, float factor) const {
-    for (int64_t d = 0; d < columns; d += 32) {
-      bfloat16* out = static_cast<bfloat16*>(packed) + row * columns + d;
-      T copy[32];
-      const T* in = nullptr;
-      const int n = query == nullptr ? 0 : components(width, d);
-      if (n > 0) {
-        in = query + d * column_stride;
-        if (column_stride != 1 || factor != 1.0f) {
-          for (int i = 0; i < n; ++i) copy[i] = from_float<T>(factor * to_float(in[i * column_stride]));
-          in = copy;
-        }
-      }
-      _mm512_storeu_si512(out, n > 0 ? load_plane<0>(in, n) : _mm512_setzero_si512());
-      if constexpr (two_planes)
-        _mm512_storeu_si512(out + query_plane(), n > 0 ? load_plane<1>(in, n) : _mm512_setzero_si512());
-    }
+    for_planes<T>([&](auto plane) {
+      constexpr int kPlane = decltype(plane)::value;
+      bfloat16* out = static_cast<bfloat16*>(packed) + (row / 32 * planes + kPlane) * 32 * columns + row % 32 * 32;
+      for (int64_t d = 0; d < columns; d += 32)
+        _mm512_storeu_si512(out + d / 32 * kBlockElements,
+                            load_components<kPlane>(query, d, column_stride, width, factor));
+    });
   }
 
   void scores(const void* queries, int64_t row, int64_t rows, const void* keys, int64_t first, int64_t last,
               float* scores) const {
-    const bfloat16* query = static_cast<const bfloat16*>(queries) + row * columns;
-    const bfloat16* key = static_cast<const bfloat16*>(keys) + first / 16 * (columns / 32) * kTileElements;
-    const int64_t column_tiles = columns / 32 * kTileElements;
-    for (int64_t j = first; j < last; j += 32, key += 2 * column_tiles) {
-      const Operand a{query, columns * 2, 32, 16 * columns, query_plane()};
-      const Operand b{key, 64, kTileElements, column_tiles, key_plane()};
-      if (rows > 16) {
-        zero_tiles();
-        multiply<true>(a, b, columns / 32);
-        store_tiles<true>(scores + j, block_keys);
-      } else {
-        zero_tiles();
-        multiply<false>(a, b, columns / 32);
-        store_tiles<false>(scores + j, block_keys);
-      }
-    }
+    if (rows > 16)
+      multiply_keys<true>(queries, row, keys, first, last, scores);
+    else
+      multiply_keys<false>(queries, row, keys, first, last, scores);
   }
 
+  // sums += probabilities * values, or are that where they are fresh.
   void accumulate(const Probability* probabilities, int64_t rows, const void* values, int64_t first, int64_t last,
-                  float* sums) const {
-    const int64_t column_tiles = block_keys / 32 * kTileElements;
-    const bfloat16* value = static_cast<const bfloat16*>(values) + first / 32 * kTileElements;
-    for (int64_t d = 0; d < value_columns; d += 32, value += 2 * column_tiles) {
-      const Operand a{probabilities + first, block_keys * 2, 32, 16 * block_keys, probability_plane};
-      const Operand b{value, 64, kTileElements, column_tiles, value_plane()};
-      if (rows > 16) {
-        load_tiles<true>(sums + d, value_columns);
-        multiply<true>(a, b, (last - first) / 32);
-        store_tiles<true>(sums + d, value_columns);
-      } else {
-        load_tiles<false>(sums + d, value_columns);
-        multiply<false>(a, b, (last - first) / 32);
-        store_tiles<false>(sums + d, value_columns);
-      }
-    }
+                  float* sums, bool fresh) const {
+    if (rows > 16 && fresh)
+      multiply_values<true, false>(probabilities, values, first, last, sums);
+    else if (rows > 16)
+      multiply_values<true, true>(probabilities, values, first, last, sums);
+    else if (fresh)
+      multiply_values<false, false>(probabilities, values, first, last, sums);
+    else
+      multiply_values<false, true>(probabilities, values, first, last, sums);
   }
 
   static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {
-    _mm512_storeu_si512(row + key, split<0>(a, b));
-    if constexpr (two_planes) _mm512_storeu_si512(row + probability_plane + key, split<1>(a, b));
+    row += key / 32 * kBlockElements;
+    if constexpr (two_planes<T>) {
+      _mm512_storeu_si512(row, alternate(split<0>(a, b)));
+      _mm512_storeu_si512(row + probability_plane, alternate(split<1>(a, b)));
+    } else {
+      _mm512_storeu_si512(row, round_alternate(a, b));
+    }
   }
   static ATTNRB_INLINE float load_probability(const Probability* row, int64_t key) {
-    const float high = to_float(row[key]);
-    return two_planes ? high + to_float(row[probability_plane + key]) : high;
+    const Probability* at = row + probability_place(key);
+    return two_planes<T> ? to_float(at[0]) + to_float(at[probability_plane]) : to_float(at[0]);
   }
   static ATTNRB_INLINE void scale_probability(Probability* row, int64_t key, float factor) {
     const float scaled = load_probability(row, key) * factor;
-    row[key] = from_float<bfloat16>(scaled);
-    if (two_planes) row[probability_plane + key] = from_float<bfloat16>(scaled - to_float(row[key]));
+    Probability* at = row + probability_place(key);
+    at[0] = from_float<bfloat16>(scaled);
+    if (two_planes<T>) at[probability_plane] = from_float<bfloat16>(scaled - to_float(at[0]));
   }
 
  private:
-  // Where the tiles of a factor lie: bytes between tile rows, elements to the next tile along the summed axis, to the
-  // second tile along the other axis, and to the plane of low halves.
-  struct Operand {
-    const bfloat16* data;
-    int64_t row_bytes, next, second, plane;
-  };
-
-  static int components(int64_t total, int64_t d) { return int(total - d < 32 ? (total - d > 0 ? total - d : 0) : 32); }
-
-  // Gathers strided components so that load_plane can read them.
-  template <int Plane>
-  static ATTNRB_INLINE __m512i load_components(const T* p, int64_t column_stride, int n) {
-    if (n <= 0) return _mm512_setzero_si512();
-    if (column_stride == 1) return load_plane<Plane>(p, n);
-    T copy[32];
-    for (int i = 0; i < n; ++i) copy[i] = p[i * column_stride];
-    return load_plane<Plane>(copy, n);
+  static ATTNRB_INLINE int64_t probability_place(int64_t key) {
+    return key / 32 * kBlockElements + key % 16 * 2 + key / 16 % 2;
   }
 
-  template <int Plane, class Rows>
-  void pack_key_tile(bfloat16* tile, const Rows& keys, int64_t key, int64_t column_stride, int64_t count,
-                     int64_t d) const {
-    // A pair of components is one 32-bit element here: the keys' rows become the tile's columns.
-    Vec rows[16];
-    const int n = components(width, d);
-    for (int i = 0; i < 16; ++i)
-      rows[i].v = _mm512_castsi512_ps(key + i < count
-                                          ? load_components<Plane>(keys[key + i] + d * column_stride, column_stride, n)
-                                          : _mm512_setzero_si512());
-    Vec::transpose(rows);
-    for (int i = 0; i < 16; ++i) rows[i].store(reinterpret_cast<float*>(tile) + 16 * i);
+  // Lane i becomes (a[i], b[i]), rounded to nearest and halves upwards: integer operations, which are cheaper than a
+  // conversion and a permutation. Of a NaN they may make a number, but the row's sum, which divides it, stays NaN.
+  static ATTNRB_INLINE __m512i round_alternate(Vec a, Vec b) {
+    const __m512i half = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32(int(0xffff0000u));
+    const __m512i first = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(a.v), half), 16);
+    const __m512i second = _mm512_add_epi32(_mm512_castps_si512(b.v), half);
+    constexpr int kFirstOrBothOthers = 0xf8;
+    return _mm512_ternarylogic_epi32(first, second, high, kFirstOrBothOthers);
   }
 
-  template <int Plane, class Rows>
-  void pack_value_pair(bfloat16* row, const Rows& values, int64_t key, int64_t column_stride, int64_t count,
-                       int64_t d) const {
-    const int n = components(value_width, d);
-    const auto load = [&](int64_t r) {
-      return r < count ? load_components<Plane>(values[r] + d * column_stride, column_stride, n)
-                       : _mm512_setzero_si512();
-    };
-    const __m512i even = load(key), odd = load(key + 1);
-    __m512i low, high;
-    interleave(even, odd, low, high);
-    _mm512_storeu_si512(row, low);
-    _mm512_storeu_si512(row + block_keys / 32 * kTileElements, high);
+  template <bool TwoRows>
+  void multiply_keys(const void* queries, int64_t row, const void* keys, int64_t first, int64_t last,
+                     float* scores) const {
+    TileBlocks<two_planes<T>, true, TwoRows> blocks;
+    settle_operands();
+    const TileOperand left{static_cast<const bfloat16*>(queries) + row * planes * columns, 32 * columns};
+    for (int64_t j = first; j < last; j += 32)
+      blocks.template multiply<false>(left, {static_cast<const bfloat16*>(keys) + j * columns, key_plane()},
+                                      columns / 32, scores + TilePlaces::place(j));
+    blocks.flush();
   }
 
-  static ATTNRB_INLINE void zero_tiles() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-
-  template <bool TwoRowTiles>
-  static ATTNRB_INLINE void load_tiles(const float* c, int64_t stride) {
-    _tile_loadd(0, c, stride * 4);
-    _tile_loadd(1, c + 16, stride * 4);
-    if (TwoRowTiles) {
-      _tile_loadd(2, c + 16 * stride, stride * 4);
-      _tile_loadd(3, c + 16 * stride + 16, stride * 4);
-    }
-  }
-
-  template <bool TwoRowTiles>
-  static ATTNRB_INLINE void store_tiles(float* c, int64_t stride) {
-    _tile_stored(0, c, stride * 4);
-    _tile_stored(1, c + 16, stride * 4);
-    if (TwoRowTiles) {
-      _tile_stored(2, c + 16 * stride, stride * 4);
-      _tile_stored(3, c + 16 * stride + 16, stride * 4);
-    }
-  }
-
-  // Accumulators 0..3 += a * b over `depth` tiles. Tiles 4, 5 hold a's two row tiles, 6, 7 b's two column tiles.
-  template <bool TwoRowTiles>
-  static ATTNRB_INLINE void multiply(const Operand& a, const Operand& b, int64_t depth) {
-    const bfloat16 *pa = a.data, *pb = b.data;
-    for (int64_t k = 0; k < depth; ++k, pa += a.next, pb += b.next) {
-      _tile_loadd(4, pa, a.row_bytes);
-      _tile_loadd(6, pb, b.row_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, pb + b.second, b.row_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-      if (TwoRowTiles) {
-        _tile_loadd(5, pa + a.second, a.row_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      if constexpr (two_planes) {
-        // low * high while b's high halves are loaded, then high * low.
-        const bfloat16 *low_a = pa + a.plane, *low_b = pb + b.plane;
-        _tile_loadd(4, low_a, a.row_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (TwoRowTiles) {
-          _tile_loadd(5, low_a + a.second, a.row_bytes);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_loadd(4, pa, a.row_bytes);
-        _tile_loadd(6, low_b, b.row_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, low_b + b.second, b.row_bytes);
-        _tile_dpbf16ps(1, 4, 7);
-        if (TwoRowTiles) {
-          _tile_loadd(5, pa + a.second, a.row_bytes);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-      }
-    }
+  template <bool TwoRows, bool Add>
+  void multiply_values(const Probability* probabilities, const void* values, int64_t first, int64_t last,
+                       float* sums) const {
+    TileBlocks<two_planes<T>, true, TwoRows> blocks;
+    settle_operands();
+    const TileOperand left{probabilities + first / 32 * kBlockElements, probability_plane};
+    const bfloat16* right = static_cast<const bfloat16*>(values) + first / 32 * kBlockElements;
+    for (int64_t d = 0; d < value_columns; d += 32)
+      blocks.template multiply<Add>(left, {right + d * block_keys, value_plane()}, (last - first) / 32,
+                                    sums + TilePlaces::place(d));
+    blocks.flush();
   }
 };
 

@@ -68,7 +68,9 @@ struct TileOperand {
 
 // Tiles 0-3 accumulate a block, 4 and 5 hold the two row tiles, 6 and 7 the two column tiles. See Note: [Late tile
 // stores].
-template <bool TwoPlanes>
+//   Streamed: the right sides are too many for the first-level cache, and do not drive the rest out of it
+//   TwoRows:  there are more than 16 rows; else the row tile of the others, and their sums, are left alone
+template <bool TwoPlanes, bool Streamed = false, bool TwoRows = true>
 class TileBlocks {
  public:
   // sums = left * right over so many steps, or are added to.
@@ -88,8 +90,10 @@ class TileBlocks {
   ATTNRB_INLINE void flush() {
     _tile_stored(0, previous_, 64);
     _tile_stored(1, previous_ + kTileSums, 64);
-    _tile_stored(2, previous_ + 2 * kTileSums, 64);
-    _tile_stored(3, previous_ + 3 * kTileSums, 64);
+    if constexpr (TwoRows) {
+      _tile_stored(2, previous_ + 2 * kTileSums, 64);
+      _tile_stored(3, previous_ + 3 * kTileSums, 64);
+    }
     previous_ = nothing_;
   }
 
@@ -98,45 +102,49 @@ class TileBlocks {
   ATTNRB_INLINE void begin(const bfloat16* a, const bfloat16* b, float* sums) {
     float* const previous = previous_;
     _tile_stored(0, previous, 64);
-    if (Add)
+    if constexpr (Add)
       _tile_loadd(0, sums, 64);
     else
       _tile_zero(0);
     _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
+    load_right<6>(b);
     _tile_dpbf16ps(0, 4, 6);
     _tile_stored(1, previous + kTileSums, 64);
-    if (Add)
+    if constexpr (Add)
       _tile_loadd(1, sums + kTileSums, 64);
     else
       _tile_zero(1);
-    _tile_loadd(7, b + kTileElements, 64);
+    load_right<7>(b + kTileElements);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_stored(2, previous + 2 * kTileSums, 64);
-    if (Add)
-      _tile_loadd(2, sums + 2 * kTileSums, 64);
-    else
-      _tile_zero(2);
-    _tile_loadd(5, a + kTileElements, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_stored(3, previous + 3 * kTileSums, 64);
-    if (Add)
-      _tile_loadd(3, sums + 3 * kTileSums, 64);
-    else
-      _tile_zero(3);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (TwoRows) {
+      _tile_stored(2, previous + 2 * kTileSums, 64);
+      if constexpr (Add)
+        _tile_loadd(2, sums + 2 * kTileSums, 64);
+      else
+        _tile_zero(2);
+      _tile_loadd(5, a + kTileElements, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_stored(3, previous + 3 * kTileSums, 64);
+      if constexpr (Add)
+        _tile_loadd(3, sums + 3 * kTileSums, 64);
+      else
+        _tile_zero(3);
+      _tile_dpbf16ps(3, 5, 7);
+    }
     previous_ = sums;
   }
 
   static ATTNRB_INLINE void step(const bfloat16* a, const bfloat16* b) {
     _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
+    load_right<6>(b);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + kTileElements, 64);
+    load_right<7>(b + kTileElements);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + kTileElements, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (TwoRows) {
+      _tile_loadd(5, a + kTileElements, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
 
   // low * high with the high column tiles that are loaded, then high * low.
@@ -144,10 +152,26 @@ class TileBlocks {
     _tile_loadd(4, a + a_plane, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + a_plane + kTileElements, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (TwoRows) {
+      _tile_loadd(5, a + a_plane + kTileElements, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
     step(a, b + b_plane);
+  }
+
+  // The instructions name their tile.
+  template <int Tile>
+  static ATTNRB_INLINE void load_right(const bfloat16* b) {
+    static_assert(Tile == 6 || Tile == 7, "column tiles");
+    if constexpr (Tile == 6 && Streamed)
+      _tile_stream_loadd(6, b, 64);
+    else if constexpr (Tile == 6)
+      _tile_loadd(6, b, 64);
+    else if constexpr (Streamed)
+      _tile_stream_loadd(7, b, 64);
+    else
+      _tile_loadd(7, b, 64);
   }
 
   alignas(64) float nothing_[kBlockSums];  // takes what tiles hold before the first block

@@ -36,6 +36,7 @@ struct Bf16Product {
 
 struct Bf16Probabilities {
   using Probability = bfloat16;
+  using Places = InOrder;
   static constexpr int exp2_degree = 4;
 
   static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {

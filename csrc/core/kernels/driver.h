@@ -101,10 +101,14 @@ ATTNRB_INLINE Vec load_strided(const T* p, int64_t stride, int n) {
   return Vec::load(lanes);
 }
 
-// sums *= factor, over whole vectors.
+// sums *= factor, over whole vectors that lie as Places says.
+template <class Places = InOrder>
 ATTNRB_INLINE void scale_sums(float* sums, int64_t columns, float factor) {
   const Vec by = Vec::set(factor);
-  for (int64_t d = 0; d < columns; d += Vec::width) (Vec::load(sums + d) * by).store(sums + d);
+  for (int64_t d = 0; d < columns; d += Vec::width) {
+    float* const at = sums + Places::place(d);
+    (Vec::load(at) * by).store(at);
+  }
 }
 
 // sums += factor * row. Sums end on a whole vector.
@@ -124,13 +128,13 @@ inline float fma_alone(float a, float b, float c) {
   return lanes[0];
 }
 
-// out = factor * sums.
-template <class T>
+// out = factor * sums, which lie as Places says.
+template <class Places = InOrder, class T>
 ATTNRB_INLINE void write_scaled(T* out, const float* sums, int64_t width, float factor) {
   const Vec by = Vec::set(factor);
   int64_t d = 0;
-  for (; d + Vec::width <= width; d += Vec::width) (Vec::load(sums + d) * by).store(out + d);
-  if (d < width) (Vec::load(sums + d, int(width - d)) * by).store(out + d, int(width - d));
+  for (; d + Vec::width <= width; d += Vec::width) (Vec::load(sums + Places::place(d)) * by).store(out + d);
+  if (d < width) (Vec::load(sums + Places::place(d), int(width - d)) * by).store(out + d, int(width - d));
 }
 
 // x * 0 is 0 for finite x and NaN otherwise.

@@ -24,6 +24,7 @@ struct FloatProduct {
 // Probabilities as plain floats, for whatever multiplies in float32.
 struct FloatProbabilities {
   using Probability = float;
+  using Places = InOrder;
 
   static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {
     a.store(row + key);

@@ -111,23 +111,25 @@ class MarkRules {
 
   // Outliers of one block, taken out of its scores.
   struct Lifted {
-    int32_t places[kMostBlockKeys];
+    int32_t keys[kMostBlockKeys];
     float scores[kMostBlockKeys];
     int32_t count = 0;
   };
 
   // See Note: [Sharing with the rest]. Scores of the keys [key, end); those that the row does not see are minus
   // infinity already.
+  template <class Places>
   void lift(Marks& marks, float* scores, int64_t key, int64_t end, Lifted& lifted) const {
     walk(marks, key, end, [&](int64_t j) {
-      if (scores[j] == -kInfinity) return;
-      lifted.places[lifted.count] = int32_t(j);
-      lifted.scores[lifted.count++] = scores[j];
-      scores[j] = -kInfinity;
+      float& score = scores[Places::place(j)];
+      if (score == -kInfinity) return;
+      lifted.keys[lifted.count] = int32_t(j);
+      lifted.scores[lifted.count++] = score;
+      score = -kInfinity;
     });
   }
 
-  // Calls take(place, weight) for each of them, and adds up their mass.
+  // Calls take(key, weight) for each of them, and adds up their mass.
   template <class Engine, class Take>
   void weigh(Marks& marks, Lifted& lifted, float to_log2, float reference, Take&& take) const {
     Vec mass = Vec::zero();
@@ -137,26 +139,40 @@ class MarkRules {
       float weights[Vec::width];
       exp2<Engine::exp2_degree>(Vec::max(Vec::set(-200.0f), exponent)).store(weights);
       mass = mass + Vec::load(weights, n);
-      for (int i = 0; i < n; ++i) take(int64_t(lifted.places[c + i]), weights[i]);
+      for (int i = 0; i < n; ++i) take(int64_t(lifted.keys[c + i]), weights[i]);
     }
     marks.mass += mass.sum();
   }
 
+  template <class Places>
   static void put_back(const Lifted& lifted, float* scores) {
-    for (int32_t c = 0; c < lifted.count; ++c) scores[lifted.places[c]] = lifted.scores[c];
+    for (int32_t c = 0; c < lifted.count; ++c) scores[Places::place(lifted.keys[c])] = lifted.scores[c];
   }
 
-  // See Note: [One-pass outliers]. `largest` of the block's scores, in base 2; `mass` of the row so far.
+  // See Note: [One-pass outliers]. Of the largest weights so far, in base 2, and the `mass` of the row so far.
+  ATTNRB_INLINE float running_threshold(float max, float mass) const {
+    constexpr float kMantissa = 1.0f / (1 << 23);
+    return max + (float(bit_cast<int32_t>(threshold_ * mass)) * kMantissa - 127.0f) - 1e-4f;
+  }
+
+  // `largest` of the block's scores, in base 2.
+  template <class Places>
   void collect(Candidates& found, const float* scores, int64_t key, int64_t count, float to_log2, float max, float mass,
                float largest) const {
     const float threshold = running_threshold(max, mass);
-    if (!(largest > threshold)) return;
+    if (largest > threshold) collect_above<Places, false>(found, scores, key, count, to_log2, threshold);
+  }
+
+  // Blindly: without a branch on what is found, where a wrong guess costs more than stores.
+  template <class Places, bool Blindly>
+  void collect_above(Candidates& found, const float* scores, int64_t key, int64_t count, float to_log2,
+                     float threshold) const {
     const Vec by = Vec::set(to_log2), bound = Vec::set(threshold);
     int32_t kept = found.count;
     for (int64_t j = 0; j < count; j += Vec::width) {
-      const Vec score = Vec::load(scores + j) * by;
+      const Vec score = Vec::load(scores + Places::place(j)) * by;
       const typename Vec::Mask above = Vec::greater(score, bound);
-      if (Vec::bits(above) != 0)
+      if (Blindly || Vec::bits(above) != 0)
         kept += Vec::compress(above, score, int32_t(key + j), found.scores + kept, found.positions + kept);
     }
     // Rounding may let a few more pass than the bound says (see Note: [Outlier capacity]): the slack takes them, and
@@ -172,9 +188,15 @@ class MarkRules {
     int32_t* out = emit.indices + index * emit.capacity;
     const float threshold = max + std::log2(mass) + threshold_log2_;
     int64_t kept = 0;
-    for (int64_t c = 0; c < count && kept < emit.capacity; ++c)
-      if (scores[c] > threshold && positions[c] != own)
-        out[kept++] = int32_t(positions[c] + problem_.visibility.key_offset);
+    for (int64_t c = 0; c < count; c += Vec::width) {
+      const int n = int(smaller(count - c, int64_t(Vec::width)));
+      // Lanes behind the last are zeros, and may pass.
+      uint32_t above = Vec::bits(Vec::greater(Vec::load(scores + c, n), Vec::set(threshold))) & ((1u << n) - 1u);
+      for (; above != 0 && kept < emit.capacity; above &= above - 1) {
+        const int32_t position = positions[c + __builtin_ctz(above)];
+        if (position != own) out[kept++] = int32_t(position + problem_.visibility.key_offset);
+      }
+    }
     emit.counts[index] = int32_t(kept);
     for (; kept < emit.capacity; ++kept) out[kept] = -1;
   }
@@ -202,11 +224,6 @@ class MarkRules {
     marks.next = next;
     marks.key = at;
     marks.unsorted |= unsorted;
-  }
-
-  float running_threshold(float max, float mass) const {
-    constexpr float kMantissa = 1.0f / (1 << 23);
-    return max + (float(bit_cast<int32_t>(threshold_ * mass)) * kMantissa - 127.0f) - 1e-4f;
   }
 
   static int32_t cut_back(Candidates& found, int32_t count, float threshold, int32_t room) {

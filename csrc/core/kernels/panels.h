@@ -93,6 +93,8 @@ struct PanelEngine {
   static constexpr int block_keys = 256;
   static constexpr int panel = Blocking::panel;
   static constexpr int key_granule = 2 * Vec::width;  // blocks of keys are cut to multiples of this
+  static constexpr bool starts_fresh = false;         // whether sums need not be zeros before the first block
+  static constexpr int row_group = 1;                 // rows absorbed at once
   static_assert(block_keys % panel == 0 && strip % Blocking::rows == 0, "blocks hold whole tiles");
 
   explicit PanelEngine(const Shape& shape)
@@ -111,6 +113,13 @@ struct PanelEngine {
   }
   int64_t query_block_bytes() const { return block_rows * depth * int64_t(sizeof(Element)); }
   static constexpr int64_t probability_bytes() { return strip * block_keys / parts * int64_t(sizeof(Element)); }
+
+  static int64_t rows_at_once(int64_t /*queries*/, int64_t /*keys*/) { return block_rows; }
+
+  // Where rows of a strip begin, at the key `first`, and where the sums of a row of a block do.
+  static constexpr int64_t score_row(int64_t r, int64_t first) { return r * block_keys + first; }
+  static constexpr int64_t probability_row(int64_t r, int64_t first) { return r * block_keys + first; }
+  int64_t sum_row(int64_t r) const { return r * value_columns; }
 
   void start_worker() const {}
   void stop_worker() const {}
@@ -131,8 +140,8 @@ struct PanelEngine {
   }
 
   // sums[rows, value_columns] += probabilities[rows, first..last) * values.
-  void accumulate(const void* probabilities, int64_t rows, const void* values, int64_t first, int64_t last,
-                  float* sums) const {
+  void accumulate(const void* probabilities, int64_t rows, const void* values, int64_t first, int64_t last, float* sums,
+                  bool /*fresh*/) const {
     const Element* left = static_cast<const Element*>(probabilities) + first / parts;
     for (int64_t column = 0; column < value_columns; column += panel)
       multiply_panel<Product, true>(

@@ -18,6 +18,7 @@ class Prefill : Driver<Prefill<Engine>> {
   using Base::note, Base::pool_;
   using Input = typename Engine::Input;
   using Probability = typename Engine::Probability;
+  using Places = typename Engine::Places;
   static_assert(Engine::block_keys <= kMostBlockKeys, "outliers of a block are lifted into arrays of this length");
 
  public:
@@ -78,12 +79,13 @@ class Prefill : Driver<Prefill<Engine>> {
       each.first_query = first_query;
       each.queries = queries;
       each.keys = keys;
-      if (queries * 2 > Engine::block_rows) {
-        each.queries_per_block = smaller(queries, int64_t(Engine::block_rows));
+      const int64_t rows = Engine::rows_at_once(queries, keys);
+      if (queries * 2 > rows) {
+        each.queries_per_block = smaller(queries, rows);
         each.heads_per_block = 1;
       } else {
         each.queries_per_block = queries;
-        each.heads_per_block = smaller(Engine::block_rows / queries, group_heads);
+        each.heads_per_block = smaller(rows / queries, group_heads);
       }
       each.query_blocks = (queries + each.queries_per_block - 1) / each.queries_per_block;
       each.head_blocks = (group_heads + each.heads_per_block - 1) / each.heads_per_block;
@@ -239,7 +241,11 @@ class Prefill : Driver<Prefill<Engine>> {
         row.found.positions = worker.candidates + r * candidate_capacity;
       }
     }
-    for (int64_t i = 0; i < padded_rows * engine_.value_columns; ++i) worker.sums[i] = 0.0f;
+    bool fresh[Engine::block_rows / Engine::strip];
+    for (int64_t r = 0; r < padded_rows; r += Engine::strip) {
+      fresh[r / Engine::strip] = true;
+      if (!Engine::starts_fresh) clear_sums(worker, r);
+    }
     if (rules_.marks.parts())
       for (int64_t i = 0; i < padded_rows * engine_.value_columns; ++i) worker.marked[i] = 0.0f;
 
@@ -251,11 +257,20 @@ class Prefill : Driver<Prefill<Engine>> {
           worker.bias[h] = rules_.bias.block(batch, head_of(h * queries), block * Engine::block_keys,
                                              Engine::block_keys, worker.bias_values + h * Engine::block_keys);
       for (int64_t r = 0; r < row_count; r += Engine::strip)
-        attend_strip(worker, sequence, key_head, block, r, smaller(row_count - r, int64_t(Engine::strip)));
+        attend_strip(worker, sequence, key_head, block, r, smaller(row_count - r, int64_t(Engine::strip)),
+                     fresh[r / Engine::strip]);
     }
+    for (int64_t r = 0; r < row_count; r += Engine::strip)
+      if (Engine::starts_fresh && fresh[r / Engine::strip]) clear_sums(worker, r);
 
     for (int64_t r = 0; r < row_count; ++r) finish(worker, r, batch, head_of(r), query_of(r));
     engine_.stop_worker();
+  }
+
+  // Of the strip that `row` begins.
+  void clear_sums(const Worker& worker, int64_t row) const {
+    float* sums = worker.sums + row * engine_.value_columns;
+    for (int64_t i = 0; i < Engine::strip * engine_.value_columns; ++i) sums[i] = 0.0f;
   }
 
   // Stands apart so that the loop over whole rows stays small.
@@ -263,20 +278,23 @@ class Prefill : Driver<Prefill<Engine>> {
                                       Probability* probabilities, int64_t batch, int64_t key_head) const {
     rules_.template absorb_other<Engine>(
         worker.rows[r], of, scores, probabilities, [&](float factor) { rescale(worker, r, factor); },
-        [&](int64_t j, float weight) {
-          add_scaled(worker.marked + r * engine_.value_columns, weight,
-                     problem_.value.template row<Input>(batch, key_head, of.key + j), problem_.value.column_stride(),
-                     shape_.value_width);
-        });
+        [&](int64_t j, float weight) { take(worker, r, of.key + j, weight, batch, key_head); });
+  }
+
+  // An outlier joins the sums of its own.
+  void take(const Worker& worker, int64_t r, int64_t key, float weight, int64_t batch, int64_t key_head) const {
+    add_scaled(worker.marked + r * engine_.value_columns, weight,
+               problem_.value.template row<Input>(batch, key_head, key), problem_.value.column_stride(),
+               shape_.value_width);
   }
 
   [[gnu::noinline]] void rescale(const Worker& worker, int64_t r, float factor) const {
-    scale_sums(worker.sums + r * engine_.value_columns, engine_.value_columns, factor);
+    scale_sums<Places>(worker.sums + engine_.sum_row(r), engine_.value_columns, factor);
     if (rules_.marks.parts()) scale_sums(worker.marked + r * engine_.value_columns, engine_.value_columns, factor);
   }
 
   void attend_strip(const Worker& worker, const Sequence& sequence, int64_t key_head, int64_t block, int64_t first_row,
-                    int64_t rows) {
+                    int64_t rows, bool& fresh) {
     const int64_t key = block * Engine::block_keys, batch = sequence.batch;
     Row* row = worker.rows + first_row;
     int64_t low = row[0].low, high = row[0].high, all_low = low, all_high = high;
@@ -297,8 +315,19 @@ class Prefill : Driver<Prefill<Engine>> {
     const bool partial = all_low > key + first || all_high < key + last || problem_.visibility.mask != nullptr;
     const BlockOfRow of{key + first, last - first, last - first, partial};
     for (int64_t r = 0; r < rows; ++r) {
-      float* scores = worker.scores + r * Engine::block_keys + first;
-      Probability* probabilities = worker.probabilities + r * Engine::block_keys + first;
+      float* scores = worker.scores + Engine::score_row(r, first);
+      Probability* probabilities = worker.probabilities + Engine::probability_row(r, first);
+      if constexpr (Engine::row_group > 1)
+        if (rows - r >= Engine::row_group) {
+          Engine::absorb_group(
+              rules_, row + r, of, scores, probabilities,
+              [&](int64_t each, float factor) { rescale(worker, first_row + r + each, factor); },
+              [&](int64_t each, int64_t j, float weight) {
+                take(worker, first_row + r + each, of.key + j, weight, batch, key_head);
+              });
+          r += Engine::row_group - 1;
+          continue;
+        }
       if (rules_.whole(row[r], of))
         rules_.template absorb_whole<Engine>(row[r], of, scores, probabilities,
                                              [&](float factor) { rescale(worker, first_row + r, factor); });
@@ -306,21 +335,23 @@ class Prefill : Driver<Prefill<Engine>> {
         absorb_other(worker, first_row + r, of, scores, probabilities, batch, key_head);
     }
     if (shape_.value_width == 0) return;
-    float* sums = worker.sums + first_row * engine_.value_columns;
-    engine_.accumulate(worker.probabilities, rows, keys + engine_.key_block_bytes(), first, last, sums);
+    engine_.accumulate(worker.probabilities, rows, keys + engine_.key_block_bytes(), first, last,
+                       worker.sums + first_row * engine_.value_columns, fresh);
+    fresh = false;
     if (finite_[packed_block(sequence, key_head, block)]) return;
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = first; j < last; ++j)
-        if (rules_.visible(row[r], key + j)) add_not_finite(worker, r, j, batch, key_head, key, sums);
+      for (int64_t j = first; j < last; ++j) {
+        if (!rules_.visible(row[r], key + j)) continue;
+        const float weight = Engine::load_probability(worker.probabilities + Engine::probability_row(r, 0), j);
+        add_not_finite(worker.sums + engine_.sum_row(first_row + r), weight, batch, key_head, key + j);
+      }
   }
 
-  void add_not_finite(const Worker& worker, int64_t r, int64_t j, int64_t batch, int64_t key_head, int64_t key,
-                      float* sums) const {
-    const float weight = Engine::load_probability(worker.probabilities + r * Engine::block_keys, j);
-    const Input* row = problem_.value.template row<Input>(batch, key_head, key + j);
+  void add_not_finite(float* sums, float weight, int64_t batch, int64_t key_head, int64_t key) const {
+    const Input* row = problem_.value.template row<Input>(batch, key_head, key);
     for (int64_t d = 0; d < shape_.value_width; ++d) {
       const float value = to_float(row[d * problem_.value.column_stride()]);
-      if (!is_finite(value)) sums[r * engine_.value_columns + d] += weight * value;
+      if (!is_finite(value)) sums[Places::place(d)] += weight * value;
     }
   }
 
@@ -333,9 +364,9 @@ class Prefill : Driver<Prefill<Engine>> {
       rules_.marks.emit(row.found.scores, row.found.positions, row.found.count, row.max, rules_.mass(row), row.own,
                         index);
     if (shape_.value_width == 0) return;
-    const int64_t sums = r * engine_.value_columns;
-    write_output<Input>(problem_, rules_, row, worker.sums + sums,
-                        rules_.marks.parts() ? worker.marked + sums : nullptr, batch, head, query);
+    write_output<Input, Places>(problem_, rules_, row, worker.sums + engine_.sum_row(r),
+                                rules_.marks.parts() ? worker.marked + r * engine_.value_columns : nullptr, batch, head,
+                                query);
   }
 
   const AttentionProblem& problem_;

@@ -15,6 +15,7 @@ class Received : Driver<Received<Engine>> {
   using Base = Driver<Received>;
   friend Base;
   using Input = typename Engine::Input;
+  using Places = typename Engine::Places;
 
  public:
   // `rows` is the attention problem with the same queries and keys and no values, its softmax filled in.
@@ -101,15 +102,15 @@ class Received : Driver<Received<Engine>> {
     engine_.scores(worker.queries, 0, queries, worker.keys, 0, last, worker.scores);
     for (int64_t j = 0; j < last; ++j) worker.strip_sums[j] = 0.0f;
     for (int64_t r = 0; r < queries; ++r) {
-      float* scores = worker.scores + r * Engine::block_keys;
+      float* scores = worker.scores + Engine::score_row(r, 0);
       count_seen(worker, worker.rows[r], key, count);
       const float* softmax = rows_.softmax + 2 * ((batch * shape_.heads + head) * shape_.queries + first_query + r);
       if (softmax[1] == 0.0f) continue;
-      rules_.finish_scores(worker.rows[r], scores, key, last, last, partial);
+      rules_.template finish_scores<Places>(worker.rows[r], scores, key, last, last, partial);
       const Vec to_log2 = Vec::set(worker.rows[r].to_log2), reference = Vec::set(softmax[0]);
       const Vec share = Vec::set(1.0f / softmax[1]);
       for (int64_t j = 0; j < last; j += Vec::width) {
-        const Vec score = Vec::load(scores + j), exponent = Vec::fms(score, to_log2, reference);
+        const Vec score = Vec::load(scores + Places::place(j)), exponent = Vec::fms(score, to_log2, reference);
         const Vec weight = exp2<Engine::exp2_degree>(Vec::max(Vec::set(-200.0f), exponent)) * share;
         // A row whose softmax is NaN must not reach the keys that it does not see.
         const typename Vec::Mask hidden = Vec::greater_equal(Vec::set(-kInfinity), score);

@@ -95,11 +95,12 @@ class RowRules {
 
   // Products of a block of keys become scores, minus infinity where the row sees none: of the keys [key, key + count),
   // none behind the first `held`. Not partial: it sees all of them, unless the bias removes some.
+  template <class Places = InOrder>
   ATTNRB_INLINE void finish_scores(const Row& row, float* scores, int64_t key, int64_t count, int64_t held,
                                    bool partial) const {
-    if (capped_) cap(scores, count);
-    if (row.bias != nullptr) add_bias(row, scores, key, count);
-    if (partial || removes(row)) hide(row, scores, key, count, held);
+    cap<Places>(scores, count);
+    if (row.bias != nullptr) add_bias<Places>(row, scores, key, count);
+    if (partial || removes(row)) hide<Places>(row, scores, key, count, held);
   }
 
   // Of scores that lie as Places says: a vector of them is in order anywhere.
@@ -115,8 +116,11 @@ class RowRules {
 
   template <class Places = InOrder>
   ATTNRB_INLINE void hide(const Row& row, float* scores, int64_t key, int64_t count, int64_t held) const {
-    const Vec low = Vec::set(float(row.low - key)), high = Vec::set(float(smaller(row.high - key, held)));
+    const int64_t first = row.low - key, end = smaller(row.high - key, held);
+    const Vec low = Vec::set(float(first)), high = Vec::set(float(end));
+    const bool interval = row.mask == nullptr && !removes(row);
     for (int64_t j = 0; j < count; j += Vec::width) {
+      if (interval && j >= first && j + Vec::width <= end) continue;
       const Vec lane = Vec::iota() + Vec::set(float(j));
       typename Vec::Mask shown = Vec::both(Vec::greater_equal(lane, low), Vec::greater(high, lane));
       if (row.mask != nullptr) shown = Vec::both(shown, mask_lanes(row, key + j));
@@ -139,7 +143,7 @@ class RowRules {
   template <class Engine, class Rescale>
   ATTNRB_INLINE void absorb_whole(Row& row, const BlockOfRow& of, float* scores,
                                   typename Engine::Probability* probabilities, Rescale&& rescale) const {
-    cap(scores, of.count);
+    cap<typename Engine::Places>(scores, of.count);
     absorb_scores<Engine, false, false>(row, of, scores, probabilities, rescale, [](int64_t, float) {});
   }
 
@@ -149,11 +153,11 @@ class RowRules {
   ATTNRB_INLINE void absorb_other(Row& row, const BlockOfRow& of, float* scores,
                                   typename Engine::Probability* probabilities, Rescale&& rescale, Take&& take) const {
     if (!of.partial && !removes(row) && !lifts(row, of)) {
-      cap(scores, of.count);
+      cap<typename Engine::Places>(scores, of.count);
       absorb_scores<Engine, false, true>(row, of, scores, probabilities, rescale, take);
       return;
     }
-    finish_scores(row, scores, of.key, of.count, of.held, of.partial);
+    finish_scores<typename Engine::Places>(row, scores, of.key, of.count, of.held, of.partial);
     absorb_scores<Engine, true, false>(row, of, scores, probabilities, rescale, take);
   }
 
@@ -174,16 +178,9 @@ class RowRules {
     }
   }
 
- private:
+  // Whether an outlier is to be taken out of a block.
   ATTNRB_INLINE bool lifts(const Row& row, const BlockOfRow& of) const {
     return row.marks.key < of.end() && marks.parts();
-  }
-
-  ATTNRB_INLINE void add_bias(const Row& row, float* scores, int64_t key, int64_t count) const {
-    const Vec factor = Vec::set(score_factor());
-    const float* values = row.bias->values + (key - row.bias->key);
-    for (int64_t j = 0; j < count; j += Vec::width)
-      Vec::fma(Vec::load(scores + j), factor, Vec::load(values + j)).store(scores + j);
   }
 
   bool sees_any(const Row& row, int64_t key, int64_t count) const {
@@ -192,26 +189,28 @@ class RowRules {
     return false;
   }
 
-  // Partial: some scores are minus infinity. Biased: the bias is still to be added.
+  // Of finished scores. Partial: some are minus infinity. Biased: the bias is still to be added.
   template <class Engine, bool Partial, bool Biased, class Rescale, class Take>
   ATTNRB_INLINE void absorb_scores(Row& row, const BlockOfRow& of, float* scores,
                                    typename Engine::Probability* probabilities, Rescale&& rescale, Take&& take) const {
+    using Places = typename Engine::Places;
     const int64_t key = of.key, count = of.count;
     constexpr int kStep = 2 * Vec::width;
     const Vec factor = Vec::set(Biased ? score_factor() : 1.0f);
     const float* values = Biased ? row.bias->values + (key - row.bias->key) : nullptr;
-    const auto score = [&](int64_t j) {
-      Vec each = Vec::load(scores + j);
+    const auto score = [&](float* at, int64_t j) {
+      Vec each = Vec::load(at);
       if constexpr (Biased) {
         each = Vec::fma(each, factor, Vec::load(values + j));
-        each.store(scores + j);
+        each.store(at);
       }
       return each;
     };
-    Vec largest0 = score(0), largest1 = score(Vec::width);
+    Vec largest0 = score(scores, 0), largest1 = score(scores + Places::second, Vec::width);
     for (int64_t j = kStep; j < count; j += kStep) {
-      largest0 = Vec::max(largest0, score(j));
-      largest1 = Vec::max(largest1, score(j + Vec::width));
+      float* const at = scores + Places::pair(j);
+      largest0 = Vec::max(largest0, score(at, j));
+      largest1 = Vec::max(largest1, score(at + Places::second, j + Vec::width));
     }
     const float block_max = Vec::max(largest0, largest1).max() * row.to_log2;
     // A maximum does not tell "sees none of these keys" from "sees only NaN", which must not end as zeros.
@@ -234,32 +233,16 @@ class RowRules {
     }
     if (Partial && lifts(row, of)) {
       MarkRules::Lifted lifted;
-      marks.lift(row.marks, scores, key, of.end(), lifted);
+      marks.template lift<Places>(row.marks, scores, key, of.end(), lifted);
       add_probabilities<Engine, Partial>(row, scores, count, probabilities);
       marks.template weigh<Engine>(row.marks, lifted, row.to_log2, row.max, take);
-      if (row.found.scores != nullptr) MarkRules::put_back(lifted, scores);
+      if (row.found.scores != nullptr) MarkRules::put_back<Places>(lifted, scores);
     } else {
       add_probabilities<Engine, Partial>(row, scores, count, probabilities);
     }
     if (row.found.scores != nullptr)
-      marks.collect(row.found, scores, key, count, row.to_log2, row.max, mass(row), block_max);
+      marks.template collect<Places>(row.found, scores, key, count, row.to_log2, row.max, mass(row), block_max);
     if (row.marks.key < of.end()) marks.template strengthen<Engine>(row.marks, probabilities, key, of.end());
-  }
-
-  template <class Engine, bool Partial>
-  ATTNRB_INLINE void add_probabilities(Row& row, const float* scores, int64_t count,
-                                       typename Engine::Probability* probabilities) const {
-    constexpr int kStep = 2 * Vec::width;
-    const Vec to_log2 = Vec::set(row.to_log2), reference = Vec::set(row.max);
-    Vec sum0 = Vec::zero(), sum1 = Vec::zero();
-    for (int64_t j = 0; j < count; j += kStep) {
-      const Vec p0 = probability<Engine, Partial>(Vec::load(scores + j), to_log2, reference);
-      const Vec p1 = probability<Engine, Partial>(Vec::load(scores + j + Vec::width), to_log2, reference);
-      sum0 = sum0 + p0;
-      sum1 = sum1 + p1;
-      Engine::store_probabilities(probabilities, j, p0, p1);
-    }
-    row.sum += (sum0 + sum1).sum();
   }
 
   template <class Engine, bool Partial>
@@ -268,6 +251,35 @@ class RowRules {
     // -infinity minus its own rounding is NaN inside exp2; anything below -200 gives 0 just as well
     // (see Note: [Subnormal results]).
     return exp2<Engine::exp2_degree>(Partial ? Vec::max(Vec::set(-200.0f), exponent) : exponent);
+  }
+
+ private:
+  template <class Places>
+  ATTNRB_INLINE void add_bias(const Row& row, float* scores, int64_t key, int64_t count) const {
+    const Vec factor = Vec::set(score_factor());
+    const float* values = row.bias->values + (key - row.bias->key);
+    for (int64_t j = 0; j < count; j += Vec::width) {
+      float* const at = scores + Places::place(j);
+      Vec::fma(Vec::load(at), factor, Vec::load(values + j)).store(at);
+    }
+  }
+
+  template <class Engine, bool Partial>
+  ATTNRB_INLINE void add_probabilities(Row& row, const float* scores, int64_t count,
+                                       typename Engine::Probability* probabilities) const {
+    using Places = typename Engine::Places;
+    constexpr int kStep = 2 * Vec::width;
+    const Vec to_log2 = Vec::set(row.to_log2), reference = Vec::set(row.max);
+    Vec sum0 = Vec::zero(), sum1 = Vec::zero();
+    for (int64_t j = 0; j < count; j += kStep) {
+      const float* const at = scores + Places::pair(j);
+      const Vec p0 = probability<Engine, Partial>(Vec::load(at), to_log2, reference);
+      const Vec p1 = probability<Engine, Partial>(Vec::load(at + Places::second), to_log2, reference);
+      sum0 = sum0 + p0;
+      sum1 = sum1 + p1;
+      Engine::store_probabilities(probabilities, j, p0, p1);
+    }
+    row.sum += (sum0 + sum1).sum();
   }
 
   ATTNRB_INLINE typename Vec::Mask mask_lanes(const Row& row, int64_t key) const {
@@ -283,16 +295,16 @@ class RowRules {
   const float query_factor_, scale_;
 };
 
-// output row = sums / denominator; zeros when the row saw no key. Under rule rest `marked` are the sums of outliers:
-// see Note: [Sharing with the rest].
-template <class Output>
+// output row = sums / denominator; zeros when the row saw no key. The sums lie as Places says. Under rule rest `marked`
+// are the sums of outliers: see Note: [Sharing with the rest].
+template <class Output, class Places = InOrder>
 void write_output(const AttentionProblem& problem, const RowRules& rules, const Row& row, const float* sums,
                   const float* marked, int64_t batch, int64_t head, int64_t query) {
   const int64_t* strides = problem.output_strides;
   Output* out = static_cast<Output*>(problem.output) + batch * strides[0] + head * strides[1] + query * strides[2];
   const float denominator = rules.denominator(row);
   const float factor = denominator == 0.0f ? 0.0f : 1.0f / denominator;
-  if (marked == nullptr) return write_scaled(out, sums, problem.shape.value_width, factor);
+  if (marked == nullptr) return write_scaled<Places>(out, sums, problem.shape.value_width, factor);
   // Where the others have no mass, the row stays plain.
   const bool shares = row.seen && row.sum != 0.0f;
   const Vec strength = Vec::set(shares ? 1.0f + row.marks.gain : 1.0f), by = Vec::set(factor);
@@ -300,7 +312,7 @@ void write_output(const AttentionProblem& problem, const RowRules& rules, const 
             mean = Vec::set(shares ? 1.0f / row.sum : 0.0f);
   for (int64_t d = 0; d < problem.shape.value_width; d += Vec::width) {
     const int n = int(smaller(problem.shape.value_width - d, int64_t(Vec::width)));
-    const Vec rest = Vec::load(sums + d, n);
+    const Vec rest = Vec::load(sums + Places::place(d), n);
     const Vec shared = rest - taken * (rest * mean);
     const Vec y = Vec::fma(strength, Vec::load(marked + d, n), shared) * by;
     if (n == Vec::width)

@@ -99,6 +99,23 @@ struct Vec {
     return {_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
   }
 
+  // Maxima of `width` vectors, lane i holding that of vector i; where one holds a NaN it may be any of its numbers.
+  static ATTNRB_INLINE Vec maxima(const Vec* a) {
+    __m512 pair[8], quad[4];
+    for (int i = 0; i < 8; ++i)
+      pair[i] =
+          _mm512_max_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
+    for (int i = 0; i < 4; ++i) {
+      const __m512d x = _mm512_castps_pd(pair[2 * i]), y = _mm512_castps_pd(pair[2 * i + 1]);
+      quad[i] = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    const __m512 low =
+        _mm512_max_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
+    const __m512 high =
+        _mm512_max_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
+    return {_mm512_max_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
+  }
+
   // rows[i] lane j becomes rows[j] lane i.
   static ATTNRB_INLINE void transpose(Vec* rows) {
     __m512 a[16], b[16];
