@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrb.cli import files, running
+from attnrb.cli.command import add
 from attnrb.cli.console import duration, errors, output, print_json, steps, user_errors
 from attnrb.cli.loading import Loading, load_model, takes_model
 from attnrb.reports.printable import printable
@@ -31,7 +32,6 @@ _FULL_STRENGTHS, _QUICK_STRENGTHS = (4.0, 8.0, 16.0, 64.0), (8.0, 16.0)
 _FULL_ITEMS, _QUICK_ITEMS = 500, 100
 
 
-@app.command()
 @takes_model
 def emphasis(
     *,
@@ -46,14 +46,13 @@ def emphasis(
 ) -> None:
     """Does emphasis make a model go by what is marked? Every arm against the plain model, with controls and prices.
 
-    Heads and strength come from development items alone. The same command goes on where it was stopped.
+    Heads and strength come from development items alone. The same command continues where it was stopped.
     """
     strengths = _QUICK_STRENGTHS if quick else _FULL_STRENGTHS
     chosen = {"study": "emphasis", "quick": quick, "keep": keep, "strengths": strengths}
     _study({**chosen, **_items(quick, items, seed)}, loading, run, json, html)
 
 
-@app.command()
 @takes_model
 def rebalancing(
     *,
@@ -69,7 +68,6 @@ def rebalancing(
     _study({"study": "rebalancing", "quick": quick, **_items(quick, items, seed)}, loading, run, json, html)
 
 
-@app.command()
 @takes_model
 def gains(
     *,
@@ -95,7 +93,7 @@ def _study(chosen: dict[str, Any], loading: Loading, run: Path | None, json: Pat
     place: list[Path] = []
     with user_errors():
         from attnrb.studies.study_page import check_installed, study_page
-        from attnrb.studies.study_run import StudyPlan, default_run_file, study_report
+        from attnrb.studies.study_run import StudyPlan, check_run, default_run_file, study_report
     with running.run_errors(place):
         plan = StudyPlan(**chosen)
         files.check_outputs(run=run, json=json, html=html)
@@ -103,6 +101,7 @@ def _study(chosen: dict[str, Any], loading: Loading, run: Path | None, json: Pat
             check_installed()
         name = running.model_name(loading.options.model)
         place.append(running.run_file(run, json, default_run_file(plan, name)))
+        check_run(place[0], plan)
         with steps() as step:
             loaded, tokenizer = load_model(loading, step)
         with running.progress() as progress:
@@ -137,3 +136,15 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
     seconds = sum(report["cpu_seconds"].values())
     line = f"{report['answers']:,} answers in {report['run']}; {duration(seconds)} of processor time for all"
     errors().print(Text(printable(line)), soft_wrap=True)
+
+
+add(
+    app,
+    emphasis,
+    examples=(
+        "attnrb study emphasis --quick",
+        "attnrb study emphasis -m Qwen/Qwen3-0.6B --dtype bf16 --json e.json --html e.html",
+    ),
+)
+add(app, rebalancing, examples=("attnrb study rebalancing --quick --json r.json",))
+add(app, gains, examples=("attnrb study gains --quick --steps 20",))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from attnrb.policies.base import LayerView, ModelShape, Policy, model_shape, register_policy
 from attnrb.policies.learnable import LearnedPerHead
 from attnrb.policies.rebalance import Rebalance, RebalancePlan
+from attnrb.protocols import Model
 
 __all__ = ["GAINS_FILE", "LearnedGains"]
 
@@ -51,7 +52,7 @@ class LearnedGains(LearnedPerHead):
     gains_file = GAINS_FILE
     gains_format = "attnrb.LearnedGains"
 
-    def __init__(self, model: Any, config: Policy | None = None) -> None:
+    def __init__(self, model: Model | ModelShape, config: Policy | None = None) -> None:
         """Start from the schedule, and freeze the model.
 
         Args:

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 
 from attnrb.evaluation.environment import environment, peak_memory
-from attnrb.evaluation.runfile import RunFile
+from attnrb.evaluation.runfile import RunFile, check_usable
 from attnrb.evaluation.runner import Progress
 from attnrb.studies.arms import emphasis_arms, rebalancing_arms
 from attnrb.studies.gains import learnt_arms
 from attnrb.studies.study import Study, StudyPlan
 from attnrb.studies.study_report import make_study_report
 
-__all__ = ["StudyPlan", "default_run_file", "model_digest", "study_report"]
+__all__ = ["StudyPlan", "check_run", "default_run_file", "model_digest", "study_report"]
 
 _MATERIAL = 1  # the version of the items' wording
 
 
 def default_run_file(plan: StudyPlan, model: str) -> Path:
     """Where a run goes that nobody named a file for: the same plan and model name the same file again."""
-    # A larger number of items goes on with the same file.
+    # A larger number of items continues in the same file.
     settings = {name: value for name, value in plan.to_dict().items() if name != "items"}
     digest = hashlib.sha256(json.dumps([model, settings], sort_keys=True).encode()).hexdigest()[:8]
     return Path(f"attnrb-study-{plan.study}-{digest}.jsonl")
@@ -41,13 +41,13 @@ def study_report(
     model_name: str,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Run a study, or go on with it, and report.
+    """Run a study, or continue it, and report.
 
     Args:
         model: an unpatched ``transformers`` causal language model in evaluation mode.
         tokenizer: its tokenizer.
         plan: what to ask.
-        run_file: the file of finished answers. One that exists is gone on with.
+        run_file: the file of finished answers. Where it exists, the run continues.
         model_name: for the report.
         progress: called as answers are finished.
 
@@ -58,9 +58,8 @@ def study_report(
         LeakError: an arm's setting saw an item that it would be reported on.
         RunFileError: the run's file cannot be used or written.
     """
-    own = {name: value for name, value in plan.to_dict().items() if name not in ("items", "quick")}
     dtype = str(model.dtype).removeprefix("torch.")
-    identity = {"model": model_digest(model), "dtype": dtype, "material": _MATERIAL, **own}
+    identity = {"model": model_digest(model), "dtype": dtype, **_known_identity(plan)}
     with RunFile(run_file, identity) as file:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         file.start({"started": now, "settings": plan.to_dict(), "environment": environment()})
@@ -78,6 +77,17 @@ def study_report(
             "peak_memory": peak_memory(),
             "environment": environment(),
         }
+
+
+def check_run(run_file: Path, plan: StudyPlan) -> None:
+    """Raise RunFileError where the run's file cannot be used, as far as that is known before the model is."""
+    check_usable(run_file, _known_identity(plan))
+
+
+def _known_identity(plan: StudyPlan) -> dict[str, Any]:
+    """What answers depend on beside the model."""
+    own = {name: value for name, value in plan.to_dict().items() if name not in ("items", "quick")}
+    return {"material": _MATERIAL, **own}
 
 
 def _run(study: Study) -> dict[str, Any]:

@@ -16,12 +16,12 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-        ValueError: the file cannot be read, or is no UTF-8 text.
+        ValueError: the file cannot be read, or is not UTF-8 text.
     """
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no UTF-8 text: byte {error.start} cannot be read") from error
+        raise ValueError(f"{str(path)!r} is not UTF-8 text: byte {error.start} cannot be read") from error
     except OSError as error:
         raise ValueError(f"{str(path)!r} could not be read: {error.strerror or error}") from error
 
