@@ -5,7 +5,7 @@
     python examples/finetune_structured.py --data MINE.jsonl --model FOLDER --train full
 
 All arms see the same data in the same order from the same start. The study is kept in a folder (--output); stop it at
-any moment, and the same command goes on. It ends with ``report.html`` and ``report.json`` there. Needs the extras
+any moment, and the same command continues. It ends with ``report.html`` and ``report.json`` there. Needs the extras
 ``cli``, ``analysis``, ``eval`` and ``train``.
 """
 
@@ -139,7 +139,7 @@ def main(
                 study(settings, runs, records, folder, say, tell, lambda: write_report(folder))
                 page = write_report(folder)
         except KeyboardInterrupt:
-            errors().print(Text(f"stopped; the same command goes on from {folder}.", style="red"), soft_wrap=True)
+            errors().print(Text(f"stopped; the same command continues from {folder}.", style="red"), soft_wrap=True)
             raise typer.Exit(130) from None
     for sentence in sentences(collect(folder)):
         output_console().print(Text(f"{sentence}."))

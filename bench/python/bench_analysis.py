@@ -1,4 +1,4 @@
-"""Time and memory of an analysis of the embedded model, against the length of the text.
+"""Time and memory of an analysis of the default model, against the length of the text.
 
     python bench/python/bench_analysis.py [--lengths N ...] [--threads N] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Records from JSON lines, as text, as token blocks of equal length, and parted into training and held-out ones."""
+"""Records from JSON lines, as text, as token blocks of equal length, and split into training and held-out ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_records(path: Path, *, held_out: int, limit: int | None, seed: int) -> 
         seed: of the split.
 
     Raises:
-        ValueError: the file cannot be read, is no JSON lines, or has too few records; bad rows are named by line.
+        ValueError: the file cannot be read, is not JSON lines, or has too few records; bad rows are named by line.
     """
     try:
         content = path.read_bytes()
@@ -46,7 +46,7 @@ def read_records(path: Path, *, held_out: int, limit: int | None, seed: int) -> 
         raise ValueError(f"data: {str(path)!r} could not be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         bad = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"data: {str(path)!r}, line {bad}: no UTF-8") from error
+        raise ValueError(f"data: {str(path)!r}, line {bad}: not UTF-8") from error
     texts, problems = [], []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -70,9 +70,9 @@ def _text(line: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error.msg}, column {error.colno})") from None
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
-        raise ValueError("no JSON (too deeply nested)") from None
+        raise ValueError("not JSON (too deeply nested)") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {_kind(record)}")
     if "text" in record:

@@ -22,7 +22,7 @@ _HEIGHT = 320
 def page(report: Mapping[str, Any]) -> str:
     """The page of what `structured.report.collect` gives."""
     study = report["study"]
-    what = {"lora": "LoRA", "full": "Full fine-tuning", "gains": "Learnt gains"}[study["train"]]
+    what = {"lora": "LoRA", "full": "Full fine-tuning", "gains": "Training the gains"}[study["train"]]
     title = f"{what} of {study['model'] or DEFAULT_MODEL_NAME} on {study['data']}"
     lead = "The same data in the same order for every arm; seeds differ in order and in the adapters' start."
     parts = [_findings(report), _losses(report), _gains(report), _attention(report), _limits(report), _settings(study)]
@@ -36,7 +36,8 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
         seeds = f"{each['seeds']} seeds, {_signed(each['min'])} to {_signed(each['max'])}"
         spread = "one seed" if each["seeds"] == 1 else seeds
         lines.append(
-            f"Held-out loss of {_ARMS[each['what']]} against {each['against']}: {_signed(each['mean'])} nats a token "
+            f"Held-out loss, {_ARMS[each['what']]} after training against {each['against']}: "
+            f"{_signed(each['mean'])} nats a token "
             f"({spread})"
         )
     for run in report["runs"]:

@@ -71,7 +71,7 @@ def differences(runs: Sequence[dict[str, Any]], before: dict[str, Any]) -> list[
         by_arm.setdefault(run["arm"], {})[run["seed"]] = run["held_out"]["float32"]
     for arm, losses in by_arm.items():
         for name in ("rebalanced", "plain") if arm == "gains" else (arm,):
-            against = {"plain": "the model plain", "rebalanced": "the model with fixed gains"}[name]
+            against = {"plain": "plain, before training", "rebalanced": "fixed gains, before training"}[name]
             add(arm, against, [loss - before[name]["float32"] for loss in losses.values()])
     plain, rebalanced = (by_arm.get(arm, {}) for arm in ARMS)
     add("rebalanced", "plain, after training", [rebalanced[seed] - plain[seed] for seed in rebalanced if seed in plain])

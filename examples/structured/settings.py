@@ -114,7 +114,7 @@ def arms_of(train: str, chosen: list[str] | None) -> list[str]:
     """The arms of a study, without repeats. Raises ValueError for one that there is not."""
     if train == "gains":
         if chosen:
-            raise ValueError("arm: learnt gains have no arms; the model plain and with fixed gains is reported beside")
+            raise ValueError("arm: learnt gains have no arms; the report also has the plain model and fixed gains")
         return ["gains"]
     for arm in chosen or ():
         if arm not in ARMS:

@@ -215,6 +215,11 @@ def test_print_shows_everything(chromium: Any, page: Path) -> None:
         tab.emulate_media(media="print")
         assert not tab.is_visible("#layer") and not tab.is_visible("#theme")
         assert tab.evaluate("getComputedStyle(document.getElementById('text')).overflow") == "visible"
+        tab.locator("#text .t").nth(3).hover()
+        lines = "(name) => getComputedStyle(document.querySelector(name)).textDecorationLine"
+        assert tab.evaluate(lines, "#text") == "none"  # rows of single tokens are asked for on a screen alone
+        outline = "getComputedStyle(document.querySelector('#text .current')).outlineStyle"
+        assert tab.evaluate(outline) == "none"
         document = tab.pdf(format="A4", print_background=True)
         assert document.startswith(b"%PDF") and len(document) > 20_000
         assert heard.messages == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -93,6 +94,20 @@ def test_json_gives_the_report_back(report: AttentionReport, tmp_path: Path) -> 
             for one, other in zip(run.received, original.received, strict=True):
                 assert one.dtype == np.float32
                 np.testing.assert_array_equal(one, other)
+
+
+def test_rows_have_every_figure(report: AttentionReport, tmp_path: Path) -> None:
+    rows = report.to_rows()
+    assert len(rows) == len(report.runs) * len(report.layers) * report.heads
+    for row in rows:
+        run, place = report.run(row["run"]), report.layers.index(row["layer"])
+        for name in METRICS:
+            value = run.metric(name)[place, row["head"]]
+            assert row[name] == value or (row[name] is None and np.isnan(value))
+    report.to_csv(tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert [{name: str("" if value is None else value) for name, value in row.items()} for row in rows] == read
 
 
 def test_json_has_the_names_of_the_field(report: AttentionReport) -> None:

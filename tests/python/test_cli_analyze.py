@@ -55,12 +55,14 @@ def test_writes_every_file(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     pytest.importorskip("matplotlib")
     html, document, plots = tmp_path / "a.html", tmp_path / "a.json", tmp_path / "plots"
-    result = analyze("-m", folder, "-t", TEXT, "--html", html, "--json", document, "--png", plots)
+    table = tmp_path / "a.csv"
+    result = analyze("-m", folder, "-t", TEXT, "--html", html, "--json", document, "--png", plots, "--csv", table)
     assert result.exit_code == 0, result.output
     assert html.read_text("utf-8").startswith("<!DOCTYPE html>")
     report = AttentionReport.from_json(document)
     assert report.runs[0].model == folder.name and report.after.config is None
     assert len(list(plots.glob("*.png"))) == 7
+    assert table.read_text("utf-8") == report.to_csv()
     assert str(html) in result.stderr.replace("\n", "")
 
 
@@ -110,7 +112,7 @@ def test_function_words_from_a_file(folder: Path, tmp_path: Path) -> None:
         (["-t", TEXT, "--compare", "alpha"], "config: expected"),
         (["-t", TEXT, "--compare", "beta=1"], "unknown 'beta'"),
         (["-t", TEXT, "--compare", "missing.json"], "could not be read"),
-        (["-t", TEXT, "--compare", "{"], "is no JSON"),
+        (["-t", TEXT, "--compare", "{"], "is not JSON"),
         (["-t", TEXT, "--compare", "default", "--threshold", "0.5"], "threshold: 0.5 differs"),
         (["-t", TEXT, "--threshold", "5"], "threshold: expected a number between 0 and 1"),
         (["-t", TEXT, "--json", "missing/out.json"], "json: 'missing/out.json' cannot be written"),
@@ -137,7 +139,7 @@ def test_malformed_lines_are_named(folder: Path, tmp_path: Path) -> None:
         assert "line 2: expected an object with a string named text" in error_of(analyze("-m", folder, "-t", lines))
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe")
-    assert "is no UTF-8 text" in error_of(analyze("-m", folder, "-t", binary))
+    assert "is not UTF-8 text" in error_of(analyze("-m", folder, "-t", binary))
 
 
 def test_a_full_disk_keeps_what_was_written(folder: Path, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ class TestProfile:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("{", "line 1 of e.jsonl is no JSON"),
+            ("{", "line 1 of e.jsonl is not JSON"),
             ('\n{"prompt": "((a)) b"}', "line 2 of e.jsonl: expected an object with prompt and answer"),
             ('{"prompt": "((a", "answer": "b"}', "line 1 of e.jsonl"),
             ("", "examples: expected at least one"),

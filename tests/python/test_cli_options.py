@@ -23,6 +23,7 @@ from attnrb.cli import console as console_module  # noqa: E402
 from attnrb.cli.app import app  # noqa: E402
 from rich.console import Console  # noqa: E402
 from saved_tiny_model import TEXT, save_tiny_model  # noqa: E402
+from typer.main import get_command  # noqa: E402
 from typer.testing import CliRunner, Result  # noqa: E402
 
 Run = Callable[..., Result]
@@ -159,18 +160,47 @@ def test_a_layer_too_many_is_said_before_anything_is_generated(
     assert "the model's layers are 0 to 2" in sentence(run("compare", TEXT, "-m", folder, "--source-layer", "29"))
 
 
-@pytest.mark.parametrize(
-    "command", ["compare", "generate", "analyze", "eval", "search", "profile", "demo", "info", "bench", "data"]
-)
+def every_command() -> dict[str, Any]:
+    """All commands, those of groups as ``cache list``."""
+    program = get_command(app)
+    groups = {name: each for name, each in program.commands.items() if hasattr(each, "commands")}
+    single = {name: each for name, each in program.commands.items() if name not in groups}
+    inner = {f"{name} {each}": made for name, group in groups.items() for each, made in group.commands.items()}
+    return {**single, **inner}
+
+
+COMMANDS = every_command()
+OTHERS = ("serve", "lm-eval")  # they hand their options on, --config and --json among them
+WITHOUT_A_MODEL = ("bench", "cache clear", "cache list", "data", "info")
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {*OTHERS}))
+def test_every_command_has_what_all_have_in_common(command: str) -> None:
+    known = {opt for each in COMMANDS[command].params for opt in each.opts}
+    assert "--config" in known
+    if command in WITHOUT_A_MODEL:
+        assert "--model" not in known
+    else:
+        assert {"--model", "-m", "--dtype", "--device", "--device-map", "--revision", "--threads"} <= known
+    assert command in ("cache clear", "data") or "--json" in known
+
+
+def test_the_bench_offers_the_dtypes_that_it_takes(run: Run) -> None:
+    assert "auto" not in re.search(r"--dtype(.*?)--", run("bench", "--help").stdout, re.DOTALL)[1]  # type: ignore[index]
+    assert "float16, got 'auto'" in sentence(run("bench", "--dtype", "auto"))
+
+
+# The help of lm-eval is the harness' own.
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"lm-eval"}))
 def test_help_ends_with_examples_that_parse(run: Run, command: str) -> None:
-    out = run(command, "--help", columns=120).stdout
+    out = run(*command.split(), "--help", columns=120).stdout
     lines = [line.strip() for line in out.partition("Examples:")[2].splitlines() if line.strip()]
     assert lines
     known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", out.partition("Examples:")[0]))
     for line in lines:
         words = shlex.split(line.partition(" < ")[0])
         assert words[0] == "attnrb"
-        if words[1] == command:
+        if " ".join(words[1:]).startswith(command) and command not in OTHERS:
             assert {each for each in words if re.fullmatch(r"--?[a-z][a-z-]*", each)} <= known, line
 
 
@@ -208,6 +238,25 @@ class TestProgress:
         before = said.getvalue()
         time.sleep(0.05)
         assert said.getvalue() == before  # it ends with the work
+
+    def test_a_block_of_answers_may_take_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("lm_eval")
+        from attnrb.cli import running
+        from attnrb.evaluation.runner import Progress
+
+        monkeypatch.setattr(console_module, "LINE_SECONDS", 0.01)
+        said = io.StringIO()
+        monkeypatch.setattr(running, "errors", lambda: Console(file=said, width=120))
+        with running.progress() as tell:
+            tell(Progress(4, 16, 40, 160, "direct, plain"))
+            end = time.monotonic() + 20
+            while "so far" not in said.getvalue() and time.monotonic() < end:
+                time.sleep(0.01)
+            tell(Progress(16, 16, 160, 160, "direct, plain"))
+        first, reminded, *_, last = said.getvalue().splitlines()
+        assert first == "4 of 16 answers, direct, plain"
+        assert re.fullmatch(r"4 of 16 answers, direct, plain; \d+ s so far", reminded)
+        assert last == "16 of 16 answers, done"
 
     def test_analyze_says_how_much_is_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from attnrb.analysis import Progress

@@ -173,7 +173,7 @@ def test_saved_in_a_model_folder_and_found_again(tmp_path: Path) -> None:
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model: there is no rebalance_config\.json in"):
         RebalanceConfig.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no folder here, and no rebalance_config"):
+    with pytest.raises(FileNotFoundError, match="is not a folder here, and no rebalance_config"):
         RebalanceConfig.from_pretrained(tmp_path / "nowhere")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -94,6 +95,20 @@ def test_writes_json_csv_and_html(run: Run, data: Path, model: Path, tmp_path: P
     assert "Accuracy against computed tokens" in page
     records = [json.loads(line) for line in (tmp_path / "out.items.jsonl").read_text("utf-8").splitlines()]
     assert sum("task" in record for record in records) == 6 * (10 + PAIRS)
+
+
+def test_the_terminal_has_figures_and_no_paragraphs(run: Run, data: Path, model: Path) -> None:
+    configs = ("--config", "alpha=2,threshold=0.05", "--config", "default")
+    result = run("eval", "-t", "siqa,piqa", "--data", data, "-m", model, "--limit", "3", *configs, "--run", "r.jsonl")
+    assert result.exit_code == 0, result.output
+    first, *rest = result.stdout.splitlines()
+    assert re.fullmatch(r"((Better|Worse|No difference shown) in \d of 4 comparisons.*)+", first)
+    heads = [line.split() for line in rest if line.strip().startswith("tasks")]
+    assert [each[-1] for each in heads] == ["mean", "found"]
+    told = [line for line in rest if re.search(r"no difference shown|improves|worsens", line)]
+    assert len(told) == 4
+    assert all(re.search(r"[+−]\d+\.\d .*[+−]\d+\.\d to [+−]\d+\.\d", line) for line in told)
+    assert max(len(line) for line in rest if not line.startswith("siqa: ")) <= 100  # a note wraps by itself
 
 
 def test_goes_on_where_it_was(run: Run, data: Path, model: Path, tmp_path: Path) -> None:
@@ -192,7 +207,7 @@ class TestErrors:
             (("--prompting", "cot", "--budgets", "6,x"), "budgets: expected numbers like 0,64,128"),
             (("--prompting", "cot", "--min-computed", "9", "--max-computed", "8"), "min_computed: expected from 0"),
             (("--prompting", "cot", "--budgets", "4000"), "leave no room"),
-            (("--batch-size", "0"), "batch_size: expected a number"),
+            (("--batch-size", "0"), "batch_size: expected auto, or a number"),
             (("--shots", "99"), "shots: siqa has 6 items"),
             (("--config", "alpha=x"), "alpha: expected a number"),
             (("--config", "beta=1"), "unknown 'beta'"),
@@ -228,6 +243,7 @@ class TestErrors:
         message = failed(run("eval", "-t", "sica", "--data", data, "-m", model))
         assert "there is no task 'sica'" in message
         assert "did you mean siqa" in message
+        assert failed(run("eval", "-t", "piqqa", "--data", data, "-m", model)).endswith("did you mean piqa or siqa?")
 
     def test_no_tokenizer(self, run: Run, data: Path, tmp_path: Path) -> None:
         tiny_model().save_pretrained(tmp_path / "untold")
@@ -239,6 +255,26 @@ class TestErrors:
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
         assert "was made with dtype" in failed(run(*command, "--dtype", "bfloat16"))
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+    def test_a_file_that_cannot_be_used_is_said_before_the_model_is_read(
+        self, run: Run, data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ("eval", "-t", "siqa", "--data", data, "-m", model, "--limit", "1", "--json", "o.json")
+        assert run(*command).exit_code == 0
+
+        def read(*_: object, **__: object) -> None:
+            raise AssertionError("the model was read first")
+
+        monkeypatch.setattr("attnrb.hosts.lm_eval.model.AttnrbLM", read)
+        assert "was made with chat False and not True" in failed(run(*command, "--chat"))
+        with (tmp_path / "o.items.jsonl").open("rb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            assert "'o.items.jsonl' is in use by another run" in failed(run(*command))
+
+    def test_a_missing_package_of_the_extra(self, run: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        message = failed(run("eval", "-t", "siqa", "--data", data))
+        assert message == "attnrb: this needs the package datasets: run `pip install 'attnrb[eval]'`."
 
     def test_report_on_a_full_disk(
         self, run: Run, data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -340,7 +376,7 @@ class TestHarnessTasks:
         task |= {"dataset_path": "nobody/colours", "dataset_kwargs": None}
         (tasks / "colours.yaml").write_text(json.dumps(task), "utf-8")
         message = failed(run("eval", "-t", "colours", "--include-path", tasks, "-m", model))
-        assert "tasks: the items of 'colours' could not be had" in message
+        assert "tasks: the items of 'colours' could not be loaded" in message
         assert "nobody/colours" in message
         assert "name a folder of files with --data" in message
 

@@ -232,6 +232,7 @@ def test_sentences() -> None:
     said = sentence("stem", difference(mcnemar=same, needed_items=None, difference=0.0), "alpha=0.2", "direct")
     assert "right on the same items" in said
     assert "improves accuracy" in sentence("stem", difference(verdict="improves"), "alpha=0.2", "direct")
+    assert " of 1 item," in sentence("stem", difference(items=1), "alpha=0.2", "direct")
     assert points(-0.015) == "−1.5"
 
 

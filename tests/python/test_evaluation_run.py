@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval")
 
 from attnrb.evaluation.grid import evaluate
 from attnrb.evaluation.plan import Plan
-from attnrb.evaluation.runfile import RunFile, RunFileError
+from attnrb.evaluation.runfile import RunFile, RunFileError, check_usable
 from attnrb.evaluation.selection import Cell, select
 from attnrb.hosts.lm_eval.model import AttnrbLM
 from attnrb.policies.rebalance import RebalanceConfig
@@ -265,10 +265,34 @@ class TestRunFile:
             RunFile(path, {})
         assert path.read_text("utf-8") == "my notes\nand more\n"
 
+    def test_what_is_known_before_the_model_is_told_before(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.jsonl"
+        check_usable(path, {"chat": True})
+        assert not path.exists()
+        with RunFile(path, {"model": "x", "chat": False}) as file:
+            file.start({})
+            with pytest.raises(RunFileError, match="is in use by another run"):
+                check_usable(path, {"chat": False})
+        check_usable(path, {"chat": False})
+        with pytest.raises(RunFileError, match="was made with chat False and not True: name another file"):
+            check_usable(path, {"chat": True})
+        before = path.read_bytes()
+        path.write_bytes(before + b'{"attnrb_eval": 1, "iden')  # as a kill leaves it
+        check_usable(path, {"chat": False})
+        RunFile(path, {"model": "x", "chat": False}).close()  # no lock is left
+
     def test_a_place_that_cannot_be(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("", "utf-8")
         with pytest.raises(RunFileError, match="could not be opened"):
             RunFile(tmp_path / "file" / "run.jsonl", {})
+
+
+def test_a_bar_counts_answers(data: Path, model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan(("siqa",), data, (STRONG,), limit=2)
+    evaluate(lm_of(model), plan, tmp_path / "run.jsonl", model="tiny", progress=True)
+    assert "4 of 4 answers" in capsys.readouterr().err
+    evaluate(lm_of(model), plan, tmp_path / "again.jsonl", model="tiny", progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_lm_eval_arguments() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,10 +136,18 @@ def test_gains_learn_alone(model: Path, data: Path, tmp_path: Path) -> None:
     moved = torch.tensor(found["gains"]) - torch.tensor(report(folder)["fixed_gains"])
     assert moved.abs().max() > 0.01
     against = {each["against"] for each in report(folder)["differences"]}
-    assert against == {"the model with fixed gains", "the model plain"}
+    assert against == {"fixed gains, before training", "plain, before training"}
     before = report(folder)["before"]["held_out"]
     assert found["held_out"]["float32"] < before["rebalanced"]["float32"], "they learnt"
     assert not list(folder.rglob("model.safetensors")), "no copy of the frozen model"
+    page = (folder / "report.html").read_text("utf-8")
+    (heat,) = re.findall(r'<script type="application/json" id="moved-0">(.*?)</script>', page)
+    spec = json.loads(heat)
+    assert spec["data"][0]["colorscale"] == "change", "as all pages: what grew is orange"
+    assert spec["layout"]["yaxis"] == {"title": {"text": "layer"}}, "layer 0 at the bottom, as on all pages"
+    assert spec["data"][0]["z"] == [pytest.approx(row, abs=1e-6) for row in moved.tolist()]
+    settings = page[page.index("<h2>Settings</h2>") :]
+    assert "None" not in settings and "<td>learning_rate</td><td>0.05</td>" in settings
     # The same again does nothing but write the report again; other settings are refused.
     run("--output", folder, *options, "--learning-rate", "0.05")
     refused = run("--output", folder, *options, "--learning-rate", "0.06", code=1)
@@ -194,13 +204,28 @@ def test_killed_after_the_last_step_it_trains_no_more(kind: str, data: Path, tmp
         assert any(bool(each.any()) for each in moved)
 
 
+def test_without_a_terminal_the_end_of_a_run_is_said_once_and_its_loss_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+    from structured import progress
+
+    said = io.StringIO()
+    monkeypatch.setattr(progress, "errors", lambda: Console(file=said, width=120))
+    with progress.training_progress() as (_, show):
+        for held_out in (None, None, 2.5, 2.5, 2.5):
+            show("plain, seed 0", 8, 8, 1.5, held_out)
+    assert said.getvalue().splitlines() == [
+        "plain, seed 0: step 8 of 8, loss 1.500",
+        "plain, seed 0: step 8 of 8, loss 1.500, held out 2.500",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"a": 1}', "{"], r"line 2: no JSON"),
+        (['{"a": 1}', "{"], r"line 2: not JSON"),
         (["", '{"a": 1}', "[1]"], r"line 3: expected an object, got a list"),
         (['{"text": ""}'], r"line 1: text: expected a string that is not empty"),
         (['{"a": {"b": 1}}'], r"line 1: a: expected a string, number, truth value or list of them, got an object"),
@@ -220,7 +245,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="could not be read: No such file"):
         read_records(tmp_path / "none.jsonl", held_out=1, limit=None, seed=0)
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
-    with pytest.raises(ValueError, match="line 2: no UTF-8"):
+    with pytest.raises(ValueError, match="line 2: not UTF-8"):
         read_records(tmp_path / "latin.jsonl", held_out=1, limit=None, seed=0)
 
 

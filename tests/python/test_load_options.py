@@ -129,7 +129,7 @@ class TestHub:
     def test_a_wrong_name_is_said_at_once_with_what_is_near(self, folder: Path) -> None:
         Path("my-model").mkdir()
         with pytest.raises(
-            models.ModelError, match=r"'my-modl' is no file .*did you mean \./my-model.*cannot be reach"
+            models.ModelError, match=r"'my-modl' is neither a file .*did you mean \./my-model.*cannot be reach"
         ):
             models.load("my-modl")
         with pytest.raises(models.ModelError, match=r"did you mean smollm2"):

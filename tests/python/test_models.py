@@ -81,7 +81,9 @@ def test_what_is_no_model_name_is_refused(name: str) -> None:
 
 @pytest.mark.usefixtures("offline")
 def test_hub_id_that_cannot_be_had(tmp_path: Path) -> None:
-    with pytest.raises(models.ModelError, match=r"'attnrb-tests/no-such-model' is no file or folder here") as error:
+    with pytest.raises(
+        models.ModelError, match=r"'attnrb-tests/no-such-model' is neither a file nor a folder here"
+    ) as error:
         models.load("attnrb-tests/no-such-model")
     one_sentence(error)
 

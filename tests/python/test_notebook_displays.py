@@ -64,6 +64,49 @@ def test_outliers_are_told_by_their_shape() -> None:
     assert torch.equal(found.indices, indices) and torch.equal(found.counts, counts)
 
 
+def test_values_with_tensors_tell_their_shapes() -> None:
+    query, bias = torch.randn(1, 2, 300, 8), torch.zeros(1, 1, 300)
+    mask = torch.ones(1, 1, 300, 300, dtype=torch.bool)
+    table = torch.zeros(2, 40, dtype=torch.int32)
+    found = functional.attention(query, query, query, emit=0.01)
+    edit = attnrb.Edit(found.outliers, gain=0.5, key_bias=bias)
+    outliers = "outliers=Outliers(indices [1, 2, 300, 99], counts [1, 2, 300])"
+    shown = {
+        repr(found): f"Attended(output=float32 [1, 2, 300, 8], lse=float32 [1, 2, 300], {outliers})",
+        repr(edit): f"Edit({outliers}, gain=0.5, rule='none', key_bias=float32 [1, 1, 300])",
+        repr(attnrb.Visibility(mask=mask, window=9)): "Visibility(key_offset=0, window=9, mask=bool [1, 1, 300, 300])",
+        repr(attnrb.Paging(table, torch.arange(3), torch.arange(2))): (
+            "Paging(block_table=int32 [2, 40], query_starts=int64 [3], seq_lens=int64 [2])"
+        ),
+    }
+    for text, expected in shown.items():
+        assert text == expected
+
+
+def test_what_an_observer_keeps_is_short() -> None:
+    model, calls = tiny_model(), []
+    with attnrb.patch(model, alpha=0.5, observer=calls.append):
+        model(torch.arange(5, 45)[None])
+    assert repr(calls[-1]).startswith(f"AttentionCall(layer={calls[-1].layer}, query=float32 [1, ")
+    assert max(len(repr(call)) for call in calls) < 500
+
+
+def test_models_texts_and_profiles_are_short() -> None:
+    from attnrb.models import LoadedModel
+    from attnrb.policies import HeadProfile
+    from attnrb.studies.generation import Generation
+
+    loaded = LoadedModel(tiny_model(), tiny_tokenizer())
+    assert repr(loaded).startswith("LoadedModel(") and "million parameters, float32 on cpu; " in repr(loaded)
+    model, tokenizer = loaded
+    assert model is loaded.model and tokenizer is loaded.tokenizer and len(repr(loaded)) < 200
+    long = Generation(tuple(range(500)), "a word " * 500, False, 0.1, 10.0)
+    assert "500 tokens, cut" in repr(long) and len(repr(long)) < 100
+    profile = HeadProfile([[0.1, -0.2], [0.4, 0.3]], keep=2, about={"model": HOSTILE})
+    shown = check_fragment(profile._repr_html_())
+    assert "<td>1</td><td>0, 1</td><td>+0.4</td>" in shown
+
+
 def test_a_patch_names_what_was_learnt() -> None:
     from attnrb import LearnedGains
 

@@ -80,6 +80,18 @@ def test_the_page_of_a_notebook_shows_code_and_outputs(path: Path, program: Any)
     assert str(Path.home()) not in page
 
 
+def test_what_shows_itself_does_so_on_the_site(program: Any) -> None:
+    from attnrb.reports.fragment import fragment, shaded
+
+    ours = fragment("Title", "lead", shaded([("a\n\n<b>", 0.5, True)]))
+    page = program.shown({"output_type": "execute_result", "data": {"text/html": [ours], "text/plain": ["Report"]}})
+    assert "\n" not in page and page.startswith("<div") and "a&#10;&#10;&lt;b&gt;" in page
+    other = {"text/html": "<script>alert(1)</script>", "text/plain": "Other"}
+    assert program.shown({"output_type": "execute_result", "data": other}) == (
+        '<pre class="notebook-output">Other</pre>'
+    )
+
+
 def test_what_a_cell_prints_is_no_markup(program: Any) -> None:
     said = {"output_type": "stream", "name": "stdout", "text": ["<script>alert(1)</script>"]}
     assert program.shown(said) == '<pre class="notebook-output">&lt;script&gt;alert(1)&lt;/script&gt;</pre>'

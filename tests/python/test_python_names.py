@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -77,6 +79,42 @@ def test_ranges_are_written_as_they_are_read() -> None:
         numbers = sorted({int(each) for each in generator.integers(0, 30, generator.integers(1, 20))})
         assert read_ranges("x", as_ranges(numbers)) == numbers
     assert as_ranges(range(30, 100)) == "30-99"
+
+
+@pytest.mark.parametrize(
+    ("policy", "wrong", "near"),
+    [(Rebalance, "alfa", "alpha"), (Emphasis, "strenght", "strength"), (SinkDamping, "layer", "layers")],
+)
+def test_a_misspelt_option_is_told_from_those_that_there_are(policy: Any, wrong: str, near: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{wrong}: unknown option of {policy.__name__}; did you mean {near}\? known"):
+        policy(**{wrong: 1})
+    assert near in inspect.signature(policy).parameters
+
+
+def public_functions() -> dict[str, Any]:
+    """What the API reference lists, and the methods of its classes."""
+    found = {}
+    for name in (*MODULES, ""):
+        module = importlib.import_module(f"attnrb.{name}".rstrip("."))
+        for each in getattr(module, "__all__", ()):
+            value = getattr(module, each)
+            found[f"{name}.{each}"] = value
+            if isinstance(value, type):
+                found |= {f"{name}.{each}.{method}": made for method, made in vars(value).items() if callable(made)}
+    return found
+
+
+def test_editors_are_told_what_a_model_and_a_tokenizer_are() -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("lm_eval")
+    functions, told = public_functions(), 0
+    for name, function in functions.items():
+        annotations = getattr(inspect.unwrap(function), "__annotations__", {})
+        for parameter in ("model", "tokenizer", "baseline"):
+            kind = str(annotations.get(parameter, "str"))
+            told += "Model" in kind or "Tokenizer" in kind
+            assert not kind.startswith("Any"), f"{name}: {parameter}"
+    assert told > 12
 
 
 # ---------------------------------------------------------------------------------------------------------- patches

@@ -19,7 +19,7 @@ pytest.importorskip("scipy", reason="studies need the package scipy")
 pytest.importorskip("statsmodels", reason="studies need the package statsmodels")
 
 import torch
-from attnrb.evaluation.runfile import RunFile
+from attnrb.evaluation.runfile import RunFile, RunFileError
 from attnrb.policies import Emphasis, HeadProfile
 from attnrb.studies.arms import PLAIN, Arm, LeakError, Setting, check_no_leak, emphasis_arms
 from attnrb.studies.material import study_items
@@ -27,7 +27,7 @@ from attnrb.studies.neutral import neutral_texts
 from attnrb.studies.plan import StudyPlan, study_tasks
 from attnrb.studies.study import Study
 from attnrb.studies.study_report import markdown, profile_table
-from attnrb.studies.study_run import default_run_file, study_report
+from attnrb.studies.study_run import check_run, default_run_file, study_report
 from saved_tiny_model import LAYERS, save_tiny_model, tiny_model, tiny_tokenizer
 
 PLAN = StudyPlan(items=4, examples=1, development=1, strengths=(4.0, 16.0), keep=3)
@@ -261,3 +261,14 @@ def test_the_run_s_file_goes_by_the_plan_and_not_by_the_number_of_items() -> Non
         StudyPlan(study="magic")
     with pytest.raises(ValueError, match="items: expected at least 1"):
         StudyPlan(items=0)
+
+
+def test_a_file_of_another_study_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    check_run(path, PLAN)
+    study_report(tiny_model(), tiny_tokenizer(), replace(PLAN, study="rebalancing"), path, model_name="tiny")
+    check_run(path, replace(PLAN, study="rebalancing", items=9))  # it may grow
+    with pytest.raises(RunFileError, match="was made with study 'rebalancing' and not 'emphasis'"):
+        check_run(path, PLAN)
+    with pytest.raises(RunFileError, match="was made with seed 0 and not 1"):
+        check_run(path, replace(PLAN, study="rebalancing", seed=1))

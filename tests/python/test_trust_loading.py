@@ -110,7 +110,7 @@ def test_weights_without_a_place_are_named(folder: Path, field: str, value: Any,
 def test_generation_settings_that_cannot_be_read(folder: Path, content: bytes) -> None:
     """Without them transformers goes on, and its texts have no end."""
     (folder / "generation_config.json").write_bytes(content)
-    with pytest.raises(models.ModelError, match=r"generation_config\.json of 'tiny' is no JSON: "):
+    with pytest.raises(models.ModelError, match=r"generation_config\.json of 'tiny' is not JSON: "):
         models.load(folder)
 
 

@@ -136,14 +136,14 @@ def test_what_is_a_number_is_one_as_an_option(text: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"policy": "rebalance", "alpha": \xff}', "is no UTF-8 text: byte 33"),
-        ('{"alpha": 0.3}'.encode("utf-16"), "is no UTF-8 text but UTF-16, which an editor can save as UTF-8: byte 0"),
+        (b'{"policy": "rebalance", "alpha": \xff}', "is not UTF-8 text: byte 33"),
+        ('{"alpha": 0.3}'.encode("utf-16"), "is not UTF-8 text but UTF-16, which an editor can save as UTF-8: byte 0"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
         (b'{"policy": "rebalance", "alpha": NaN}', "alpha: expected a finite number"),
         (b"[1]", "options: expected a mapping"),
         (b'{"alpha": 0.1, "alpha": 0.9}', "the key 'alpha' stands in it twice"),
-        (b"", "is no JSON"),
+        (b"", "is not JSON"),
     ],
 )
 def test_a_file_that_is_no_policy(tmp_path: Path, content: bytes, message: str) -> None:

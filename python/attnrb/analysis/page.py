@@ -266,7 +266,7 @@ next and previous outlier.</p>
 
 
 def _query_section(report: AttentionReport, served: bool) -> str:
-    """Where one token looks; empty where no row of any token is to be had."""
+    """Where one token looks; empty where there is a row of no token."""
     kept = [rows for rows in report.rows if rows is not None and rows.queries]
     if not kept and not served:
         return ""

@@ -304,6 +304,26 @@ class AttentionReport:
             notes=tuple(document["notes"]),
         )
 
+    # ------------------------------------------------------------------------------------------------------ tables
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Every metric of each run, layer and head, by its name; None where a head has none.
+
+        ``pandas.DataFrame(report.to_rows())`` makes a table of them.
+        """
+        from attnrb.analysis.table import rows
+
+        return rows(self)
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """`to_rows` as CSV, which is also written to `path`, whole or not at all, where one is given."""
+        from attnrb.analysis.table import as_csv
+
+        document = as_csv(self)
+        if path is not None:
+            write_whole(Path(path), document)
+        return document
+
     # --------------------------------------------------------------------------------------------------- pictures
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:

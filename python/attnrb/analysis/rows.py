@@ -263,7 +263,7 @@ class TextRows(NamedTuple):
 
 
 def spread(length: int, count: int) -> Tensor:
-    """At most so many positions of a text, evenly spread, with the last: int64, ascending."""
+    """At most ``count`` positions of a text, evenly spread, with the last: int64, ascending."""
     if length <= count:
         return torch.arange(length, dtype=torch.int64, device="cpu")
     return torch.from_numpy(np.unique(np.rint(np.linspace(0, length - 1, count)).astype(np.int64)))

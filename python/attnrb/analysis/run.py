@@ -22,6 +22,7 @@ from attnrb.hosts.session import AttentionCall
 from attnrb.hosts.transformers.patch import Patch, patch
 from attnrb.models import DEFAULT_MODEL_NAME
 from attnrb.policies import LearnedGains, Policy, Rebalance
+from attnrb.protocols import LanguageModel, LoadedTokenizer
 from attnrb.studies.generation import encode
 from attnrb.text.classes import TOKEN_CLASSES, Token, describe_tokens
 from attnrb.text.vocabulary import check_token_ids
@@ -45,12 +46,12 @@ class Progress(NamedTuple):
 
 
 def analyze(
-    model: Any,
-    tokenizer: Any,
+    model: LanguageModel,
+    tokenizer: LoadedTokenizer,
     texts: str | Iterable[str],
     *,
     compare: Policy | None = None,
-    baseline: Any | None = None,
+    baseline: LanguageModel | None = None,
     threshold: float | None = None,
     source_layer: int | None = None,
     z_threshold: float = DEFAULT_Z_THRESHOLD,
@@ -81,7 +82,7 @@ def analyze(
         source_layer: the layer with whose outliers those of others are compared. Default: that of `compare`, else 0.
         z_threshold: robust z-score above which a token is an outlier (see `outlier_scores`). Default: 3.5.
         chat: wrap each text as a user's message in the tokenizer's chat template. Default: the text as it is.
-        max_tokens: cut every text after so many tokens, and say so in the report's notes. Default: never.
+        max_tokens: read only this many tokens of each text, and say so in the report's notes. Default: never.
         keep_texts: for how many of the texts, from the first on, the tokens and what each receives are kept. All count
             in the rest of the report. Default: 8.
         function_words: the language's closed word classes. Default: those of English.

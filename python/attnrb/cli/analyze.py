@@ -134,6 +134,14 @@ def analyze(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve.", show_default="any")] = 0,
     html: files.HtmlFile = None,
     json: files.JsonFile = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            help="Every figure of each layer and head, as rows of a table.",
+            show_default=False,
+            rich_help_panel=files.PANEL,
+        ),
+    ] = None,
     png: Annotated[
         Path | None, typer.Option(help="Folder for the plots.", show_default=False, rich_help_panel=files.PANEL)
     ] = None,
@@ -144,7 +152,7 @@ def analyze(
     with user_errors():
         chosen = _compared(compare, policy)
         texts = read_texts([*(given or []), *(text or [])], text_string or [])
-        _check_outputs(html, json, png, serve)
+        _check_outputs(html, json, csv, png, serve)
         detail = _detail(layers, heads, rows_mb)
         words = None if function_words is None else read_text(function_words).split()
         with steps() as step:
@@ -182,7 +190,9 @@ def analyze(
         write_json(report.to_json())
     else:
         show(output(), report)
-    written = files.write_outputs({json: report.to_json, html: report.to_html, png: report.save_plots})
+    written = files.write_outputs(
+        {json: report.to_json, html: report.to_html, csv: report.to_csv, png: report.save_plots}
+    )
     if written:
         errors().print(Text(f"Wrote {', '.join(written)}"), soft_wrap=True)
     if serve:
@@ -308,7 +318,7 @@ def _check_tokenizers(tokenizer: Any, other: Any, texts: list[NamedText]) -> Non
         sample = each.text[:20_000]
         if tokenizer(sample)["input_ids"] != other(sample)["input_ids"]:
             raise ValueError(
-                f"baseline: its tokenizer cuts {each.name!r} otherwise than the model's, so layers of the "
+                f"baseline: its tokenizer cuts {each.name!r} into other tokens than the model's, so layers of the "
                 "two cannot be compared"
             )
 
@@ -316,7 +326,7 @@ def _check_tokenizers(tokenizer: Any, other: Any, texts: list[NamedText]) -> Non
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-def _check_outputs(html: Path | None, json: Path | None, png: Path | None, serve: bool) -> None:
+def _check_outputs(html: Path | None, json: Path | None, csv: Path | None, png: Path | None, serve: bool) -> None:
     """Refuse what could not be written in the end, before the work begins."""
     if html is not None or serve:
         from attnrb.analysis.page import check_installed
@@ -327,8 +337,8 @@ def _check_outputs(html: Path | None, json: Path | None, png: Path | None, serve
 
         plots.check_installed()
         if png.exists() and not png.is_dir():
-            raise ValueError(f"png: {str(png)!r} is no folder")
-    files.check_outputs(html=html, json=json)
+            raise ValueError(f"png: {str(png)!r} is not a folder")
+    files.check_outputs(html=html, json=json, csv=csv)
 
 
 # --------------------------------------------------------------------------------------------------------- the terminal

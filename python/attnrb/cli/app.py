@@ -11,7 +11,7 @@ from attnrb.cli import eval as eval_commands
 from attnrb.cli import files, options, render
 from attnrb.cli.analyze import analyze
 from attnrb.cli.cache import cache
-from attnrb.cli.command import add
+from attnrb.cli.command import add, shown
 from attnrb.cli.console import OneSentence, output, steps, user_errors, warn, write
 from attnrb.cli.data import data
 from attnrb.cli.demo import demo
@@ -277,9 +277,14 @@ app.add_typer(study, name="study")
 app.add_typer(cache, name="cache")
 add(app, info, examples=("attnrb info", "attnrb info --report"))
 add(app, bench, examples=("attnrb bench", "attnrb bench --length 4096 --dtype bf16 --policy emphasis"))
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+_OTHERS_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}  # --config among them
 app.command(
-    "lm-eval",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(eval_commands.lm_eval)
+    context_settings=_OTHERS_OPTIONS,
+    epilog=shown(
+        (
+            "attnrb serve Qwen/Qwen3-0.6B --port 8000 --dtype bfloat16",
+            "attnrb serve ./my-model --policy emphasis --set strength=16",
+        )
+    ),
+)(serve)
+app.command("lm-eval", add_help_option=False, context_settings=_OTHERS_OPTIONS)(eval_commands.lm_eval)

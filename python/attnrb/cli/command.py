@@ -24,7 +24,7 @@ from typer.core import TyperCommand
 from attnrb.cli.console import user_errors
 from attnrb.text.reading import is_number, is_whole_number
 
-__all__ = ["Command", "add"]
+__all__ = ["Command", "add", "shown"]
 
 _ENDINGS = (".yaml", ".yml")
 _CONFIG = inspect.Parameter(
@@ -61,11 +61,15 @@ def add(
         examples: commands for the end of its help.
         settings: of ``typer.Typer.command``.
     """
-    epilog = None
-    if examples:
-        # Brackets are markup there.
-        epilog = "\n\n".join(["Examples:", *(f"  {each}".replace("[", r"\[") for each in examples)])
-    app.command(name, cls=Command, epilog=epilog, **settings)(_with_config(function))
+    app.command(name, cls=Command, epilog=shown(examples), **settings)(_with_config(function))
+
+
+def shown(examples: Sequence[str]) -> str | None:
+    """Examples as the end of a help."""
+    if not examples:
+        return None
+    # Brackets are markup there.
+    return "\n\n".join(["Examples:", *(f"  {each}".replace("[", r"\[") for each in examples)])
 
 
 def _with_config(function: Callable[..., None]) -> Callable[..., None]:

@@ -190,7 +190,7 @@ def explain(error: Exception) -> str:
         return f"{error.filename!r}: {what}" if error.filename is not None else what
     first = next(iter(text.splitlines()), "")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "not enough memory" in first:
-        return f"memory is short ({first or 'no more could be had'}); try a shorter text, a smaller batch or model"
+        return f"memory is short ({first or 'there is none left'}); try a shorter text, a smaller batch or model"
     return f"{type(error).__name__}: {first}; attnrb did not foresee this error, {_FOR_MORE}"
 
 

@@ -119,7 +119,7 @@ def evaluate(
         if html is not None:
             check_installed()
         place.append(running.run_file(run, json, plan.run_file(running.model_name(loading.options.model))))
-        lm, selected = running.start(plan, loading, rows, engine=engine)
+        lm, selected = running.start(plan, place[0], loading, rows, engine=engine)
         with running.progress() as progress:
             report = go(
                 lm,
@@ -148,36 +148,14 @@ def parse_budgets(text: str) -> tuple[int, ...]:
 
 
 def render(console: Console, report: Mapping[str, Any]) -> None:
-    """Print a report."""
-    from attnrb.evaluation.page import letter_notes, percent, sentence
+    """Print a report: what was found in a sentence, then the figures."""
+    from attnrb.evaluation.page import letter_notes
     from attnrb.evaluation.report import headline
 
     console.print(Text(printable(headline(report["differences"])), style="bold"), soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("tasks", "model", "prompt"):
-        table.add_column(heading, overflow="fold", min_width=6)
-    for heading in ("questions", "right", "95 % interval", "no answer", "tokens, mean"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    names = list(dict.fromkeys(name for result in report["results"] for name in result["groups"]))
-    for name in names:
-        for result in report["results"]:
-            if name in result["groups"]:
-                each, tokens = result["groups"][name], result["computed_tokens"]["mean"]
-                low, high = each["wilson"]
-                table.add_row(
-                    Text(printable(name)),
-                    Text(printable(result["arm"])),
-                    Text(result["label"]),
-                    f"{each['items']:,}",
-                    percent(each["accuracy"]),
-                    f"{100 * low:.1f}–{100 * high:.1f}",
-                    f"{each['no_answer']:,}",
-                    "" if tokens is None else f"{tokens:.0f}",
-                )
-    console.print(table)
-    for pair in report["differences"]:
-        for name, each in pair["groups"].items():
-            console.print(Text(printable(sentence(name, each, pair["arm"], pair["label"]))), soft_wrap=True)
+    console.print(_accuracies(report))
+    if any(pair["groups"] for pair in report["differences"]):
+        console.print(_differences(report["differences"]))
     for name, about in report["tasks"].items():
         if about.get("note"):
             console.print(Text(printable(f"{name}: {about['note']}"), style="dim"), soft_wrap=True)
@@ -193,6 +171,56 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
         ),
         soft_wrap=True,
     )
+
+
+def _accuracies(report: Mapping[str, Any]) -> Table:
+    from attnrb.evaluation.page import percent
+
+    table = _table("questions", "right", "95 % interval", "no answer", "tokens, mean")
+    names = list(dict.fromkeys(name for result in report["results"] for name in result["groups"]))
+    for name in names:
+        for result in report["results"]:
+            if name in result["groups"]:
+                each, tokens = result["groups"][name], result["computed_tokens"]["mean"]
+                low, high = each["wilson"]
+                table.add_row(
+                    *_words(name, result["arm"], result["label"]),
+                    f"{each['items']:,}",
+                    percent(each["accuracy"]),
+                    f"{100 * low:.1f}–{100 * high:.1f}",
+                    f"{each['no_answer']:,}",
+                    "" if tokens is None else f"{tokens:.0f}",
+                )
+    return table
+
+
+def _differences(pairs: Sequence[Mapping[str, Any]]) -> Table:
+    from attnrb.evaluation.page import points
+
+    needed = any(each["needed_items"] for pair in pairs for each in pair["groups"].values())
+    table = _table("points", "95 % interval", "p (Holm)", *(["questions needed"] if needed else []))
+    table.add_column("found")
+    for pair in pairs:
+        for name, each in pair["groups"].items():
+            low, high = each["bootstrap"]
+            figures = [points(each["difference"]), f"{points(low)} to {points(high)}", f"{each['holm']:.2g}"]
+            if needed:
+                figures.append("" if each["needed_items"] is None else f"{each['needed_items']:,}")
+            table.add_row(*_words(name, pair["arm"], pair["label"]), *figures, each["verdict"])
+    return table
+
+
+def _table(*figures: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("tasks", "model", "prompt"):
+        table.add_column(heading, overflow="fold", min_width=6)
+    for heading in figures:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _words(*cells: str) -> list[Text]:
+    return [Text(printable(each)) for each in cells]
 
 
 def lm_eval(context: typer.Context) -> None:

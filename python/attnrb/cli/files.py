@@ -40,7 +40,7 @@ def standard_input() -> str:
     """All of standard input, without a byte-order mark.
 
     Raises:
-        ValueError: it is closed, or no UTF-8 text.
+        ValueError: it is closed, or not UTF-8 text.
     """
     if sys.stdin is None:
         raise ValueError("standard input is closed, so nothing can be read from it")
@@ -50,7 +50,7 @@ def standard_input() -> str:
     try:
         return sys.stdin.read().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is no {error.encoding} text: byte {error.start} cannot be read") from error
+        raise ValueError(f"standard input is not {error.encoding} text: byte {error.start} cannot be read") from error
 
 
 def is_file(name: str) -> bool:

@@ -89,7 +89,7 @@ _THREADS = inspect.Parameter("threads", inspect.Parameter.KEYWORD_ONLY, default=
 
 
 def set_threads(threads: int | None) -> None:
-    """Compute with so many threads; None leaves the default."""
+    """Compute with this many threads; None leaves the default."""
     if threads is not None:
         import torch
 

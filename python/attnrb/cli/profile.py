@@ -88,7 +88,7 @@ def read_examples(tokenizer: Any, path: Path) -> list[tuple[Marked, str]]:
         try:
             example = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"examples: line {number} of {path.name} is no JSON: {error}") from None
+            raise ValueError(f"examples: line {number} of {path.name} is not JSON: {error}") from None
         if not isinstance(example, dict) or set(example) != {"prompt", "answer"}:
             raise ValueError(f"examples: line {number} of {path.name}: expected an object with prompt and answer")
         try:

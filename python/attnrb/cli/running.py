@@ -14,11 +14,11 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from attnrb.cli.console import (
-    LINE_SECONDS,
     duration,
     errors,
     is_first_process,
     quiet_transformers,
+    reminder,
     steps,
     stop,
     user_errors,
@@ -101,7 +101,7 @@ def batch_size(text: str) -> int | str:
     if text == "auto":
         return text
     if not is_whole_number(text) or int(text) < 1:
-        raise ValueError(f"batch_size: expected a number of 1 or above or auto, got {text!r}")
+        raise ValueError(f"batch_size: expected auto, or a number of 1 or above, got {text!r}")
     return int(text)
 
 
@@ -130,14 +130,16 @@ def check_engine(engine: str, *, generates: bool) -> None:
 
 
 def start(
-    plan: TaskPlan, loading: Loading, rows: int | str, *, engine: str = "transformers"
+    plan: TaskPlan, run: Path, loading: Loading, rows: int | str, *, engine: str = "transformers"
 ) -> tuple[Any, tuple[Selected, ...]]:
-    """The harness' model, plain, and the tasks, which are read first: what is wrong with a file is known at once."""
+    """The harness' model, plain, and the tasks. Files come first: what is wrong with one is known at once."""
     loading.options.check()
     with steps() as step:
         step("Reading the items")
-        from attnrb.evaluation.grid import quiet
+        from attnrb.evaluation.grid import check_run, quiet
 
+        if is_first_process():  # which alone locks the file
+            check_run(run, plan)
         quiet()
         selected = plan.select()
         step("Starting")
@@ -222,17 +224,18 @@ def progress() -> Iterator[Callable[[Progress], None]]:
 
             yield show
     else:
-        last = [-LINE_SECONDS]
+        first_line = [True]
+        # A block of answers may take minutes, so the lines come by the clock.
+        with reminder(console) as remind:
 
-        def tell(state: Progress) -> None:
-            now = time.monotonic()
-            remaining = left(state)
-            if now - last[0] >= LINE_SECONDS or state.done >= state.total:
-                last[0] = now
-                line = f"{_answers(state)}, {remaining or state.doing}" if state.total > 1 else state.doing
-                console.print(Text(line), soft_wrap=True)
+            def tell(state: Progress) -> None:
+                line = f"{_answers(state)}, {left(state) or state.doing}" if state.total > 1 else state.doing
+                remind("" if state.done >= state.total else f"{line};")
+                if first_line or state.done >= state.total:
+                    first_line.clear()
+                    console.print(Text(line), soft_wrap=True)
 
-        yield tell
+            yield tell
 
 
 def _answers(state: Progress) -> str:

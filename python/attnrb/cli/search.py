@@ -120,7 +120,7 @@ def search(
         if html is not None:
             check_installed()
         place.append(running.run_file(run, json, plan.run_file(running.model_name(loading.options.model))))
-        lm, selected = running.start(plan, loading, rows)
+        lm, selected = running.start(plan, place[0], loading, rows)
         with running.progress() as progress:
             result = go(
                 lm,

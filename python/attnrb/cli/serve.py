@@ -45,7 +45,7 @@ def server_command(model: str, policy: dict[str, Any] | None, rest: list[str]) -
         rest: options of vLLM's server.
 
     Raises:
-        ValueError: ``rest`` and ``policy`` both name a policy, or ``--additional-config`` is no JSON object.
+        ValueError: ``rest`` and ``policy`` both name a policy, or ``--additional-config`` is not a JSON object.
     """
     additional, others = _additional(rest)
     if "attnrb" in additional and policy is not None:

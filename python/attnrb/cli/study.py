@@ -105,7 +105,7 @@ def emphasis(
 ) -> None:
     """Does emphasis make a model go by what is marked? Every arm against the plain model, with controls and prices.
 
-    Heads and strength come from development items alone. The same command goes on where it was stopped.
+    Heads and strength come from development items alone. The same command continues where it was stopped.
     """
     with user_errors():
         chosen = {
@@ -237,7 +237,7 @@ def _study(chosen: dict[str, Any], loading: Loading, how: _Run) -> None:
     with user_errors():
         from attnrb.hosts.processes import Processes
         from attnrb.studies.study_page import check_installed, study_page
-        from attnrb.studies.study_run import StudyPlan, default_run_file, study_report
+        from attnrb.studies.study_run import StudyPlan, check_run, default_run_file, study_report
     with running.run_errors(place):
         plan = StudyPlan(**chosen)
         running.check_engine(how.engine, generates=False)
@@ -252,6 +252,8 @@ def _study(chosen: dict[str, Any], loading: Loading, how: _Run) -> None:
         name = running.model_name(loading.options.model)
         place.append(running.run_file(how.run, how.json, default_run_file(plan, name)))
         processes = Processes.found()
+        if not processes.rank:
+            check_run(place[0], plan)
         with steps() as step:
             loaded, tokenizer = load_model(loading.on(processes.device), step)
             if how.estimate:
@@ -337,3 +339,15 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
     seconds = sum(report["cpu_seconds"].values())
     line = f"{report['answers']:,} answers in {report['run']}; {duration(seconds)} of processor time for all"
     errors().print(Text(printable(line)), soft_wrap=True)
+
+
+add(
+    app,
+    emphasis,
+    examples=(
+        "attnrb study emphasis --quick",
+        "attnrb study emphasis -m Qwen/Qwen3-0.6B --dtype bf16 --json e.json --html e.html",
+    ),
+)
+add(app, rebalancing, examples=("attnrb study rebalancing --quick --json r.json",))
+add(app, gains, examples=("attnrb study gains --quick --steps 20",))

@@ -13,7 +13,7 @@ from attnrb.evaluation import prompts
 from attnrb.evaluation.environment import environment, peak_memory
 from attnrb.evaluation.plan import Plan, TaskPlan
 from attnrb.evaluation.report import Report, make_report
-from attnrb.evaluation.runfile import RunFile
+from attnrb.evaluation.runfile import RunFile, check_usable
 from attnrb.evaluation.runner import PLAIN, Progress, arm_label, prepare, run
 from attnrb.evaluation.selection import Selected, cells_of
 
@@ -29,18 +29,18 @@ def evaluate(
     *,
     model: str,
     selected: Sequence[Selected] | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
     step: Callable[[str], None] | None = None,
 ) -> Report | None:
-    """Run a plan, or go on with it, and report.
+    """Run a plan, or continue it, and report.
 
     Args:
         lm: an `attnrb.hosts.lm_eval.model.AttnrbLM`, made with ``plain=True``.
         plan: what to do.
-        run_file: the file of finished items. One that exists is gone on with.
+        run_file: the file of finished items. Where it exists, the run continues.
         model: the model's name, for the report.
         selected: the plan's tasks, where they are read already.
-        progress: called as items are finished.
+        progress: called as items are finished; True shows a bar.
         step: called with a short line before each step that may take seconds.
 
     Returns:
@@ -118,14 +118,8 @@ def open_run(lm: Any, path: Path, plan: TaskPlan) -> RunFile:
     Raises:
         RunFileError: it cannot be used.
     """
-    identity = {
-        "model": lm.digest(),
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "prompts": prompts.VERSION,
-        "shots": plan.shots,
-        "generated": plan.generated,
-        "chat": plan.chat,
-    }
+    of_model = {"model": lm.digest(), "dtype": str(lm.model.dtype).removeprefix("torch.")}
+    identity = {**of_model, **_known_identity(plan)}
     if lm.rank:
         lm.barrier()
         return RunFile(path, identity, lock=False)
@@ -134,6 +128,16 @@ def open_run(lm: Any, path: Path, plan: TaskPlan) -> RunFile:
     file.start({"started": now, "settings": plan.to_dict(), "environment": environment()})
     lm.barrier()
     return file
+
+
+def check_run(path: Path, plan: TaskPlan) -> None:
+    """Raise RunFileError where the run's file cannot be used, as far as that is known before the model is."""
+    check_usable(path, _known_identity(plan))
+
+
+def _known_identity(plan: TaskPlan) -> dict[str, Any]:
+    """What answers depend on beside the model."""
+    return {"prompts": prompts.VERSION, "shots": plan.shots, "generated": plan.generated, "chat": plan.chat}
 
 
 def quiet() -> None:

@@ -42,7 +42,7 @@ def page(report: Mapping[str, Any]) -> str:
     title = f"Evaluation of {printable(report['model'])}"
     lead = (
         f"{report['answers']:,} answers, {escape(report['dtype'])} on {escape(report['device'])}, "
-        f"seed {report['seed']}. Plain is the model as it is."
+        f"seed {report['seed']}. Plain is the model without any edit."
     )
     return whole_page(title, lead, sections(report), report["environment"]["attnrb"])
 
@@ -203,7 +203,7 @@ def _colours(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _categories(names: Sequence[tuple[str, str]]) -> Any:
-    """An axis of groups, each parted into ways of asking where there are several."""
+    """An axis of groups, each split into ways of asking where there are several."""
     groups, labels = [printable(group) for group, _ in names], [printable(label) for _, label in names]
     return groups if len(set(labels)) == 1 else [groups, labels]
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-__all__ = ["Key", "RunFile", "RunFileError"]
+__all__ = ["Key", "RunFile", "RunFileError", "check_usable"]
 
 _FORMAT = 1
+_HEADER = b'{"attnrb_eval":'  # how the first line of every start begins
 
 
 class RunFileError(RuntimeError):
@@ -70,10 +71,7 @@ class RunFile:
             raise RunFileError(f"run: {str(path)!r} could not be opened: {error.strerror}") from error
         try:
             if lock:
-                try:
-                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise RunFileError(f"run: {str(path)!r} is in use by another run") from None
+                _lock(self._file, path)
             self._read(dict(identity))
         except BaseException:
             os.close(self._file)
@@ -125,7 +123,7 @@ class RunFile:
                         os.ftruncate(self._file, size)
                 raise RunFileError(
                     f"run: {str(self.path)!r} could not be written: {error.strerror}; the {len(self.records):,} "
-                    "finished items in it are kept, and the same command goes on from there"
+                    "finished items in it are kept, and the same command continues from there"
                 ) from error
 
     def _read(self, identity: dict[str, Any]) -> None:
@@ -142,7 +140,7 @@ class RunFile:
                 if not isinstance(record, dict):
                     raise ValueError
                 if "attnrb_eval" in record:
-                    self._check(record, identity)
+                    _check_header(self.path, record, identity)
                     continue
                 key = key_of(record)
             except (ValueError, KeyError, TypeError):
@@ -155,13 +153,48 @@ class RunFile:
             self.records[key] = record
             self.seconds += float(record.get("seconds", 0.0))
 
-    def _check(self, header: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-        before = header.get("identity")
-        if header["attnrb_eval"] != _FORMAT or not isinstance(before, dict):
-            raise RunFileError(f"run: {str(self.path)!r} was made by another version of attnrb: name another file")
-        for name in sorted(set(before) | set(identity)):
-            if before.get(name) != identity.get(name):
-                raise RunFileError(
-                    f"run: {str(self.path)!r} was made with {name} {before.get(name)!r} and not "
-                    f"{identity.get(name)!r}: name another file with --run"
-                )
+
+def check_usable(path: Path, identity: Mapping[str, Any]) -> None:
+    """Whether a run can use a file, as far as that is known before its model is read, which may take minutes.
+
+    Args:
+        path: the file; one that is not there yet can be used.
+        identity: some of what `RunFile` takes.
+
+    Raises:
+        RunFileError: it is in use by another run, or was made with something else.
+    """
+    if not path.is_file():
+        return
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise RunFileError(f"run: {str(path)!r} could not be opened: {error.strerror}") from error
+    with file:  # closing it gives the lock back
+        _lock(file.fileno(), path, fcntl.LOCK_SH)
+        for line in file:
+            if line.startswith(_HEADER):
+                with contextlib.suppress(json.JSONDecodeError):
+                    _check_header(path, json.loads(line), identity, among=identity)
+
+
+def _lock(file: int, path: Path, kind: int = fcntl.LOCK_EX) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        raise RunFileError(f"run: {str(path)!r} is in use by another run") from None
+
+
+def _check_header(
+    path: Path, header: Mapping[str, Any], identity: Mapping[str, Any], among: Iterable[str] | None = None
+) -> None:
+    """Raise RunFileError where the file was made with another identity; `among` names the parts that count."""
+    before = header.get("identity")
+    if header["attnrb_eval"] != _FORMAT or not isinstance(before, dict):
+        raise RunFileError(f"run: {str(path)!r} was made by another version of attnrb: name another file")
+    for name in sorted({*before, *identity} if among is None else among):
+        if before.get(name) != identity.get(name):
+            raise RunFileError(
+                f"run: {str(path)!r} was made with {name} {before.get(name)!r} and not {identity.get(name)!r}: "
+                "name another file with --run"
+            )

@@ -7,6 +7,7 @@ the next one. So a run that was stopped has pairs to compare, and the models are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import random
@@ -150,7 +151,7 @@ def run(
     arms: Mapping[str, Policy | None],
     file: RunFile,
     *,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
 ) -> None:
     """Answer what is not answered yet: see Note: [Order of a run].
 
@@ -161,12 +162,22 @@ def run(
         questions: what to ask.
         arms: the models, by label: configurations, or None for the model as it is.
         file: where answers go.
-        progress: called after each block.
+        progress: called after each block; True shows a bar, which in a notebook is one of its own.
 
     Raises:
         RunFileError: an answer could not be written.
     """
+    with _told(progress, lm.rank == 0) as say:
+        _run(lm, questions, arms, file, say)
 
+
+def _run(
+    lm: Any,
+    questions: Sequence[Question],
+    arms: Mapping[str, Policy | None],
+    file: RunFile,
+    say: Callable[[Progress], None],
+) -> None:
     def open_arms(question: Question) -> list[str]:
         return [arm for arm in arms if not _finished(file, question, arm)]
 
@@ -174,7 +185,6 @@ def run(
     waiting = [question for question in questions if open_arms(question)]
     done = total - sum(len(open_arms(question)) for question in waiting)
     work_done = work - sum(question.work * len(open_arms(question)) for question in waiting)
-    say = progress or (lambda _: None)
     say(Progress(done, total, work_done, work, "Starting"))
     for block in list(_blocks(waiting, lm.batch_size))[lm.rank :: lm.world_size]:
         for arm, config in arms.items():
@@ -187,6 +197,29 @@ def run(
             done += len(asked) * lm.world_size
             work_done += sum(question.work for question in asked) * lm.world_size
             say(Progress(min(done, total), total, min(work_done, work), work, f"{block[0].cell.label}, {arm}"))
+
+
+@contextlib.contextmanager
+def _told(progress: Callable[[Progress], None] | bool | None, is_first: bool) -> Iterator[Callable[[Progress], None]]:
+    """What is called as answers are finished. A bar is the first process' alone."""
+    if callable(progress):
+        yield progress
+        return
+    if not progress or not is_first:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(bar_format="{l_bar}{bar}| {n_fmt} of {total_fmt} answers [{elapsed}<{remaining}]") as bar:
+
+        def tell(now: Progress) -> None:
+            if bar.total is None:
+                bar.initial = now.done  # on disk already, which tells nothing of the speed
+            bar.total = now.total
+            bar.update(now.done - bar.n)
+            bar.set_description(now.doing)
+
+        yield tell
 
 
 def _finished(file: RunFile, question: Question, arm: str) -> bool:

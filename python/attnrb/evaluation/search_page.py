@@ -83,6 +83,6 @@ def _trials(result: Mapping[str, Any], chosen: str) -> str:
     ]
     return f"""<section><h2>Trials, on the development split</h2>
 <p class="soft small">The setting was chosen by these figures. Of many that are tried on the same items the best looks
-better than it is, so they are no result.</p>
+better than it is, so they are not a result.</p>
 {page.plot("trials", "Trials by their two objectives", traces, layout, 420)}
 {page.table(["trial", "setting", "items a task", "Pareto", "accuracy", "answers changed"], rows, 2)}</section>"""

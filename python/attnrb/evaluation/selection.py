@@ -69,7 +69,7 @@ def cells_of(prompting: str, budgets: Sequence[int] | None, minimum: int, maximu
 
     Args:
         prompting: ``direct``, ``cot`` or ``both``.
-        budgets: numbers of computed tokens, each of which is a cell of its own with just so many.
+        budgets: numbers of computed tokens, each of which is a cell with exactly that many.
         minimum: computed tokens at least, without `budgets`.
         maximum: computed tokens at most, without `budgets`.
 
@@ -162,8 +162,8 @@ def _from_harness(manager: Any, name: str, known: Sequence[str], shots: int, gen
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise DataError(
-            f"tasks: the items of {name!r} could not be had ({reason or type(error).__name__}); the harness downloads "
-            "them: without a network, name a folder of files with --data"
+            f"tasks: the items of {name!r} could not be loaded ({reason or type(error).__name__}); the harness "
+            "downloads them: without a network, name a folder of files with --data"
         ) from error
     return [Selected(each, _harness_groups(each), _builder(task, shots), None) for each, task in tasks.items()]
 

@@ -3,7 +3,7 @@
 Note: [Two splits]
 Of many settings that are tried on the same items, the best looks better there than it is. So each task's items are
 shuffled and split: settings are compared on the development items alone, and what is reported is the one chosen, on the
-held-out items. Figures of the development split are shown with the trials, and are no result.
+held-out items. Figures of the development split are shown with the trials, and are not a result.
 
 Note: [Successive halving]
 Most settings are bad, which a few items show. With a factor f, all settings are tried on a few of the development items
@@ -143,7 +143,7 @@ class SearchResult:
             "chosen": self.chosen.to_dict(),
             "held_out": self.held_out.to_dict(),
             "development": {
-                "note": "the setting was chosen by these figures, which are therefore no result",
+                "note": "the setting was chosen by these figures, which are therefore not a result",
                 "objectives": list(self.objectives),
                 "plain": list(self.plain),
                 "trials": [trial.to_dict() for trial in self.trials],
@@ -162,7 +162,7 @@ def search(
     *,
     model: str,
     selected: Sequence[Selected] | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
     step: Callable[[str], None] | None = None,
 ) -> SearchResult | None:
     """Search, or go on with a search: see Note: [Two splits].
@@ -175,10 +175,10 @@ def search(
     Args:
         lm: an `attnrb.hosts.lm_eval.model.AttnrbLM`, made with ``plain=True``.
         plan: what to do.
-        run_file: the file of finished items. One that exists is gone on with.
+        run_file: the file of finished items. Where it exists, the search continues.
         model: the model's name, for the report.
         selected: the plan's tasks, where they are read already.
-        progress: called as items are finished.
+        progress: called as items are finished; True shows a bar.
         step: called with a short line before each step that may take seconds.
 
     Returns:
@@ -288,7 +288,7 @@ def _run_all(
     questions: Sequence[Question],
     arms: Mapping[str, Policy | None],
     file: RunFile,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[Progress], None] | bool | None,
 ) -> None:
     run(lm, questions, arms, file, progress=progress)
     if lm.world_size > 1:  # every process needs what all have found, to try the same settings

@@ -16,6 +16,7 @@ import torch
 from attnrb.hosts.stats import PatchStats
 from attnrb.ops.edit import Edit
 from attnrb.ops.outliers import Outliers
+from attnrb.ops.shown import shown_fields
 from attnrb.policies.base import LayerPlan, Mixture, Request, Session
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttentionCall:
     """One layer's attention in one forward, as an observer sees it.
 
@@ -70,6 +71,9 @@ class AttentionCall:
     """How the weights of this layer are edited; None in a layer that stays as it is."""
     found: Outliers | None
     """The outliers that a layer of this forward reported last; None where none did."""
+
+    def __repr__(self) -> str:
+        return shown_fields(self, ("layer", "query", "key", "value", "edit", "found"))
 
     @property
     def gain(self) -> torch.Tensor | None:

@@ -65,6 +65,12 @@ class LoadedModel(NamedTuple):
     tokenizer: LoadedTokenizer
     """Its ``transformers.PreTrainedTokenizerBase``."""
 
+    def __repr__(self) -> str:
+        count = sum(each.numel() for each in self.model.parameters())
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        what = f"{type(self.model).__name__}, {count / 1e6:,.0f} million parameters, {dtype} on {self.model.device}"
+        return f"LoadedModel({what}; {type(self.tokenizer).__name__}, {len(self.tokenizer):,} tokens)"
+
 
 def load(
     model: str | os.PathLike[str] | None = None,
@@ -75,7 +81,7 @@ def load(
     revision: str | None = None,
     subfolder: str = "",
     gguf_file: str | None = None,
-    tokenizer: Any = None,
+    tokenizer: str | os.PathLike[str] | LoadedTokenizer | None = None,
     tokenizer_options: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     adapter: str | os.PathLike[str] | None = None,
@@ -130,17 +136,19 @@ def load(
         checkpoint = stack.enter_context(_checkpoint(model, subfolder, gguf_file, given, say))
         say(f"Loading {checkpoint.name}")
         if tokenizer is None:
-            tokenizer = read_tokenizer(checkpoint, tokenizer_options)
+            reads: LoadedTokenizer = read_tokenizer(checkpoint, tokenizer_options)
         elif isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = read_tokenizer(Checkpoint(os.fspath(tokenizer), os.fspath(tokenizer)), tokenizer_options)
+            reads = read_tokenizer(Checkpoint(os.fspath(tokenizer), os.fspath(tokenizer)), tokenizer_options)
+        else:
+            reads = tokenizer
         loaded = read_model(checkpoint, wanted)
     if delta is not None:
         add_delta(loaded, os.fspath(delta), given)
     if adapter is not None:
-        loaded = add_adapter(loaded, tokenizer, os.fspath(adapter), revision=revision, allow_missing=allow_missing)
+        loaded = add_adapter(loaded, reads, os.fspath(adapter), revision=revision, allow_missing=allow_missing)
     if "device_map" not in given.options:
         loaded = loaded.to(place)
-    return LoadedModel(loaded.eval(), tokenizer)
+    return LoadedModel(loaded.eval(), reads)
 
 
 def _checkpoint(
@@ -156,7 +164,7 @@ def _checkpoint(
     elif path.suffix != ".gguf" and model is not None and _is_hub_id(str(model)):
         return contextlib.nullcontext(_hub_checkpoint(str(model), subfolder, gguf_file, given, say))
     elif subfolder or gguf_file:
-        raise ModelError(f"model: {str(path)!r} is no folder, so it has no subfolder or gguf_file")
+        raise ModelError(f"model: {str(path)!r} is not a folder, so it has no subfolder or gguf_file")
 
     given = replace(given, name=name)
     if path.suffix == ".gguf":
@@ -232,7 +240,9 @@ def _hub_checkpoint(name: str, subfolder: str, gguf_file: str | None, given: Che
     say(f"Looking for {name} on the Hugging Face hub")
     checkpoint = replace(given, place=name, name=name, subfolder=subfolder, gguf_file=gguf_file)
     first = gguf_file or "config.json"
-    with failures(f"model: {name!r} is no file or folder here and could not be read from the Hugging Face hub"):
+    with failures(
+        f"model: {name!r} is neither a file nor a folder here and could not be read from the Hugging Face hub"
+    ):
         if only_here(name, f"{subfolder}/{first}" if subfolder else first, given.revision, given.options):
             checkpoint = replace(checkpoint, options={**given.options, "local_files_only": True})
         # Its smallest file first: a wrong name then reads as that, and not as a model without a tokenizer.

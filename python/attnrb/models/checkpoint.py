@@ -170,7 +170,7 @@ def _check_settings(checkpoint: Checkpoint) -> None:
         try:
             json.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise ModelError(f"model: {_SETTINGS} of {checkpoint.name!r} is no JSON: {error}") from None
+            raise ModelError(f"model: {_SETTINGS} of {checkpoint.name!r} is not JSON: {error}") from None
 
 
 def _check_report(report: Mapping[str, Any], name: str) -> None:

@@ -46,8 +46,8 @@ def only_here(name: str, file: str, revision: str | None, options: Mapping[str, 
         return True
     why = "is turned off (HF_HUB_OFFLINE or local_files_only)" if offline else "cannot be reached from here"
     raise ModelError(
-        f"model: {name!r} is no file or folder here{_near(name)}, it is not in the Hugging Face hub's cache, and the "
-        f"hub {why}"
+        f"model: {name!r} is neither a file nor a folder here{_near(name)}, it is not in the Hugging Face hub's cache, "
+        f"and the hub {why}"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import promoted
+from attnrb.ops.shown import shown_fields
 from attnrb.ops.visibility import check_slots, describe
 
 __all__ = ["NO_EDIT", "RULES", "Attended", "Edit", "EditArguments", "edit_arguments", "gain_tensor"]
@@ -19,7 +20,7 @@ __all__ = ["NO_EDIT", "RULES", "Attended", "Edit", "EditArguments", "edit_argume
 RULES = ("none", "row", "rest")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edit:
     """What one layer does to its attention weights: see Note: [Edited attention] in `attnrb.ops.reference`.
 
@@ -83,6 +84,9 @@ class Edit:
         if self.first_query is not None:
             _check_first_query(self.first_query, self.key_bias)
 
+    def __repr__(self) -> str:
+        return shown_fields(self, vars(self))
+
 
 class Attended(NamedTuple):
     """What `attnrb.functional.attention` returns.
@@ -98,6 +102,9 @@ class Attended(NamedTuple):
     output: Tensor
     lse: Tensor
     outliers: Outliers | None
+
+    def __repr__(self) -> str:
+        return shown_fields(self, self._fields)
 
 
 class EditArguments(NamedTuple):

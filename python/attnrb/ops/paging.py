@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnrb.ops.shown import shown_fields
 from attnrb.ops.visibility import VisibilityArguments, describe
 
 __all__ = ["Layout", "Paging", "PagingArguments", "check_paging", "check_seeing", "paging_arguments"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Paging:
     """Sequences whose queries follow each other and whose keys and values lie in blocks of P rows.
 
@@ -49,6 +50,9 @@ class Paging:
                 raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
             if value.dim() != rank:
                 raise ValueError(f"{name}: expected {expected}, got the shape {tuple(value.shape)}")
+
+    def __repr__(self) -> str:
+        return shown_fields(self, vars(self))
 
 
 class PagingArguments(NamedTuple):

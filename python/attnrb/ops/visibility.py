@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attnrb.ops.shown import shown_fields
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Visibility:
     """Which keys each query may see. Every condition that is set must hold.
 
@@ -62,6 +64,9 @@ class Visibility:
                 check_slots(name, bounds)
         if self.mask is not None:
             check_mask("mask", self.mask)
+
+    def __repr__(self) -> str:
+        return shown_fields(self, vars(self))
 
 
 class VisibilityArguments(NamedTuple):

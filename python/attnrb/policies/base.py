@@ -22,7 +22,9 @@ from typing_extensions import Self
 from attnrb.ops import functional
 from attnrb.ops.edit import Edit, EditArguments
 from attnrb.ops.outliers import Outliers
+from attnrb.policies.checks import explained
 from attnrb.policies.request import Request
+from attnrb.protocols import Model
 from attnrb.reports.files import write_whole
 from attnrb.text.reading import parse_json
 
@@ -377,7 +379,7 @@ class Policy:
 
         Raises:
             FileNotFoundError: there is no such file.
-            TypeError, ValueError: it is no JSON object, or an option in it is unknown or out of range.
+            TypeError, ValueError: it is not a JSON object, or an option in it is unknown or out of range.
         """
         names = (POLICY_FILE, policy_class("rebalance").file) if not hasattr(cls, "name") else (cls.file,)
         path = _find_file(str(model), names)
@@ -448,7 +450,7 @@ def _find_file(model: str, names: tuple[str, ...]) -> Path:
         except Exception as error:
             reason = " ".join(str(error).split()).split(". ")[0]
     raise FileNotFoundError(
-        f"model: {model!r} is no folder here, and no {' or '.join(names)} came from the Hugging Face hub: {reason}"
+        f"model: {model!r} is not a folder here, and no {' or '.join(names)} came from the Hugging Face hub: {reason}"
     )
 
 
@@ -476,6 +478,9 @@ def register_policy(cls: AnyPolicy) -> AnyPolicy:
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"{cls.__name__}.name: {name!r} is the name of {known.__module__}.{known.__qualname__}")
     _policies[name] = cls
+    parameters = getattr(cls, "__dataclass_params__", None)
+    if parameters is not None and parameters.init and "__init__" in vars(cls):
+        explained(cls)
     return cls
 
 
@@ -506,7 +511,7 @@ def register_shape_reader(reader: ShapeReader) -> None:
     _shape_reader[:] = [reader]
 
 
-def model_shape(model: Any) -> ModelShape:
+def model_shape(model: Model | ModelShape) -> ModelShape:
     """The shape of a model, as its host reads it; a `ModelShape` is returned as it is.
 
     Raises:

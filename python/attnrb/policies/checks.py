@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 __all__ = [
@@ -14,6 +17,7 @@ __all__ = [
     "as_ranges",
     "beyond_the_model",
     "choose_heads",
+    "explained",
     "head_choice",
     "index",
     "indices",
@@ -27,6 +31,23 @@ Indices = Sequence[int] | str
 
 HeadChoice = Indices | Mapping[int, Indices]
 """Heads: the same for all layers, or ``{layer: heads}``, where a layer that is not named has none."""
+
+
+def explained(cls: Any) -> None:
+    """Let a dataclass say which options it has, and which is near, where an unknown one is given by name."""
+    made = cls.__init__
+    known = [each.name for each in fields(cls) if each.init]
+
+    @functools.wraps(made)
+    def init(self: Any, *values: Any, **options: Any) -> None:
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                raise TypeError(f"{name}: unknown option of {cls.__name__}; {hint}known are {', '.join(known)}")
+        made(self, *values, **options)
+
+    cls.__init__ = init
 
 
 def number(name: str, value: Any) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -12,6 +12,7 @@ from attnrb.policies.checks import HeadChoice
 from attnrb.policies.learnable import LearnedPerHead
 from attnrb.policies.profile import HeadProfile, read_heads
 from attnrb.policies.rebalance import Rebalance, RebalancePlan
+from attnrb.protocols import Model
 
 __all__ = ["GAINS_FILE", "LearnedGains"]
 
@@ -54,7 +55,11 @@ class LearnedGains(LearnedPerHead):
     gains_format = "attnrb.LearnedGains"
 
     def __init__(
-        self, model: Any, config: Policy | None = None, *, heads: HeadChoice | HeadProfile | str | None = None
+        self,
+        model: Model | ModelShape,
+        config: Policy | None = None,
+        *,
+        heads: HeadChoice | HeadProfile | str | None = None,
     ) -> None:
         """Start from the schedule, and freeze the model.
 

@@ -11,6 +11,7 @@ from attnrb.policies.base import LayerView, ModelShape, model_shape, register_po
 from attnrb.policies.emphasis import Emphasis, EmphasisPlan
 from attnrb.policies.learnable import LearnedPerHead
 from attnrb.policies.profile import heads_by_layer
+from attnrb.protocols import Model
 
 __all__ = ["LearnedEmphasis"]
 
@@ -44,7 +45,7 @@ class LearnedEmphasis(LearnedPerHead):
     gains_file = "learned_emphasis.safetensors"
     gains_format = "attnrb.LearnedEmphasis"
 
-    def __init__(self, model: Any, config: Emphasis | None = None) -> None:
+    def __init__(self, model: Model | ModelShape, config: Emphasis | None = None) -> None:
         """Start from one strength, and freeze the model.
 
         Args:

@@ -104,7 +104,7 @@ def _from_json(text: str) -> Policy:
     try:
         read = parse_json(written)
     except ValueError as error:
-        raise ValueError(f"config: {text!r:.200} is no JSON: {error}") from error
+        raise ValueError(f"config: {text!r:.200} is not JSON: {error}") from error
     return Policy.from_dict(read)
 
 

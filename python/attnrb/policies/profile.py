@@ -161,6 +161,16 @@ class HeadProfile:
     def __repr__(self) -> str:
         return f"HeadProfile(keep={self.keep} of {self.layers}×{self.heads} heads)"
 
+    def _repr_html_(self) -> str:
+        from attnrb.reports.fragment import fragment, rows_table
+
+        rows = [
+            [str(layer), ", ".join(map(str, heads)), f"{max(self.scores[layer][head] for head in heads):+.3g}"]
+            for layer, heads in sorted(self.chosen.items())
+        ]
+        lead = f"{self.keep} of {self.layers} × {self.heads} heads are kept. attnrb profile --html draws all of them."
+        return fragment("Which heads to edit", lead, rows_table(["layer", "heads", "best score, nats"], rows))
+
 
 def read_heads(heads: Any) -> HeadChoice | HeadProfile | None:
     """Heads as a policy keeps them: a profile, from itself, its dictionary or its name; or a choice; None: all.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnrb.policies import LearnedGains, Plain, Policy, Rebalance
-from attnrb.protocols import Model, Tokenizer
+from attnrb.protocols import LanguageModel, LoadedTokenizer
 from attnrb.studies.first_key import first_key_shares, span_shares
 from attnrb.studies.generation import Generation, generate
 from attnrb.studies.prompts import Prompt, read_prompt
@@ -91,8 +91,8 @@ class Comparison:
 
 
 def compare(
-    model: Model,
-    tokenizer: Tokenizer,
+    model: LanguageModel,
+    tokenizer: LoadedTokenizer,
     prompt: str = DEFAULT_PROMPT,
     config: Policy | None = None,
     *,
@@ -112,11 +112,11 @@ def compare(
     Args:
         model: an unpatched ``transformers`` causal language model. It is left as it was.
         tokenizer: its tokenizer.
-        prompt: the text to go on from, perhaps with markup.
+        prompt: the text that the model continues, perhaps with markup.
         config: what is edited. Default: ``Emphasis()`` for a prompt with markup, else ``Rebalance()``.
         chat: use the tokenizer's chat template. Default: if it has one.
         markup: read ``((…))`` where a policy can heed it: see `attnrb.studies.prompts.read_prompt`.
-        max_new_tokens: at most so many new tokens each. Default: 64.
+        max_new_tokens: how many new tokens each has at most. Default: 64.
         temperature: 0 (default) is greedy; above 0 samples.
         seed: of the sampling.
         progress: called with a short line before each step.

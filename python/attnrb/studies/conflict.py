@@ -20,12 +20,13 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from attnrb.hosts.transformers.patch import patch
 from attnrb.policies.base import Policy
+from attnrb.protocols import LanguageModel, LoadedTokenizer, Tokenizer
 from attnrb.studies.answers import AnswerRow, Item, answer_row, batches, log_likelihoods
 from attnrb.studies.items import TaskItem
 from attnrb.text.marked import Marked
@@ -173,7 +174,7 @@ def conflict_items(count: int, *, split: str = "held-out", seed: int = 0) -> tup
     return tuple(made)
 
 
-def conflict_examples(tokenizer: Any, count: int = 12, *, seed: int = 0) -> list[tuple[Marked, str]]:
+def conflict_examples(tokenizer: Tokenizer, count: int = 12, *, seed: int = 0) -> list[tuple[Marked, str]]:
     """Examples of the development items for `attnrb.profile_heads`: pairs of prompt and right answer."""
     return [(item.prompt(tokenizer), item.answer) for item in conflict_items(count, split="development", seed=seed)]
 
@@ -200,8 +201,8 @@ class Scores:
 
 
 def score_items(
-    model: Any,
-    tokenizer: Any,
+    model: LanguageModel,
+    tokenizer: LoadedTokenizer,
     items: Sequence[Item],
     policy: Policy | None = None,
     markup: str = "span",

@@ -20,11 +20,12 @@ import torch
 from attnrb.hosts.session import AttentionCall
 from attnrb.hosts.transformers.patch import patch
 from attnrb.policies import Policy
+from attnrb.protocols import Model
 from attnrb.text.spans import Spans
 
 
 def first_key_shares(
-    model: Any, input_ids: torch.Tensor, policy: Policy, spans: Spans | None = None, prompt_tokens: int | None = None
+    model: Model, input_ids: torch.Tensor, policy: Policy, spans: Spans | None = None, prompt_tokens: int | None = None
 ) -> tuple[float, ...]:
     """Per layer, the mean share of attention on the first key (see Note: [Share of some keys]).
 
@@ -46,7 +47,7 @@ def first_key_shares(
 
 
 def span_shares(
-    model: Any, input_ids: torch.Tensor, policy: Policy, spans: Spans, prompt_tokens: int
+    model: Model, input_ids: torch.Tensor, policy: Policy, spans: Spans, prompt_tokens: int
 ) -> tuple[float, ...]:
     """Per layer, the mean share of attention on the spans among the tokens behind them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from attnrb.protocols import LanguageModel, LoadedTokenizer, Tokenizer
 from attnrb.text.chat import template_errors
 from attnrb.text.reading import check_text
 from attnrb.text.vocabulary import check_token_ids
@@ -18,7 +20,7 @@ _LEAST_TEMPERATURE = 1e-6
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes half a character to
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation:
     """New tokens of one prompt, with the time they took."""
 
@@ -33,6 +35,10 @@ class Generation:
     tokens_per_second: float | None
     """Speed of the tokens after the first; None when there are none."""
 
+    def __repr__(self) -> str:
+        end = "ended" if self.ended else "cut"
+        return f"Generation({reprlib.repr(self.text)}, {len(self.token_ids)} tokens, {end})"
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary of every field, and `tokens`, their number."""
         return {
@@ -45,7 +51,7 @@ class Generation:
         }
 
 
-def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> torch.Tensor:
+def encode(tokenizer: LoadedTokenizer, prompt: str, *, chat: bool | None = None) -> torch.Tensor:
     """Token ids of a prompt, int64 ``[1, n]``.
 
     Args:
@@ -73,8 +79,8 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> torch.Te
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: LanguageModel,
+    tokenizer: LoadedTokenizer,
     input_ids: torch.Tensor,
     *,
     max_new_tokens: int = 64,
@@ -88,7 +94,7 @@ def generate(
         model: a ``transformers`` causal language model.
         tokenizer: its tokenizer.
         input_ids: int64 ``[1, n]``, as `encode` returns.
-        max_new_tokens: at most so many new tokens. Default: 64.
+        max_new_tokens: how many new tokens at most. Default: 64.
         temperature: 0 (default) takes the likeliest token each time; above 0 samples.
         seed: of the sampling. Default: 0. Two runs with one seed draw the same random numbers.
         on_text: called with each new piece of text as soon as its characters are whole.
@@ -155,7 +161,7 @@ def generate(
     )
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Text of token ids, as the model wrote it: special tokens included, spaces untouched."""
     text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text

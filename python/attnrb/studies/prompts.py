@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from attnrb.hosts.transformers.patch import Patch, patch
 from attnrb.policies import Emphasis, Policy, Rebalance
 from attnrb.policies.base import model_shape
+from attnrb.protocols import LoadedTokenizer, Model
 from attnrb.studies.generation import encode
 from attnrb.text.mark import mark
 from attnrb.text.markup import MarkupError, parse_markup
@@ -30,7 +31,7 @@ class Prompt(NamedTuple):
     policy: Policy
 
     @contextmanager
-    def patch(self, model: Any) -> Iterator[Patch]:
+    def patch(self, model: Model) -> Iterator[Patch]:
         """Edit the model by the policy, with these spans, until the block ends."""
         with patch(model, self.policy) as patched:
             marked = nullcontext() if self.spans is None else patched.spans(self.spans, prompt=self.input_ids.shape[1])
@@ -39,8 +40,8 @@ class Prompt(NamedTuple):
 
 
 def read_prompt(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: LoadedTokenizer,
     prompt: str,
     policy: Policy | None = None,
     *,

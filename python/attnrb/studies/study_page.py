@@ -20,7 +20,7 @@ def study_page(report: Mapping[str, Any]) -> str:
         ImportError: what pages need is not installed.
     """
     title = f"Study of {report['study']}: {printable(str(report['model']))}"
-    lead = f"{report['answers']:,} answers. Plain is the model and the prompt as they are."
+    lead = f"{report['answers']:,} answers. Plain is the model without any edit, and the prompt without markup."
     if report["strength"] is not None:
         lead += f" Strength {report['strength']:g}, chosen on {report['chosen_on']} development items."
     command = " ".join(report["environment"]["command"])

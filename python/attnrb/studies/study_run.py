@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attnrb.evaluation.environment import environment, peak_memory
-from attnrb.evaluation.runfile import RunFile
+from attnrb.evaluation.runfile import RunFile, check_usable
 from attnrb.evaluation.runner import Progress
 from attnrb.hosts.processes import Processes
 from attnrb.studies.arms import emphasis_arms
@@ -24,7 +24,7 @@ from attnrb.studies.selection import run_selection
 from attnrb.studies.study import Study
 from attnrb.studies.study_report import make_study_report
 
-__all__ = ["StudyPlan", "default_run_file", "model_digest", "study_report"]
+__all__ = ["StudyPlan", "check_run", "default_run_file", "model_digest", "study_report"]
 
 _MATERIAL = 1  # the version of the items' wording
 # Options that may change between two starts of one run: they add tasks or items, and alter no answer.
@@ -33,7 +33,7 @@ _GROWING = ("items", "quick", "needles", "written", "budgets")
 
 def default_run_file(plan: StudyPlan, model: str) -> Path:
     """Where a run goes that nobody named a file for: the same plan and model name the same file again."""
-    # A larger number of items goes on with the same file.
+    # A larger number of items continues in the same file.
     settings = {name: value for name, value in plan.to_dict().items() if name != "items"}
     digest = hashlib.sha256(json.dumps([model, settings], sort_keys=True).encode()).hexdigest()[:8]
     return Path(f"attnrb-study-{plan.study}-{digest}.jsonl")
@@ -50,13 +50,13 @@ def study_report(
     processes: Processes | None = None,
     engine: Engine | None = None,
 ) -> dict[str, Any] | None:
-    """Run a study, or go on with it, and report.
+    """Run a study, or continue it, and report.
 
     Args:
         model: an unpatched ``transformers`` causal language model in evaluation mode.
         tokenizer: its tokenizer.
         plan: what to ask.
-        run_file: the file of finished answers. One that exists is gone on with.
+        run_file: the file of finished answers. Where it exists, the run continues.
         model_name: for the report.
         progress: called as answers are finished.
         processes: those that share the work. Default: this one alone.
@@ -71,10 +71,8 @@ def study_report(
         RunFileError: the run's file cannot be used or written.
     """
     processes = processes or Processes()
-    sources = plan.sources()
-    own = {name: value for name, value in plan.to_dict().items() if name not in (*_GROWING, "data")}
     dtype = str(model.dtype).removeprefix("torch.")
-    identity = {"model": model_digest(model), "dtype": dtype, "material": _MATERIAL, "data": sources, **own}
+    identity = {"model": model_digest(model), "dtype": dtype, **_known_identity(plan)}
     with _opened(run_file, identity, plan, processes) as file:
         study = Study(model, tokenizer, plan, file, progress, processes, engine)
         chosen = _run(study)
@@ -106,6 +104,17 @@ def _opened(path: Path, identity: Mapping[str, Any], plan: StudyPlan, processes:
     file.start({"started": now, "settings": plan.to_dict(), "environment": environment()})
     processes.wait()
     return file
+
+
+def check_run(run_file: Path, plan: StudyPlan) -> None:
+    """Raise RunFileError where the run's file cannot be used, as far as that is known before the model is."""
+    check_usable(run_file, _known_identity(plan))
+
+
+def _known_identity(plan: StudyPlan) -> dict[str, Any]:
+    """What answers depend on beside the model."""
+    own = {name: value for name, value in plan.to_dict().items() if name not in (*_GROWING, "data")}
+    return {"material": _MATERIAL, "data": plan.sources(), **own}
 
 
 def _run(study: Study) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from attnrb.protocols import LoadedTokenizer
 from attnrb.text.function_words import FUNCTION_WORDS
 
 __all__ = ["FUNCTION_WORDS", "NON_SEMANTIC", "TOKEN_CLASSES", "Token", "TokenClass", "describe_tokens", "token_texts"]
@@ -46,7 +47,7 @@ class Token:
 
 
 def describe_tokens(
-    tokenizer: Any, ids: Sequence[int], *, function_words: Iterable[str] | None = None
+    tokenizer: LoadedTokenizer, ids: Sequence[int], *, function_words: Iterable[str] | None = None
 ) -> tuple[Token, ...]:
     """The text and class of every token of a text.
 
@@ -85,7 +86,7 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {id_ for id_, token in added.items() if token.special}
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+def token_texts(tokenizer: LoadedTokenizer, ids: Sequence[int]) -> tuple[str, ...]:
     """What each token adds to the text: see `Token.text`.
 
     A token decoded by itself loses its leading space in many tokenizers, so each is decoded after an anchor, a token

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from attnrb.protocols import Tokenizer
 from attnrb.text.decoding import decode, decode_offsets, special_ids
 from attnrb.text.marked import BatchRow, batch_rows
 from attnrb.text.offsets import RowOffsets
@@ -22,7 +23,7 @@ _NO_TEXT = "\uffff"  # no character at all, so no phrase holds it
 def find_spans(
     inputs: Any,
     phrases: str | Sequence[str] | Sequence[Sequence[str]],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     every: bool = True,
     strength: float | None = None,

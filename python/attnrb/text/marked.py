@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 
+from attnrb.protocols import Tokenizer
 from attnrb.text.show import Piece, as_html, as_text, pieces
 from attnrb.text.spans import Spans
 
@@ -83,7 +84,7 @@ class Marked:
     inputs: Any
     spans: Spans
     texts: tuple[str, ...] = ()
-    tokenizer: Any = field(default=None)
+    tokenizer: Tokenizer | None = field(default=None)
     cut: tuple[tuple[int, int], ...] = ()
 
     def to(self, device: torch.device | str) -> Marked:
@@ -95,7 +96,7 @@ class Marked:
         return replace(self, inputs=moved)
 
     def show(self, file: TextIO | None = None) -> None:
-        """Print every row with its marked tokens in ``⟦…⟧``, parted by ``·``, and their strength behind.
+        """Print every row with its marked tokens in ``⟦…⟧``, separated by ``·``, and their strength behind.
 
         Control characters and marks of direction are replaced by visible ones. A strength that is not shown is the
         policy's.

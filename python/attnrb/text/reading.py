@@ -63,13 +63,13 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-        ValueError: the file cannot be read, or is no UTF-8 text.
+        ValueError: the file cannot be read, or is not UTF-8 text.
     """
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         which = " but UTF-16, which an editor can save as UTF-8" if error.object[:2] in _UTF_16 else ""
-        raise ValueError(f"{str(path)!r} is no UTF-8 text{which}: byte {error.start} cannot be read") from error
+        raise ValueError(f"{str(path)!r} is not UTF-8 text{which}: byte {error.start} cannot be read") from error
     except OSError as error:
         raise ValueError(f"{str(path)!r} could not be read: {error.strerror or error}") from error
 

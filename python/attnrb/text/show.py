@@ -43,7 +43,7 @@ def pieces(tokenizer: Any, ids: Sequence[int], first: int, spans: Sequence[Span]
 
 
 def as_text(shown: Sequence[Piece], context: int | None = None) -> str:
-    """One string, marked pieces in ``⟦…⟧`` with their strength and their tokens parted by ``·``.
+    """One string, marked pieces in ``⟦…⟧`` with their strength and their tokens separated by ``·``.
 
     Args:
         shown: of `pieces`.

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
+from attnrb.protocols import LoadedTokenizer
+
 __all__ = ["DEFAULT_CONTINUATION", "DEFAULT_CUE", "ComputedTokenBudget", "Reading"]
 
 DEFAULT_CUE = "\nAnswer:"
@@ -82,7 +84,7 @@ class ComputedTokenBudget(LogitsProcessor):
         maximum: computed tokens at which the answer starts. Default: 256. 0 means at once.
         cue: what begins the answer.
         continuation: what is written where the model would stop before `minimum`.
-        answer_tokens: after so many tokens of answer the row ends. Default: None, when the model ends it.
+        answer_tokens: tokens of the answer after which the row ends. Default: None, when the model ends it.
         end_token_ids: tokens that end a text. Default: the tokenizer's end token.
 
     Raises:
@@ -92,7 +94,7 @@ class ComputedTokenBudget(LogitsProcessor):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: LoadedTokenizer,
         minimum: int = 0,
         maximum: int = 256,
         *,

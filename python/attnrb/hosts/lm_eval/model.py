@@ -27,6 +27,7 @@ from attnrb.hosts.transformers.logits import FOREIGN, GREEDY, RefuseNaN
 from attnrb.hosts.transformers.patch import patch
 from attnrb.models import UnknownOptionError, load
 from attnrb.policies import Policy
+from attnrb.protocols import LoadedTokenizer
 from attnrb.text.reading import is_number
 from attnrb.text.vocabulary import check_token_ids, describe
 
@@ -99,7 +100,7 @@ class AttnrbLM(HFLM):  # type: ignore[misc]
         device: str | None = None,
         batch_size: int | str = "auto",
         max_batch_size: int = 64,
-        tokenizer: Any = None,
+        tokenizer: str | os.PathLike[str] | LoadedTokenizer | None = None,
         peft: str | None = None,
         **options: Any,
     ) -> None:

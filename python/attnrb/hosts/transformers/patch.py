@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -162,20 +162,20 @@ class Patch:
         decoder: the part of the model that holds its layers. Called by itself, it computes no logits.
     """
 
-    def __init__(self, model: Any, policy: Policy, observer: Observer | None = None) -> None:
+    def __init__(self, model: Model, policy: Policy, observer: Observer | None = None) -> None:
         """See `patch`."""
         _register()
-        decoder = find_decoder(model)
+        self.model = cast("Any", model)
+        decoder = find_decoder(self.model)
         if calls_anywhere(decoder):
             raise RuntimeError("model: a forward of it runs: patch it before or after, and not in between")
         self.stats = PatchStats()
         self.decoder = decoder
-        self.model = model
         self._observer = observer
         self._request = Requests()
-        self._shape = decoder_shape(decoder, shard_of(model))
+        self._shape = decoder_shape(decoder, shard_of(self.model))
         self.update(policy)
-        self._configurations = Configurations(whole_model(model), decoder)
+        self._configurations = Configurations(whole_model(self.model), decoder)
         self._left_out, self._caches, self._sequences = LeftOut(decoder), Caches(), Sequences()
         self._running = Running(decoder)
         self.leaving = False
