@@ -27,7 +27,8 @@ struct AttentionPlan {
 };
 
 // Throws std::invalid_argument where the device cannot run the kernels on such a problem. `gain_stride` 0: one gain for
-// all heads. `values` false: only the rows' softmax is wanted. `split` false: no two blocks share a row.
+// all heads. `values` false: only the rows' softmax is wanted. `split` false: no two blocks share a row. Ragged
+// sequences lie in blocks, which have a table, and shape.keys is the most that one of them may have.
 AttentionPlan plan_attention(const AttentionProblem& problem, const Device& device, bool values = true,
                              int gain_stride = 1, bool split = true);
 // `status`, if any, is set to what is wrong with outlier rows; it has to be Status::ok before.
@@ -57,5 +58,12 @@ struct Launches {
   void (*rebalance)(const struct RebalanceParameters& parameters, int64_t blocks, void* stream);
 };
 extern const Launches float32_launches, bfloat16_launches, float16_launches;
+
+// The same for ragged sequences whose keys lie in blocks (ragged_types.h).
+struct RaggedLaunches {
+  void (*attention)(const AttentionPlan& plan, void* stream);
+  void (*merge)(const AttentionPlan& plan, void* stream);
+};
+extern const RaggedLaunches ragged_float32_launches, ragged_bfloat16_launches, ragged_float16_launches;
 
 }  // namespace attnrb::cuda

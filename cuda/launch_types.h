@@ -54,8 +54,8 @@ struct TypeLaunches {
 
   static void merge(const AttentionPlan& plan, void* stream) {
     const AttentionParameters& p = plan.parameters;
-    const int64_t rows = p.problem.shape.batch * p.problem.shape.key_heads * p.rows;
-    launch<merge_kernel<T>>((rows + kWarps - 1) / kWarps, kThreads, 0, stream, p);
+    const int64_t warps = p.problem.shape.batch * p.problem.shape.key_heads * p.rows * merge_warps(p);
+    launch<merge_kernel<T>>((warps + kWarps - 1) / kWarps, kThreads, 0, stream, p);
   }
 
   template <bool Biased>

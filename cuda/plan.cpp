@@ -15,6 +15,12 @@ const Launches& launches(DType dtype) {
   return dtype == DType::float32 ? float32_launches : dtype == DType::bfloat16 ? bfloat16_launches : float16_launches;
 }
 
+const RaggedLaunches& ragged_launches(DType dtype) {
+  return dtype == DType::float32    ? ragged_float32_launches
+         : dtype == DType::bfloat16 ? ragged_bfloat16_launches
+                                    : ragged_float16_launches;
+}
+
 int width_class(int64_t width) { return width <= 64 ? 64 : width <= 128 ? 128 : 256; }
 
 // Keys in a tile: Tile<T, Width>::keys.
@@ -25,6 +31,7 @@ int64_t tile_keys(DType dtype, int width) {
 
 // Four blocks for each multiprocessor keep a device busy; a split shorter than two tiles costs more than it brings.
 int split_keys(const AttentionProblem& problem, int64_t blocks, int64_t keys_in_tile, const Device& device) {
+  if (blocks == 0) return 1;
   int64_t keys = problem.shape.keys;
   for (const int64_t reach : {problem.visibility.window, problem.visibility.chunk})
     if (reach > 0) keys = std::min(keys, reach + problem.shape.queries);
@@ -35,10 +42,30 @@ int split_keys(const AttentionProblem& problem, int64_t blocks, int64_t keys_in_
              : int(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(useful, 64)));
 }
 
+// How often the rows of a key head are counted from the first on.
+int64_t grids(const Shape& shape) { return shape.ragged() ? 1 : shape.batch; }
+
+// See Note: [Ragged rows].
+void set_sequences(AttentionParameters& p) {
+  const Shape& shape = p.problem.shape;
+  if (p.rows + kTileRows * shape.batch > std::numeric_limits<int32_t>::max())
+    refuse("query: expected fewer rows of a key head than 2^31, got ", p.rows);
+  p.row_tiles = p.rows / kTileRows + shape.batch;
+  const KeyRows& key = p.problem.key;
+  BlockTable& blocks = p.blocks;
+  blocks.table = key.table;
+  blocks.stride = key.table_stride;
+  blocks.rows = key.block_rows;
+  int bits = 0;
+  while ((uint64_t(1) << bits) < blocks.rows) ++bits;
+  blocks.shift = 31 + bits;
+  blocks.factor = uint32_t(((uint64_t(1) << blocks.shift) + blocks.rows - 1) / blocks.rows);
+}
+
 int64_t carve_partials(AttentionParameters& p, void* workspace) {
   if (p.splits == 1) return 0;
   const Shape& shape = p.problem.shape;
-  const int64_t count = shape.batch * shape.key_heads * p.rows * p.splits;
+  const int64_t count = grids(shape) * shape.key_heads * p.rows * p.splits;
   Carver carver(workspace);
   p.partials.state = carver.take<float>(4 * count);
   p.partials.sums = carver.take<float>(count * shape.value_width);
@@ -61,7 +88,7 @@ Task task_of(const AttentionProblem& problem, bool values) {
   const bool emits = problem.emit.indices != nullptr, boosts = edit.indices != nullptr;
   if (!values) return edit.key_bias != nullptr ? Task::biased_softmax : Task::softmax;
   if (boosts && edit.rule == Rule::rest) return Task::rest;
-  if (edit.key_bias != nullptr || (boosts && emits)) return Task::edited;
+  if (edit.key_bias != nullptr || (boosts && emits) || (emits && problem.shape.ragged())) return Task::edited;
   return emits ? Task::source : Task::rebalance;
 }
 
@@ -77,6 +104,7 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   AttentionParameters& p = plan.parameters;
   p.problem = problem;
   set_rows(p, problem, values ? shape.value_width : 0, gain_stride);
+  if (shape.ragged()) set_sequences(p);
   plan.task = task_of(problem, values);
   if (problem.emit.indices != nullptr) p.threshold_log2 = float(std::log2(problem.emit.threshold));
 
@@ -85,6 +113,8 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   plan.width = width_class(std::max(shape.width, value_width));
   // Both softmaxes and sums of 128 columns are too much for registers: there are slices of 64.
   if (plan.task == Task::rest && plan.width == 128) plan.width = 64;
+  // Narrow rows have no ragged kernel of their own: that of 128 has registers to spare for them, and no more work.
+  if (shape.ragged() && plan.task != Task::rest) plan.width = std::max(plan.width, 128);
   p.slices = int32_t(std::max<int64_t>(1, divide_up(value_width, plan.width)));
   p.columns = int32_t(round_up(shape.width, 2 * unit));
   p.value_columns = int32_t(round_up(std::clamp<int64_t>(value_width, 1, plan.width), 16));
@@ -95,9 +125,13 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
     p.kept = int32_t(plan.shared_bytes);
     plan.shared_bytes += kKeptWords * kThreads * int64_t(sizeof(uint32_t));
   }
+  if (shape.ragged()) {
+    p.of_sequence = int32_t(plan.shared_bytes);
+    plan.shared_bytes += round_up(kSequenceBytes, 16);
+  }
   check_shared("query", plan.shared_bytes, device);
 
-  const int64_t blocks = shape.batch * shape.key_heads * p.row_tiles * p.slices;
+  const int64_t blocks = grids(shape) * shape.key_heads * p.row_tiles * p.slices;
   p.splits = split ? split_keys(problem, blocks, keys, device) : 1;
   plan.blocks = check_blocks(blocks * p.splits);
   plan.workspace_bytes = carve_partials(p, nullptr);
@@ -108,9 +142,14 @@ void start_attention(AttentionPlan& plan, void* workspace, int32_t* status, void
   AttentionParameters& p = plan.parameters;
   carve_partials(p, workspace);
   p.status = status;
-  const Launches& start = launches(p.problem.dtype);
-  start.attention(plan, stream);
-  if (p.splits > 1) start.merge(plan, stream);
+  const auto run = [&](const auto& start) {
+    start.attention(plan, stream);
+    if (p.splits > 1) start.merge(plan, stream);
+  };
+  if (p.problem.shape.ragged())
+    run(ragged_launches(p.problem.dtype));
+  else
+    run(launches(p.problem.dtype));
 }
 
 ReceivedPlan plan_received(const ReceivedProblem& problem, const Device& device) {

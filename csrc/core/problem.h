@@ -56,6 +56,20 @@ struct AttentionProblem {
   float* softmax = nullptr;  // [B, H, M, 2] contiguous: (m, l) of Note: [Online softmax in base 2], or null
 };
 
+// New keys and values, row t of each into row slots[t] mod block_rows of block slots[t] / block_rows; a slot below 0 is
+// nowhere.
+struct WrittenRows {
+  const char* from = nullptr;
+  char* to = nullptr;
+  int64_t from_strides[2] = {0, 0}, to_strides[3] = {0, 0, 0};  // bytes: row, head; block, head, row
+  int64_t row_bytes = 0;
+};
+struct WriteProblem {
+  WrittenRows pools[2];            // keys and values
+  const int64_t* slots = nullptr;  // [rows] contiguous
+  int64_t rows = 0, heads = 0, blocks = 0, block_rows = 0;
+};
+
 // received[b, h, j] = mean over the queries that can see key j of the weight they give it; 0 where no query can.
 struct ReceivedProblem {
   Shape shape;  // value_width unused

@@ -13,7 +13,8 @@ namespace {
 
 struct Processor {
   using Gain = GainRow;
-  static constexpr bool values_on_host = true, serves_blocks = true;
+  using Paging = HostPaging;
+  static constexpr bool values_on_host = true;
   static const float* numbers(const GainRow& gain) { return gain.data(); }
   static void clear(const Tensor& tensor) { clear_contiguous(tensor); }
 
@@ -29,6 +30,18 @@ struct Processor {
   static void attend_into(const AttentionProblem& problem) {
     ScratchLease scratch;
     check_status(kernels().attention(problem, threads_for(problem.shape), *scratch), problem.edit.capacity);
+  }
+
+  static void attend_in_blocks(const AttentionProblem& problem, const HostPaging& paging, const Attended& attended,
+                               const Operand& /*query*/, const GainRow* /*gain*/, bool own_output) {
+    clear_skipped(paging, attended, problem.emit.capacity, own_output);
+    const Shape& shape = problem.shape;
+    if (shape.batch * shape.heads * shape.queries * shape.keys != 0) attend_into(problem);
+  }
+
+  static void write_keys(const WriteProblem& problem, const Operand& /*key*/) {
+    check_slot_mapping(problem.slots, problem);
+    if (problem.rows * problem.heads != 0) write_on_threads(problem);
   }
 
   static void receive(const ReceivedProblem& problem, const Operand& /*query*/) {
@@ -65,7 +78,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
   library.impl("attention.output", &boxed<&attention_output<Processor>>);
   library.impl("attention.into", &boxed<&attention_into<Processor>>);
   library.impl("attention.output_into", &boxed<&attention_output_into<Processor>>);
-  library.impl("write_keys", &boxed<&write_keys>);
+  library.impl("write_keys", &boxed<&write_keys<Processor>>);
   library.impl("attention_training", &boxed<&attention_training<Processor>>);
   library.impl("attention_backward", &boxed<&attention_backward<Processor>>);
   library.impl("source_attention", &boxed<&source_attention<Processor>>);

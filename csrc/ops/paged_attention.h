@@ -1,5 +1,10 @@
-// Attention over keys and values in blocks: ops/attention.h with the tables of ops/paging.h. A Device that
-// serves_blocks has attend_into(problem), and its memory is the host's.
+// Attention over keys and values in blocks: ops/attention.h with the tables of ops/paging.h.
+//
+// A Device has besides
+//   Paging                                the tables of a call: of ops/paging.h, HostPaging, or the like of it
+//   attend_in_blocks(problem, paging, attended, query, gain, own_output)
+//                                         fills in what is wanted; rows of skipped sequences have no output but in one
+//                                         that was made for this call
 #pragma once
 
 #include <algorithm>
@@ -22,7 +27,7 @@ void fill_rows(const OptionalTensor& tensor, int64_t first, int64_t count, int64
 }
 
 // Rows of sequences without keys have results too; those of an output that the caller gave stay as they are.
-inline void clear_skipped(const CheckedPaging& paging, const Attended& attended, int64_t capacity, bool own_output) {
+inline void clear_skipped(const HostPaging& paging, const Attended& attended, int64_t capacity, bool own_output) {
   const int64_t heads = paging.shape.heads;
   paging.each_skipped([&](int64_t first, int64_t count) {
     fill_rows(attended.lse, first, count, heads, -std::numeric_limits<float>::infinity());
@@ -38,48 +43,41 @@ inline void clear_skipped(const CheckedPaging& paging, const Attended& attended,
 template <class Device>
 Attended attend_paged(const AttentionTensors& tensors, const Options& options, const OptionalTensor& out,
                       bool with_lse) {
-  if constexpr (!Device::serves_blocks) {
-    refuse("block_table", "expected None: not served on this device yet");
-  } else {
-    const Operand query("query", tensors.query), key("key", tensors.key), value("value", tensors.value);
-    AttentionProblem problem;
-    problem.dtype = check_element_type(query);
-    const CheckedPaging paging(options.paging, query, key, value);
-    problem.shape = paging.shape;
-    const Shape& shape = problem.shape;
-    if (options.emit) check_threshold(*options.emit);
-    const CheckedOptions<Device> checked(options, shape, query);
+  const Operand query("query", tensors.query), key("key", tensors.key), value("value", tensors.value);
+  AttentionProblem problem;
+  problem.dtype = check_element_type(query);
+  const typename Device::Paging paging(options.paging, query, key, value);
+  problem.shape = paging.shape;
+  const Shape& shape = problem.shape;
+  if (options.emit) check_threshold(*options.emit);
+  const CheckedOptions<Device> checked(options, shape, query);
 
-    Attended attended;
-    attended.output = out ? *out : empty<3>({shape.queries, shape.heads, shape.value_width}, query.dtype, query);
-    const Operand output("out", *attended.output);
-    if (out) check_out(output, shape, query);
-    if (with_lse) attended.lse = empty<2>({shape.queries, shape.heads}, dtype_codes().float32, query);
-    if (options.emit) {
-      problem.emit.capacity = outlier_capacity(*options.emit, paging.room());
-      problem.emit.threshold = *options.emit;
-      attended.indices = empty<3>({shape.queries, shape.heads, problem.emit.capacity}, dtype_codes().int32, query);
-      attended.counts = empty<2>({shape.queries, shape.heads}, dtype_codes().int32, query);
-      problem.emit.indices = static_cast<int32_t*>(attended.indices->mutable_data_ptr());
-      problem.emit.counts = static_cast<int32_t*>(attended.counts->mutable_data_ptr());
-    }
-    clear_skipped(paging, attended, problem.emit.capacity, !out);
-    if (shape.batch * shape.heads * shape.queries * shape.keys == 0) return attended;
-
-    problem.query = {query.data(), {0, query.strides[1], query.strides[0], query.strides[2]}};
-    problem.key = paging.rows(key);
-    problem.value = paging.rows(value);
-    problem.visibility = checked.visibility;
-    problem.visibility.query_offsets = paging.query_offsets();
-    problem.scoring = checked.scoring;
-    problem.edit = checked.edit;
-    problem.output = attended.output->mutable_data_ptr();
-    problem.output_strides[1] = output.strides[1];
-    problem.output_strides[2] = output.strides[0];
-    if (attended.lse) problem.lse = static_cast<float*>(attended.lse->mutable_data_ptr());
-    Device::attend_into(problem);
-    return attended;
+  Attended attended;
+  attended.output = out ? *out : empty<3>({shape.queries, shape.heads, shape.value_width}, query.dtype, query);
+  const Operand output("out", *attended.output);
+  if (out) check_out(output, shape, query);
+  if (with_lse) attended.lse = empty<2>({shape.queries, shape.heads}, dtype_codes().float32, query);
+  if (options.emit) {
+    problem.emit.capacity = outlier_capacity(*options.emit, paging.room());
+    problem.emit.threshold = *options.emit;
+    attended.indices = empty<3>({shape.queries, shape.heads, problem.emit.capacity}, dtype_codes().int32, query);
+    attended.counts = empty<2>({shape.queries, shape.heads}, dtype_codes().int32, query);
+    problem.emit.indices = static_cast<int32_t*>(attended.indices->mutable_data_ptr());
+    problem.emit.counts = static_cast<int32_t*>(attended.counts->mutable_data_ptr());
   }
+  problem.query = {query.data(), {0, query.strides[1], query.strides[0], query.strides[2]}};
+  problem.key = paging.rows(key);
+  problem.value = paging.rows(value);
+  problem.visibility = checked.visibility;
+  problem.visibility.query_offsets = paging.query_offsets();
+  problem.scoring = checked.scoring;
+  problem.edit = checked.edit;
+  problem.output = attended.output->mutable_data_ptr();
+  problem.output_strides[1] = output.strides[1];
+  problem.output_strides[2] = output.strides[0];
+  if (attended.lse) problem.lse = static_cast<float*>(attended.lse->mutable_data_ptr());
+  Device::attend_in_blocks(problem, paging, attended, query, checked.gain ? &*checked.gain : nullptr, !out);
+  return attended;
 }
 
 // What the attention ops for inference share: blocks or none.

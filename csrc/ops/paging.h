@@ -1,13 +1,11 @@
-// Keys and values in blocks: the tables of a call, checked before anything that they lead to is read, and the op that
-// writes into such blocks. Numbers in tensors are on the host.
+// Keys and values in blocks: the tables of a call, checked before anything that they lead to is read. A device that can
+// look at numbers in tensors has a HostPaging.
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-#include "core/thread_pool.h"
 #include "ops/checks.h"
 #include "ops/options.h"
 
@@ -18,18 +16,20 @@ inline const Tensor& required(const char* name, const OptionalTensor& tensor) {
   return *tensor;
 }
 
-// int32 or int64 [count], whatever its stride.
-inline std::vector<int64_t> read_numbers(const Operand& operand, int64_t count, const char* axes,
-                                         const Operand& reference) {
+// int32 or int64 [count].
+inline void check_numbers(const Operand& operand, int64_t count, const char* axes, const Operand& reference) {
   check_shape(operand, {count}, axes);
   if (operand.dtype != dtype_codes().int32) check_dtype(operand, dtype_codes().int64);
   check_device(operand, reference);
-  std::vector<int64_t> numbers(static_cast<size_t>(count));
-  const void* data = operand.data();
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = i * operand.strides[0];
-    numbers[size_t(i)] = operand.dtype == dtype_codes().int64 ? static_cast<const int64_t*>(data)[at]
-                                                              : int64_t(static_cast<const int32_t*>(data)[at]);
+}
+
+// The numbers of such an operand, `stride` apart from `data` on.
+inline std::vector<int64_t> numbers_at(const void* data, const Operand& operand, int64_t stride) {
+  std::vector<int64_t> numbers(static_cast<size_t>(operand.sizes[0]));
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    const int64_t at = int64_t(i) * stride;
+    numbers[i] = operand.dtype == dtype_codes().int64 ? static_cast<const int64_t*>(data)[at]
+                                                      : int64_t(static_cast<const int32_t*>(data)[at]);
   }
   return numbers;
 }
@@ -72,50 +72,102 @@ inline Shape check_pools(const Operand& query, const Operand& key, const Operand
   return shape;
 }
 
-// The tables of a call. `shape` and `offsets` lead into it.
-class CheckedPaging {
- public:
-  CheckedPaging(const PagingOptions& given, const Operand& query, const Operand& key, const Operand& value)
-      : shape(check_pools(query, key, value)), block_rows_(key.sizes[2]) {
-    const Operand table("block_table", required("block_table", given.block_table));
-    const Operand starts("query_starts", required("query_starts", given.query_starts));
-    const Operand lengths("seq_lens", required("seq_lens", given.seq_lens));
+// The tables of a call, their sizes checked. What stands in them is for others to read.
+struct PagingTables {
+  Shape shape;  // but for the keys
+  Operand table, starts, lengths;
+  int64_t block_rows, blocks;
+
+  PagingTables(const PagingOptions& given, const Operand& query, const Operand& key, const Operand& value)
+      : shape(check_pools(query, key, value)),
+        table("block_table", required("block_table", given.block_table)),
+        starts("query_starts", required("query_starts", given.query_starts)),
+        lengths("seq_lens", required("seq_lens", given.seq_lens)),
+        block_rows(key.sizes[2]),
+        blocks(key.sizes[0]) {
     check_rank(lengths, 1, "[B]");
     shape.batch = lengths.sizes[0];
     check_rank(table, 2, "[B, W]");
     check_shape(table, {shape.batch, table.sizes[1]}, "[B, W]");
     check_dtype(table, dtype_codes().int32);
     check_device(table, query);
-    lengths_ = read_numbers(lengths, shape.batch, "[B]", query);
-    starts_ = read_numbers(starts, shape.batch + 1, "[B + 1]", query);
-    blocks_ = contiguous_data<int32_t>(table, *given.block_table, dtype_codes().int32, table_copy_);
-    table_width_ = table.sizes[1];
-    check_sequences();
-    check_blocks(key.sizes[0]);
-    for (int64_t b = 0; b < shape.batch; ++b) {
-      const size_t i = size_t(b);
-      shape.keys = std::max(shape.keys, lengths_[i]);
-      offsets_.push_back(lengths_[i] - (starts_[i + 1] - starts_[i]) - starts_[i]);
+    check_numbers(lengths, shape.batch, "[B]", query);
+    check_numbers(starts, shape.batch + 1, "[B + 1]", query);
+  }
+
+  // Keys that a table has room for.
+  int64_t room() const { return std::min(table.sizes[1], kMostKeys / block_rows) * block_rows; }
+
+  KeyRows rows(const Operand& pool, const int32_t* row_blocks) const {
+    KeyRows rows = view_of(pool);
+    rows.strides[3] = 1;  // of one column too
+    rows.table = row_blocks;
+    rows.table_stride = table.sizes[1];
+    rows.block_rows = uint32_t(block_rows);
+    return rows;
+  }
+
+ private:
+  // Slots travel as int32, and a block of keys may be counted behind the last.
+  static constexpr int64_t kMostKeys = (int64_t(1) << 31) - (int64_t(1) << 16);
+};
+
+// Refuses numbers that break the rules, on the host; `row_blocks` is the table, contiguous.
+inline void check_tables(const PagingTables& tables, const std::vector<int64_t>& starts,
+                         const std::vector<int64_t>& lengths, const int32_t* row_blocks) {
+  const int64_t most = tables.room(), queries = tables.shape.queries;
+  if (starts.front() != 0 || starts.back() != queries)
+    refuse("query_starts", "expected 0 first and T = ", queries, " last, got ", starts.front(), " and ", starts.back());
+  for (size_t b = 0; b < lengths.size(); ++b) {
+    const int64_t first = starts[b], last = starts[b + 1];
+    if (last < first || last > queries)
+      refuse("query_starts", "expected ascending numbers up to T = ", queries, ", got ", last, " after ", first);
+    if (lengths[b] < 0 || lengths[b] > most)
+      refuse("seq_lens", "expected numbers from 0 to the W P = ", most, " that block_table has room for, got ",
+             lengths[b], " for sequence ", b);
+    if (lengths[b] > 0 && last - first > lengths[b])
+      refuse("seq_lens", "expected at least the queries of each sequence, got ", lengths[b], " for the ", last - first,
+             " of sequence ", b);
+  }
+  const uint32_t bound = uint32_t(std::min(tables.blocks, int64_t(std::numeric_limits<int32_t>::max())));
+  for (size_t b = 0; b < lengths.size(); ++b) {
+    const int32_t* row = row_blocks + int64_t(b) * tables.table.sizes[1];
+    const int64_t needed = (lengths[b] + tables.block_rows - 1) / tables.block_rows;
+    bool inside = true;
+    for (int64_t j = 0; j < needed; ++j) inside &= uint32_t(row[j]) < bound;  // negative ones are large
+    if (inside) continue;
+    for (int64_t j = 0; j < needed; ++j)
+      if (uint32_t(row[j]) >= bound)
+        refuse("block_table", "expected numbers from 0 to ", tables.blocks - 1, ", got ", row[j], " for block ", j,
+               " of sequence ", b);
+  }
+}
+
+// The tables of a call on the host, checked. `shape` and the offsets lead into it.
+class HostPaging {
+ public:
+  HostPaging(const PagingOptions& given, const Operand& query, const Operand& key, const Operand& value)
+      : tables(given, query, key, value), shape(tables.shape) {
+    lengths_ = numbers_at(tables.lengths.data(), tables.lengths, tables.lengths.strides[0]);
+    starts_ = numbers_at(tables.starts.data(), tables.starts, tables.starts.strides[0]);
+    blocks_ = contiguous_data<int32_t>(tables.table, *given.block_table, dtype_codes().int32, table_copy_);
+    check_tables(tables, starts_, lengths_, blocks_);
+    for (size_t b = 0; b < lengths_.size(); ++b) {
+      shape.keys = std::max(shape.keys, lengths_[b]);
+      offsets_.push_back(lengths_[b] - starts_[b + 1]);
     }
     shape.query_starts = starts_.data();
     shape.key_counts = lengths_.data();
   }
-  CheckedPaging(const CheckedPaging&) = delete;
-  CheckedPaging& operator=(const CheckedPaging&) = delete;
+  HostPaging(const HostPaging&) = delete;
+  HostPaging& operator=(const HostPaging&) = delete;
 
+  const PagingTables tables;
   Shape shape;
 
-  // Keys that a table has room for.
-  int64_t room() const { return std::min(table_width_, kMostKeys / block_rows_) * block_rows_; }
+  int64_t room() const { return tables.room(); }
   const int64_t* query_offsets() const { return offsets_.data(); }
-  KeyRows rows(const Operand& pool) const {
-    KeyRows rows = view_of(pool);
-    rows.strides[3] = 1;  // of one column too
-    rows.table = blocks_;
-    rows.table_stride = table_width_;
-    rows.block_rows = uint32_t(block_rows_);
-    return rows;
-  }
+  KeyRows rows(const Operand& pool) const { return tables.rows(pool, blocks_); }
 
   // Calls visit(first, count) for the queries of each sequence that is skipped.
   template <class Visit>
@@ -125,45 +177,6 @@ class CheckedPaging {
   }
 
  private:
-  // Slots travel as int32, and a block of keys may be counted behind the last.
-  static constexpr int64_t kMostKeys = (int64_t(1) << 31) - (int64_t(1) << 16);
-
-  void check_sequences() const {
-    const int64_t most = room();
-    if (starts_.front() != 0 || starts_.back() != shape.queries)
-      refuse("query_starts", "expected 0 first and T = ", shape.queries, " last, got ", starts_.front(), " and ",
-             starts_.back());
-    for (size_t b = 0; b < lengths_.size(); ++b) {
-      const int64_t first = starts_[b], last = starts_[b + 1];
-      if (last < first || last > shape.queries)
-        refuse("query_starts", "expected ascending numbers up to T = ", shape.queries, ", got ", last, " after ",
-               first);
-      if (lengths_[b] < 0 || lengths_[b] > most)
-        refuse("seq_lens", "expected numbers from 0 to the W P = ", most, " that block_table has room for, got ",
-               lengths_[b], " for sequence ", b);
-      if (lengths_[b] > 0 && last - first > lengths_[b])
-        refuse("seq_lens", "expected at least the queries of each sequence, got ", lengths_[b], " for the ",
-               last - first, " of sequence ", b);
-    }
-  }
-
-  void check_blocks(int64_t blocks) const {
-    const uint32_t bound = uint32_t(std::min(blocks, int64_t(std::numeric_limits<int32_t>::max())));
-    for (size_t b = 0; b < lengths_.size(); ++b) {
-      const int32_t* row = blocks_ + int64_t(b) * table_width_;
-      const int64_t needed = (lengths_[b] + block_rows_ - 1) / block_rows_;
-      bool inside = true;
-      for (int64_t j = 0; j < needed; ++j) inside &= uint32_t(row[j]) < bound;  // negative ones are large
-      if (inside) continue;
-      for (int64_t j = 0; j < needed; ++j)
-        if (uint32_t(row[j]) >= bound)
-          refuse("block_table", "expected numbers from 0 to ", blocks - 1, ", got ", row[j], " for block ", j,
-                 " of sequence ", b);
-    }
-  }
-
-  const int64_t block_rows_;
-  int64_t table_width_ = 0;
   const int32_t* blocks_ = nullptr;
   OptionalTensor table_copy_;
   std::vector<int64_t> starts_, lengths_, offsets_;

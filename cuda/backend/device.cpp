@@ -52,12 +52,10 @@ void* current_stream(int32_t index) {
   return stream;
 }
 
-int32_t read_back(const int32_t* address, void* stream) {
-  int32_t value = 0;
-  check(cudaMemcpyAsync(&value, address, sizeof(value), cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)),
-        "reading the status");
+void read_back(void* to, const void* address, int64_t bytes, void* stream) {
+  check(cudaMemcpyAsync(to, address, size_t(bytes), cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)),
+        "reading from the device");
   check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "waiting for the device");
-  return value;
 }
 
 }  // namespace attnrb::ops

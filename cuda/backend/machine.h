@@ -121,6 +121,34 @@ ATTNRB_DEVICE uint32_t pack<float16>(float low, float high) {
   return word;
 }
 
+// Elements and numbers, by one instruction where the machine has one.
+template <class T>
+ATTNRB_DEVICE float widen(T x) {
+  return to_float(x);
+}
+template <>
+ATTNRB_DEVICE float widen<float16>(float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;\n" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+template <class T>
+ATTNRB_DEVICE T narrow(float x) {
+  return from_float<T>(x);
+}
+template <>
+ATTNRB_DEVICE float16 narrow<float16>(float x) {
+  float16 y;
+  asm("cvt.rn.f16.f32 %0, %1;\n" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+template <>
+ATTNRB_DEVICE bfloat16 narrow<bfloat16>(float x) {
+  bfloat16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;\n" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+
 // Reports what is wrong with the data of a call; the larger code wins.
 ATTNRB_DEVICE void report_status(int32_t* status, int32_t code) {
   if (status != nullptr) atomicMax(status, code);

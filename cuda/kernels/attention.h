@@ -10,25 +10,18 @@
 // was visited (Note: [One-pass outliers], csrc/core/kernels/rows.h), so the first pass marks the tiles in which some
 // entry did, and the second computes scores anew for those alone and selects with the final threshold, in ascending
 // order and straight into place: no buffer of candidates is needed.
-//
-// Note: [Rule rest on the device]
-// What a row's outliers and what all others get is known when the last key was seen. So the first pass computes the
-// softmax of the others (as the running one, sinks included) and of the outliers the maximum and the sum alone:
-// R, l_R and l_S. Then m = S / (S + R) of both sums, and with s = (1 + g) m the row is
-// (1 - s) R / l_R + s U / l_S: what is left adds s U / l_S from the tiles that hold outliers, scores computed anew. The
-// mass of the others is summed from themselves; where there is none, s is 1. Blocks that share the keys of a row leave
-// both softmaxes, which the merge puts together.
 #pragma once
 
 #include "bias.h"
 #include "kept_words.h"
 #include "products.h"
+#include "ragged.h"
 #include "rest.h"
 #include "values.h"
 
 namespace attnrb::cuda {
 
-template <class T, int Width, Task task>
+template <class T, int Width, Task task, class Sequences = EvenSequences>
 class AttentionBlock {
   using Tiles = Tile<T, Width>;
   static constexpr int kKeys = Tiles::keys;
@@ -47,11 +40,18 @@ class AttentionBlock {
     block /= p.splits;
     slice = int(block % p.slices);
     block /= p.slices;
-    const int64_t heads = shape.batch * shape.key_heads;
-    batch = block % heads / shape.key_heads;
-    key_head = block % heads % shape.key_heads;
+    const int64_t heads = Sequences::ragged ? shape.key_heads : shape.batch * shape.key_heads;
     // Under a causal mask the last rows see the most keys: their blocks come first.
-    tile_row = (p.row_tiles - 1 - block / heads) * kTileRows;
+    const int64_t tile = p.row_tiles - 1 - block / heads;
+    key_head = block % heads % shape.key_heads;
+    if constexpr (Sequences::ragged) {
+      Sequences::enter(p, tile);
+      batch = Sequences::number(p);
+      tile_row = Sequences::tile_row(p);
+    } else {
+      batch = block % heads / shape.key_heads;
+      tile_row = tile * kTileRows;
+    }
     warp_row = tile_row + 16 * warp;
 
     T* memory = reinterpret_cast<T*>(shared_memory());
@@ -67,12 +67,20 @@ class AttentionBlock {
            p.wanted_tiles[(batch * p.problem.shape.key_heads + key_head) * p.row_tiles + tile_row / kTileRows] != 0;
   }
 
+  // Of ragged sequences: whether the tile has rows, and those have keys.
+  ATTNRB_DEVICE bool has_rows() const { return tile_row < Sequences::rows(p); }
+  ATTNRB_DEVICE bool has_keys() const { return Sequences::keys(p) > 0; }
+  // Where they have none, one block of those that share the rows says so.
+  ATTNRB_DEVICE void leave_without_keys() const {
+    if (split == 0 && slice == 0) attnrb::cuda::leave_without_keys<T>(p, key_head, warp_row);
+  }
+
   ATTNRB_DEVICE void run() {
-    rows.start(p, batch, key_head, first_row());
+    rows.template start<Sequences>(p, batch, key_head, first_row());
     if (kBiased && has_bias()) keep_bias();
     if (p.wanted_rows != nullptr) leave_unwanted();
     if (kMayEmit) marks.start(tiles_of_keys());
-    if (kMayBoost) broken = cursor.start(p, batch, key_head, warp_row);
+    if (kMayBoost) broken = cursor.template start<Sequences>(p, batch, key_head, warp_row);
     if (kEdited) KeptWords(p).set_cursor(cursor);
     if (kRest) {
       const KeptWords kept(p);
@@ -99,13 +107,13 @@ class AttentionBlock {
 
   ATTNRB_DEVICE void keep_bias() const {
     BiasPair bias;
-    bias.start(p, batch, key_head, first_row());
+    bias.template start<Sequences>(p, batch, key_head, first_row());
     const KeptWords kept(p);
     kept.first_in_group() = uint32_t(warp_row % p.group);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t row = first_row() + 8 * i;
-      kept.bias_head(i) = uint32_t(row_place(p, key_head, row < p.rows ? row : p.rows - 1).head);
+      kept.bias_head(i) = uint32_t(place_of(row < Sequences::rows(p) ? row : Sequences::rows(p) - 1).head);
       kept.bias_limit(i) = uint32_t(bias.row[i].limit);
     }
   }
@@ -124,7 +132,7 @@ class AttentionBlock {
 
   ATTNRB_DEVICE bool has_bias() const { return p.problem.edit.key_bias != nullptr; }
   ATTNRB_DEVICE bool emits() const { return kMayEmit && (!kEdited || p.problem.emit.indices != nullptr); }
-  ATTNRB_DEVICE int tiles_of_keys() const { return int((p.problem.shape.keys + kKeys - 1) / kKeys); }
+  ATTNRB_DEVICE int tiles_of_keys() const { return int((Sequences::keys(p) + kKeys - 1) / kKeys); }
 
   ATTNRB_DEVICE void finish() {
     RowEnd end[2];
@@ -157,7 +165,7 @@ class AttentionBlock {
     for (int i = 0; i < 2; ++i) {
       const float chosen_max = kept.chosen_max(i), chosen_sum = quad_sum(kept.chosen_sum(i));
       const RestShares shares =
-          rest_shares(end[i].max, end[i].sum, chosen_max, chosen_sum, rows.valid[i] ? gain_of(p, head_of(i)) : 0.0f);
+          rest_shares(end[i].max, end[i].sum, chosen_max, chosen_sum, rows.valid[i] ? gain_at(i) : 0.0f);
       of_chosen[i] = 1.0f;
       if (p.splits == 1) {
         const float own = exp2f(reference(rows.max[i]) - reference(end[i].max));
@@ -197,13 +205,16 @@ class AttentionBlock {
   }
 
   ATTNRB_DEVICE int64_t first_row() const { return warp_row + lane / 4; }
-  ATTNRB_DEVICE int head_of(int i) const { return row_place(p, key_head, first_row() + 8 * i).head; }
+  ATTNRB_DEVICE RowPlace place_of(int64_t row) const { return row_place<Sequences>(p, key_head, row); }
+  ATTNRB_DEVICE int head_of(int i) const { return place_of(first_row() + 8 * i).head; }
+  ATTNRB_DEVICE float gain_at(int i) const { return gain_of<Sequences>(p, batch, head_of(i)); }
 
   // The tiles of keys that some row sees, and this block's share of them.
   ATTNRB_DEVICE void set_key_tiles() {
-    const int64_t last_row = (tile_row + kTileRows < p.rows ? tile_row + kTileRows : p.rows) - 1;
-    const Interval interval =
-        visible_interval(p.problem.visibility, batch, tile_row / p.group, last_row / p.group + 1, p.problem.shape.keys);
+    const int64_t count = Sequences::rows(p), first_query = Sequences::first_query(p);
+    const int64_t last_row = (tile_row + kTileRows < count ? tile_row + kTileRows : count) - 1;
+    const Interval interval = visible_interval(p.problem.visibility, batch, first_query + tile_row / p.group,
+                                               first_query + last_row / p.group + 1, Sequences::keys(p));
     const int low = int(interval.low / kKeys), high = int((interval.high + kKeys - 1) / kKeys);
     const int tiles = interval.high > interval.low ? high - low : 0, share = (tiles + p.splits - 1) / p.splits;
     first_tile = low + (split * share < tiles ? split * share : tiles);
@@ -216,15 +227,15 @@ class AttentionBlock {
     const T* base = static_cast<const T*>(p.query.data) + batch * p.query.strides[0];
     load_tile<T, kThreads>(queries, kTileRows, p.columns, p.query, 0, [&](int r) -> const T* {
       const int64_t row = tile_row + r;
-      if (row >= p.rows) return nullptr;
-      const RowPlace place = row_place(p, key_head, row);
+      if (row >= Sequences::rows(p)) return nullptr;
+      const RowPlace place = place_of(row);
       return base + place.head * p.query.strides[1] + place.query * p.query.strides[2];
     });
   }
 
   ATTNRB_DEVICE void load_operand(const Operand& operand, int columns, int first_column, int tile, int which) {
-    const HeadRows<T> keys(operand, batch, key_head);
-    const int64_t first = int64_t(tile) * kKeys, left = p.problem.shape.keys - first;
+    const auto keys = Sequences::template key_rows<T>(p, operand, batch, key_head);
+    const int64_t first = int64_t(tile) * kKeys, left = Sequences::keys(p) - first;
     load_tile<T, kThreads>(buffer(which), kKeys, columns, operand, first_column,
                            [&](int r) -> const T* { return r < left ? keys.row(first + r) : nullptr; });
   }
@@ -298,7 +309,7 @@ class AttentionBlock {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!rows.valid[i] || row_bits[i] == 0) continue;
-      const float gain = gain_of(p, head_of(i));
+      const float gain = gain_at(i);
 #pragma unroll
       for (int n = 0; n < Tiles::score_tiles; ++n)
 #pragma unroll
@@ -417,10 +428,10 @@ class AttentionBlock {
       return;
     }
     const AttentionProblem& problem = p.problem;
-    const RowPlace place = row_place(p, key_head, first_row() + 8 * i);
+    const RowPlace place = place_of(first_row() + 8 * i);
     const int column = lane % 4 * 2, first_column = slice * Width;
     if (lane % 4 == 0 && slice == 0) {
-      const int64_t index = (batch * problem.shape.heads + place.head) * problem.shape.queries + place.query;
+      const int64_t index = Sequences::index(p, batch, place);
       if (problem.lse != nullptr)
         problem.lse[index] = end.seen ? (end.max + log2f(end.sum + end.boosted)) * kLn2 : minus_infinity();
       if (problem.softmax != nullptr) {
@@ -470,7 +481,7 @@ class AttentionBlock {
   ATTNRB_DEVICE bool is_broken(int i) const { return kMayBoost && ((broken >> (lane / 4 + 8 * i)) & 1u) != 0; }
 
   ATTNRB_DEVICE int64_t partial_index(int64_t row) const {
-    return ((batch * p.problem.shape.key_heads + key_head) * p.rows + row) * p.splits + split;
+    return Sequences::part(p, batch, key_head, row) * p.splits + split;
   }
 
   // The second pass of Note: [Two passes for outliers].
@@ -491,14 +502,13 @@ class AttentionBlock {
       threshold[i] = end[i].max + log2f(end[i].sum) + p.threshold_log2;
       own[i] = -1;
       if (!rows.valid[i]) continue;
-      const RowPlace place = row_place(p, key_head, first_row() + 8 * i);
-      own[i] = own_key(p, batch, place.query);
+      const RowPlace place = place_of(first_row() + 8 * i);
+      own[i] = own_key<Sequences>(p, batch, place.query);
       if (p.splits > 1) {
         found[i] = p.partials.candidates + partial_index(first_row() + 8 * i) * capacity;
         scores[i] = p.partials.candidate_scores + partial_index(first_row() + 8 * i) * capacity;
       } else {
-        found[i] = problem.emit.indices +
-                   ((batch * problem.shape.heads + place.head) * problem.shape.queries + place.query) * capacity;
+        found[i] = problem.emit.indices + Sequences::index(p, batch, place) * capacity;
       }
     }
 
@@ -529,11 +539,8 @@ class AttentionBlock {
       if (!rows.valid[i]) continue;
       const int32_t count = counts[i] < capacity ? counts[i] : int32_t(capacity);
       const int64_t row = first_row() + 8 * i;
-      const RowPlace place = row_place(p, key_head, row);
-      int32_t* total =
-          p.splits > 1
-              ? p.partials.candidate_counts + partial_index(row)
-              : problem.emit.counts + (batch * problem.shape.heads + place.head) * problem.shape.queries + place.query;
+      int32_t* total = p.splits > 1 ? p.partials.candidate_counts + partial_index(row)
+                                    : problem.emit.counts + Sequences::index(p, batch, place_of(row));
       if (lane % 4 == 0) *total = count;
       if (p.splits == 1)
         for (int64_t c = count + lane % 4; c < capacity; c += 4) found[i][c] = -1;

@@ -25,13 +25,14 @@ struct BiasRow {
   const float* first = nullptr;  // of key position 0
   int limit = 0;                 // positions from here on have none
 
+  template <class Sequences = EvenSequences>
   ATTNRB_DEVICE void start(const AttentionParameters& p, int64_t batch, const RowPlace& place) {
     aim(p, batch, place.head);
     const Edit& edit = p.problem.edit;
     const bool holds =
         edit.first_query == nullptr || query_slot(p.problem.visibility, batch, place.query) >= edit.first_query[batch];
     const int64_t held = edit.bias_slots - p.problem.visibility.key_offset;
-    limit = !holds || held < 0 ? 0 : int(held < p.problem.shape.keys ? held : p.problem.shape.keys);
+    limit = !holds || held < 0 ? 0 : int(held < Sequences::keys(p) ? held : Sequences::keys(p));
   }
   ATTNRB_DEVICE void aim(const AttentionParameters& p, int64_t batch, int head) {
     const int64_t* strides = p.problem.edit.bias_strides;
@@ -48,11 +49,12 @@ struct BiasPair {
   BiasRow row[2];
 
   // Rows behind the last are given that one's.
+  template <class Sequences = EvenSequences>
   ATTNRB_DEVICE void start(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t first_row) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t at = first_row + 8 * i < p.rows ? first_row + 8 * i : p.rows - 1;
-      row[i].start(p, batch, row_place(p, key_head, at));
+      const int64_t rows = Sequences::rows(p), at = first_row + 8 * i < rows ? first_row + 8 * i : rows - 1;
+      row[i].template start<Sequences>(p, batch, row_place<Sequences>(p, key_head, at));
     }
   }
 

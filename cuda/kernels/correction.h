@@ -17,7 +17,7 @@ ATTNRB_DEVICE bool is_finite(const Unit<T>& unit) {
   bool finite = true;
 #pragma unroll
   for (int i = 0; i < Unit<T>::size; ++i) {
-    const float x = to_float(unit.element[i]);
+    const float x = widen(unit.element[i]);
     finite = finite && x - x == 0.0f;
   }
   return finite;
@@ -53,7 +53,7 @@ class CorrectionRow {
     const int64_t* strides = parameters.lse_strides;
     const float lse = parameters.dense_lse[batch * strides[0] + place.head * strides[1] + place.query * strides[2]];
     const OutlierList list = outliers_of(p, batch, place);
-    const float gain = gain_of(p, place.head);
+    const float gain = gain_of(p, batch, place.head);
     const bool broken = breaks_rules(p, list);
     float sums[U::size], mass = 0.0f;
 #pragma unroll
@@ -66,9 +66,11 @@ class CorrectionRow {
 #pragma unroll
       for (int i = 0; i < U::size; ++i) sums[i] += shuffle_xor(sums[i], mask);
     }
+    // One division, and not one for each element.
     const float z = edit.rule == Rule::row ? 1.0f + gain * mass : 1.0f;
     if (p.problem.lse != nullptr && lane == 0) p.problem.lse[index] = lse + logf(z);
-    if (lane < Lanes && column < p.value.width) write(sums, gain, broken ? bit_cast<float>(uint32_t(0x7fc00000u)) : z);
+    if (lane < Lanes && column < p.value.width)
+      write(sums, gain, broken ? bit_cast<float>(uint32_t(0x7fc00000u)) : 1.0f / z);
   }
 
  private:
@@ -87,7 +89,7 @@ class CorrectionRow {
     U unit{};
     if (held) unit = *reinterpret_cast<const U*>(query + column);
 #pragma unroll
-    for (int i = 0; i < U::size; ++i) q[i] = to_float(unit.element[i]);
+    for (int i = 0; i < U::size; ++i) q[i] = widen(unit.element[i]);
 
     for (int32_t first = 0; first < count; first += kItems * kFlight) {
       U key[kFlight], value[kFlight];
@@ -107,25 +109,25 @@ class CorrectionRow {
       for (int f = 0; f < kFlight; ++f) {
         float score = 0.0f;
 #pragma unroll
-        for (int i = 0; i < U::size; ++i) score += held ? q[i] * to_float(key[f].element[i]) : 0.0f;
+        for (int i = 0; i < U::size; ++i) score += held ? q[i] * widen(key[f].element[i]) : 0.0f;
 #pragma unroll
         for (int mask = 1; mask < Lanes; mask *= 2) score += shuffle_xor(score, mask);
         if (!taken[f]) continue;
         const float weight = fast_exp2(fmaf(score, p.factor, -reference));
         mass += weight;
 #pragma unroll
-        for (int i = 0; i < U::size; ++i) sums[i] += weight * to_float(value[f].element[i]);
+        for (int i = 0; i < U::size; ++i) sums[i] += weight * widen(value[f].element[i]);
       }
     }
   }
 
-  ATTNRB_DEVICE void write(const float (&sums)[U::size], float gain, float z) const {
+  ATTNRB_DEVICE void write(const float (&sums)[U::size], float gain, float by) const {
     T* out = static_cast<T*>(p.problem.output) + batch * p.problem.output_strides[0] +
              place.head * p.problem.output_strides[1] + place.query * p.problem.output_strides[2] + column;
     U unit = *reinterpret_cast<const U*>(out);
     if (!is_finite(unit)) note_doubt(parameters, batch, key_head, row);
 #pragma unroll
-    for (int i = 0; i < U::size; ++i) unit.element[i] = from_float<T>((to_float(unit.element[i]) + gain * sums[i]) / z);
+    for (int i = 0; i < U::size; ++i) unit.element[i] = narrow<T>((widen(unit.element[i]) + gain * sums[i]) * by);
     *reinterpret_cast<U*>(out) = unit;
   }
 

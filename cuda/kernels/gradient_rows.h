@@ -108,7 +108,7 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads)
   if (problem.edit.indices != nullptr) {
     bool broken = false;
     buckets = outlier_buckets(parameters, outliers_of(p, batch, place), broken);
-    gain = gain_of(p, place.head);
+    gain = gain_of(p, batch, place.head);
     if (broken) delta = bit_cast<float>(uint32_t(0x7fc00000u));
   }
   if (thread_index() % 32 != 0) return;

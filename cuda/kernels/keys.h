@@ -23,4 +23,27 @@ class HeadRows {
   const int64_t* strides_;  // where the kernel's parameters are: held in no register
 };
 
+// The same of one sequence where they lie in blocks. Only keys that the sequence has are asked for, and tables.h saw to
+// it that its blocks are among those that there are.
+template <class T>
+class BlockRows {
+ public:
+  ATTNRB_DEVICE BlockRows(const AttentionParameters& p, const Operand& operand, int64_t sequence, int64_t key_head)
+      : blocks_(p.blocks),
+        table_(p.blocks.table + sequence * p.blocks.stride),
+        first_(static_cast<const T*>(operand.data) + key_head * operand.strides[1]),
+        strides_(operand.strides) {}
+
+  ATTNRB_DEVICE const T* row(int64_t key) const {
+    const uint32_t block = blocks_.of(uint32_t(key)), row = uint32_t(key) - block * blocks_.rows;
+    return first_ + table_[block] * strides_[0] + row * strides_[2];
+  }
+
+ private:
+  const BlockTable& blocks_;
+  const int32_t* table_;
+  const T* first_;
+  const int64_t* strides_;
+};
+
 }  // namespace attnrb::cuda

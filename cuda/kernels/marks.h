@@ -9,9 +9,10 @@ struct OutlierList {
   const int32_t* slots = nullptr;
   int32_t count = 0;
 };
+template <class Sequences = EvenSequences>
 ATTNRB_DEVICE OutlierList outliers_of(const AttentionParameters& p, int64_t batch, const RowPlace& place) {
   const Edit& edit = p.problem.edit;
-  const int64_t list = edit.list(p.problem.shape.heads, p.problem.shape.queries, batch, place.head, place.query);
+  const int64_t list = Sequences::list(p, batch, place);
   return {edit.indices + list * edit.capacity, edit.counts[list]};
 }
 
@@ -28,8 +29,9 @@ ATTNRB_DEVICE bool breaks_rules(const AttentionParameters& p, const OutlierList&
   return broken;
 }
 
-ATTNRB_DEVICE float gain_of(const AttentionParameters& p, int head) {
-  return p.problem.edit.gain[head * p.gain_stride];
+template <class Sequences = EvenSequences>
+ATTNRB_DEVICE float gain_of(const AttentionParameters& p, int64_t batch, int head) {
+  return Sequences::gain(p, batch)[head * p.gain_stride];
 }
 
 // The sixteen rows' outliers still to come: lanes 0 to 15 walk down a row's list each.
@@ -39,6 +41,7 @@ struct BoostCursor {
   int position = 0;  // of the next outlier, or beyond all keys; -1 for any before them
 
   // Rows that break the rules are reported and become NaN: the result has a bit for each.
+  template <class Sequences = EvenSequences>
   ATTNRB_DEVICE unsigned start(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t warp_row) {
     const int lane = thread_index() % 32;
     unsigned broken = 0;
@@ -46,12 +49,12 @@ struct BoostCursor {
     if (p.problem.edit.indices == nullptr) return 0;
     for (int r = 0; r < 16; ++r) {
       const int64_t row = warp_row + r;
-      if (row >= p.rows) break;
-      const RowPlace place = row_place(p, key_head, row);
-      const OutlierList list = outliers_of(p, batch, place);
+      if (row >= Sequences::rows(p)) break;
+      const RowPlace place = row_place<Sequences>(p, key_head, row);
+      const OutlierList list = outliers_of<Sequences>(p, batch, place);
       if (breaks_rules(p, list)) {
         broken |= 1u << r;
-      } else if (lane == r && gain_of(p, place.head) != 0.0f) {
+      } else if (lane == r && gain_of<Sequences>(p, batch, place.head) != 0.0f) {
         slots = list.slots;
         count = list.count;
       }

@@ -39,6 +39,21 @@ struct Partials {
   int32_t* candidate_counts = nullptr;  // [index]
 };
 
+// Where the blocks of each sequence are listed. Dividing a key by their rows is a multiplication: with l the least
+// number for which rows <= 2^l, and factor the least integer that is not below 2^(31 + l) / rows, the quotient of any
+// key below 2^31 is the product shifted down by 31 + l.
+struct BlockTable {
+  const int32_t* table = nullptr;
+  int64_t stride = 0;  // entries from one sequence to the next
+  uint32_t rows = 1, factor = 0;
+  int32_t shift = 0;
+
+  ATTNRB_INLINE uint32_t of(uint32_t key) const { return uint32_t((uint64_t(key) * factor) >> shift); }
+};
+
+// What becomes of the rows of a sequence without keys: nothing; -inf and empty lists; zeros besides.
+enum class Skipped : int32_t { untouched, told, cleared };
+
 struct AttentionParameters {
   AttentionProblem problem;
   Operand query, key, value;
@@ -58,6 +73,23 @@ struct AttentionParameters {
   int32_t* status = nullptr;
   // [B, Hk, row tiles] and [B, Hk, G M]: 0 where a tile, or a row, is to be left as it is; null: none is.
   const int32_t *wanted_tiles = nullptr, *wanted_rows = nullptr;
+  // Of ragged sequences: see Note: [Ragged rows].
+  BlockTable blocks;
+  int32_t of_sequence = 0;  // bytes of shared memory before what a block knows of its sequence
+  Skipped skipped = Skipped::untouched;
+};
+
+// How many keys a sequence has whose tables lead nowhere: its rows become NaN.
+constexpr int64_t kBrokenSequence = -1;
+
+// The tables of ragged sequences as they came, and the numbers that the kernels read in their place.
+struct TableParameters {
+  const int32_t* table = nullptr;                                  // [batch, ...]
+  int64_t table_stride = 0, blocks = 0, block_rows = 1, room = 0;  // room: for keys of a sequence
+  const void *starts = nullptr, *lengths = nullptr;  // [batch + 1] and [batch], int32, or int64 where `wide_...`
+  bool wide_starts = false, wide_lengths = false;
+  int64_t batch = 0, queries = 0;
+  int64_t *query_starts = nullptr, *key_counts = nullptr, *query_offsets = nullptr;  // [batch + 1], [batch], [batch]
 };
 
 struct ReceivedParameters {
@@ -70,6 +102,9 @@ struct ReceivedParameters {
 // What an edited row needs once a tile or less would press registers that sums of values need: each thread keeps these
 // words behind the buffers in shared memory, the same word of all threads side by side.
 constexpr int kKeptWords = 15;
+
+// What a block knows of its sequence: see Note: [Ragged rows].
+constexpr int kSequenceBytes = 5 * int(sizeof(int32_t));
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kTileRows = 16 * kWarps;
 

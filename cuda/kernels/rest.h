@@ -1,4 +1,12 @@
-// How a row's weight is dealt out under rule rest: see Note: [Rule rest on the device] (attention.h).
+// How a row's weight is dealt out under rule rest.
+//
+// Note: [Rule rest on the device]
+// What a row's outliers and what all others get is known when the last key was seen. So the first pass computes the
+// softmax of the others (as the running one, sinks included) and of the outliers the maximum and the sum alone:
+// R, l_R and l_S. Then m = S / (S + R) of both sums, and with s = (1 + g) m the row is
+// (1 - s) R / l_R + s U / l_S: what is left adds s U / l_S from the tiles that hold outliers, scores computed anew. The
+// mass of the others is summed from themselves; where there is none, s is 1. Blocks that share the keys of a row leave
+// both softmaxes, which the merge puts together.
 #pragma once
 
 #include "rows.h"

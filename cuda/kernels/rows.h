@@ -15,7 +15,7 @@
 
 #include "core/visibility.h"
 #include "fragments.h"
-#include "keys.h"
+#include "sequences.h"
 #include "tile.h"
 
 namespace attnrb::cuda {
@@ -37,21 +37,18 @@ ATTNRB_DEVICE float quad_sum(float x) {
 // A reference that may be subtracted: a row whose scores are all minus infinity or NaN has none.
 ATTNRB_DEVICE float reference(float max) { return max == minus_infinity() ? 0.0f : max; }
 
-// Where row r of a key head's group stands.
-struct RowPlace {
-  int64_t query;
-  int head;
-};
+template <class Sequences = EvenSequences>
 ATTNRB_DEVICE RowPlace row_place(const AttentionParameters& p, int64_t key_head, int64_t row) {
   const int64_t query = row / p.group;
-  return {query, int(key_head * p.group + (row - query * p.group))};
+  return {Sequences::first_query(p) + query, int(key_head * p.group + (row - query * p.group))};
 }
 
 // The position of a query's own key, or -1 where there is none.
+template <class Sequences = EvenSequences>
 ATTNRB_DEVICE int own_key(const AttentionParameters& p, int64_t batch, int64_t query) {
   const Visibility& visibility = p.problem.visibility;
   const int64_t position = query_slot(visibility, batch, query) - visibility.key_offset;
-  return position >= 0 && position < p.problem.shape.keys ? int(position) : -1;
+  return position >= 0 && position < Sequences::keys(p) ? int(position) : -1;
 }
 
 // Sum and reference of a row after its sink, if any, joined them.
@@ -70,6 +67,7 @@ struct RowPair {
   bool valid[2], seen[2];
   const bool* mask[2];
 
+  template <class Sequences = EvenSequences>
   ATTNRB_DEVICE void start(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t first_row) {
     const Visibility& visibility = p.problem.visibility;
 #pragma unroll
@@ -78,12 +76,12 @@ struct RowPair {
       max[i] = minus_infinity();
       sum[i] = boosted[i] = 0.0f;
       seen[i] = false;
-      valid[i] = row < p.rows;
+      valid[i] = row < Sequences::rows(p);
       Interval interval{0, 0};
       const bool* row_mask = nullptr;
       if (valid[i]) {
-        const RowPlace place = row_place(p, key_head, row);
-        interval = visible_interval(visibility, batch, place.query, p.problem.shape.keys);
+        const RowPlace place = row_place<Sequences>(p, key_head, row);
+        interval = visible_interval(visibility, batch, place.query, Sequences::keys(p));
         if (visibility.mask != nullptr)
           row_mask = visibility.mask + batch * visibility.mask_strides[0] + place.head * visibility.mask_strides[1] +
                      place.query * visibility.mask_strides[2];

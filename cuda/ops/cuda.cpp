@@ -6,14 +6,17 @@
 #include "ops/paged_attention.h"
 #include "ops/received_attention.h"
 #include "ops/weights.h"
+#include "ops/write_keys.h"
 #include "sparse_gradient.h"
+#include "tables.h"
 
 namespace attnrb::ops {
 namespace {
 
 struct CudaDevice {
   using Gain = DeviceGain;
-  static constexpr bool values_on_host = false, serves_blocks = false;
+  using Paging = DevicePaging;
+  static constexpr bool values_on_host = false;
   static const float* numbers(const DeviceGain& gain) { return gain.data; }
   static void clear(const Tensor& tensor) {
     Tensor zeros = tensor;
@@ -26,6 +29,22 @@ struct CudaDevice {
         attend_on_device(problem, tensors.query, tensors.key, tensors.value, gain == nullptr ? 1 : gain->stride);
     return tensors.rows_first ? torch::stable::transpose(output, 1, 2) : output;
   }
+
+  static void attend_in_blocks(const AttentionProblem& problem, const DevicePaging& paging,
+                               const Attended& /*attended*/, const Operand& query, const DeviceGain* gain,
+                               bool own_output) {
+    if (problem.shape.queries * problem.shape.heads == 0) return;
+    const DeviceScope scope(query);
+    cuda::AttentionPlan plan = cuda::plan_attention(problem, scope.device(), true, gain == nullptr ? 1 : gain->stride);
+    plan.parameters.skipped = own_output ? cuda::Skipped::cleared : cuda::Skipped::told;
+    const Tensor workspace = scope.bytes(plan.workspace_bytes);
+    const DeviceStatus status(problem.edit, query);
+    paging.start(scope.stream());
+    cuda::start_attention(plan, workspace.mutable_data_ptr(), status.data(), scope.stream());
+    status.check(scope.stream());
+  }
+
+  static void write_keys(const WriteProblem& problem, const Operand& key) { write_keys_on_device(problem, key); }
 
   static void receive(const ReceivedProblem& problem, const Operand& query) {
     const DeviceScope scope(query);
@@ -97,6 +116,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
   library.impl("attention.output", &boxed<&attention_output<CudaDevice>>);
   library.impl("attention.into", &boxed<&attention_into<CudaDevice>>);
   library.impl("attention.output_into", &boxed<&attention_output_into<CudaDevice>>);
+  library.impl("write_keys", &boxed<&write_keys<CudaDevice>>);
   library.impl("attention_training", &boxed<&attention_training<CudaDevice>>);
   library.impl("attention_backward", &boxed<&attention_backward<CudaDevice>>);
   library.impl("source_attention", &boxed<&source_attention<CudaDevice>>);

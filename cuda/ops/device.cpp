@@ -5,14 +5,10 @@
 
 namespace attnrb::ops {
 
-namespace {
-
 bool checks_wanted() {
   const char* text = std::getenv("ATTNRB_CUDA_CHECKS");
   return text != nullptr && std::strcmp(text, "1") == 0;
 }
-
-}  // namespace
 
 DeviceStatus::DeviceStatus(const Edit& edit, const Operand& like) : capacity_(edit.capacity) {
   if (edit.indices == nullptr || !checks_wanted()) return;
@@ -23,7 +19,10 @@ DeviceStatus::DeviceStatus(const Edit& edit, const Operand& like) : capacity_(ed
 int32_t* DeviceStatus::data() const { return tensor_ ? static_cast<int32_t*>(tensor_->mutable_data_ptr()) : nullptr; }
 
 void DeviceStatus::check(void* stream) const {
-  if (tensor_) check_status(Status(read_back(data(), stream)), capacity_);
+  if (!tensor_) return;
+  int32_t status = 0;
+  read_back(&status, data(), sizeof(status), stream);
+  check_status(Status(status), capacity_);
 }
 
 }  // namespace attnrb::ops

@@ -17,8 +17,10 @@ const cuda::Device& cuda_device(int32_t index);
 void* find_in_torch_cuda(const char* name);
 // The stream that torch uses on a device now.
 void* current_stream(int32_t index);
-// The int32 at a device address, once all work on the stream is done.
-int32_t read_back(const int32_t* address, void* stream);
+// Copies bytes from a device address to the host, once all work on the stream is done.
+void read_back(void* to, const void* address, int64_t bytes, void* stream);
+// Whether the environment variable ATTNRB_CUDA_CHECKS asks for data to be checked that only the device has looked at.
+bool checks_wanted();
 
 // The device of `operand` for as long as this lives, torch's current stream on it, and memory that torch will not hand
 // out again before the stream is done with it.
@@ -38,11 +40,11 @@ class DeviceScope {
   void* stream_;
 };
 
-// A gain for all heads or one each, on the device.
+// A gain for all heads or one each, or one for each sequence and head, on the device.
 struct DeviceGain {
   DeviceGain(const Tensor& tensor, const Shape& shape, const Operand& reference) {
     const Operand gain = check_gain(tensor, shape, reference);
-    stride = gain.sizes[0] == 1 ? 0 : 1;
+    stride = gain.rank == 1 && gain.sizes[0] == 1 ? 0 : 1;
     data = contiguous_data<float>(gain, tensor, dtype_codes().float32, copy);
   }
   DeviceGain(double gain, const Shape& /*shape*/, const Operand& /*reference*/)

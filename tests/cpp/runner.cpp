@@ -20,10 +20,14 @@ namespace testing {
 #if defined(ATTNRB_TEST_EMULATED_CUDA)
 std::vector<const Kernels*> tested_kernels() { return {&emulated_cuda_kernels, &emulated_cuda_split_kernels}; }
 
+bool splits_keys(const Kernels& kernels) { return &kernels == &emulated_cuda_split_kernels; }
+
 std::string kernel_name(const ::testing::TestParamInfo<const Kernels*>& info) {
   return info.param == &emulated_cuda_kernels ? "emulated_cuda" : "emulated_cuda_split_keys";
 }
 #else
+bool splits_keys(const Kernels& /*kernels*/) { return false; }
+
 std::vector<const Kernels*> tested_kernels() {
   std::vector<const Kernels*> tables;
   for (const char* const* name = available_kernels(); *name != nullptr; ++name) tables.push_back(find_kernels(*name));

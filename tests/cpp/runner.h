@@ -49,6 +49,9 @@ Written run_attention(const Kernels& kernels, AttentionCase& attention, int64_t 
 // Whether these are CUDA kernels, on a device that is real or emulated.
 bool on_device(const Kernels& kernels);
 
+// Whether blocks share the keys of rows, however many rows there are.
+bool splits_keys(const Kernels& kernels);
+
 // How far from the truth these kernels may be.
 double tolerance(const Kernels& kernels, const Bounded& expected);
 

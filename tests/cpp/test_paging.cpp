@@ -248,9 +248,10 @@ class Paging : public KernelTest {
   }
 
   // Whether blocks leave the order of additions alone: pair products of bfloat16 add two keys of one block at a time,
-  // and a long decode is cut into other spans.
+  // and a long decode is cut into other spans. On a device, how many blocks share the keys depends on the other rows.
   bool adds_in_order(const PagedCase& paged, int64_t b) const {
     const int64_t queries = paged.starts[size_t(b) + 1] - paged.starts[size_t(b)];
+    if (on_device(kernels())) return !splits_keys(kernels());
     if (queries > 1 && queries * (paged.shape.heads / paged.shape.key_heads) > 16) return true;
     const std::string name = kernels().name;
     const bool pairs = paged.dtype == DType::bfloat16 && (name == "avx512_bf16" || name == "neon_bf16");
@@ -288,7 +289,18 @@ class Paging : public KernelTest {
           else
             ASSERT_NEAR(got, expected, rounding) << "query " << t << " head " << h;
         }
-    if (!same) return;
+    if (!same) {
+      const std::vector<float> lse = by_head(together.lse, first, queries, shape.heads, 1);
+      // Under rule row it has what strengthened weights gain, each rounded to the type: once on either side.
+      const double unit = paged.dtype == DType::float32 ? 0.0 : paged.dtype == DType::bfloat16 ? 0x1p-9 : 0x1p-12;
+      const double gained = paged.rule == Rule::row && paged.held > 0 ? 2.0 * unit : 0.0;
+      for (size_t row = 0; row < lse.size(); ++row) {
+        // Of equal infinities the difference is NaN.
+        if (lse[row] == results.lse[row]) continue;
+        ASSERT_NEAR(lse[row], results.lse[row], 1e-5 * (1.0 + std::fabs(results.lse[row])) + gained) << "row " << row;
+      }
+      return;
+    }
     EXPECT_EQ(by_head(together.lse, first, queries, shape.heads, 1), results.lse);
     if (paged.capacity == 0) return;
     EXPECT_EQ(by_head(together.found, first, queries, shape.heads, paged.capacity), results.found);
@@ -326,7 +338,7 @@ TEST_P(Paging, ThreadsChangeNothing) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Kernels, Paging, ::testing::ValuesIn(edited_kernels()), kernel_name);
+INSTANTIATE_TEST_SUITE_P(Kernels, Paging, ::testing::ValuesIn(tested_kernels()), kernel_name);
 
 }  // namespace
 }  // namespace attnrb::testing

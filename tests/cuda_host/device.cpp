@@ -2,6 +2,7 @@
 #include "ops/device.h"
 
 #include <cstdlib>
+#include <cstring>
 
 namespace attnrb::ops {
 
@@ -25,6 +26,8 @@ const cuda::Device& cuda_device(int32_t /*index*/) {
 
 void* current_stream(int32_t /*index*/) { return nullptr; }
 
-int32_t read_back(const int32_t* address, void* /*stream*/) { return *address; }
+void read_back(void* to, const void* address, int64_t bytes, void* /*stream*/) {
+  std::memcpy(to, address, size_t(bytes));
+}
 
 }  // namespace attnrb::ops

@@ -112,6 +112,15 @@ uint32_t pack(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
 }
 
+template <class T>
+float widen(T x) {
+  return to_float(x);
+}
+template <class T>
+T narrow(float x) {
+  return from_float<T>(x);
+}
+
 inline void report_status(int32_t* status, int32_t code) {
   if (status != nullptr && *status < code) *status = code;
 }

@@ -20,8 +20,9 @@ from fault import Fault
 from mutations import FORWARD
 from mutations_backward import BACKWARD
 from mutations_edit import EDIT
+from mutations_ragged import RAGGED
 
-MUTATIONS: list[Fault] = [*FORWARD, *BACKWARD, *EDIT]
+MUTATIONS: list[Fault] = [*FORWARD, *BACKWARD, *EDIT, *RAGGED]
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "cuda-host" / "tests" / "cuda_host" / "CMakeFiles"
 FLAGS = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-w"]

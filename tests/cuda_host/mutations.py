@@ -56,8 +56,8 @@ FORWARD: list[Fault] = [
     Fault(
         "a row of queries beyond the last is read",
         "kernels/attention.h",
-        "      if (row >= p.rows) return nullptr;",
-        "      if (row > p.rows) return nullptr;",
+        "      if (row >= Sequences::rows(p)) return nullptr;",
+        "      if (row > Sequences::rows(p)) return nullptr;",
     ),
     Fault(
         "a key beyond the last is read",
@@ -255,14 +255,14 @@ FORWARD: list[Fault] = [
     Fault(
         "the gain of the first head for all",
         "kernels/marks.h",
-        "return p.problem.edit.gain[head * p.gain_stride];",
-        "return p.problem.edit.gain[0 * head];",
+        "return Sequences::gain(p, batch)[head * p.gain_stride];",
+        "return Sequences::gain(p, batch)[0 * head];",
     ),
     Fault(
         "rows of a group stand in the wrong order",
         "kernels/rows.h",
-        "return {query, int(key_head * p.group + (row - query * p.group))};",
-        "return {query, int(key_head * p.group + p.group - 1 - (row - query * p.group))};",
+        "int(key_head * p.group + (row - query * p.group))};",
+        "int(key_head * p.group + p.group - 1 - (row - query * p.group))};",
     ),
     Fault(
         "softcap with a slightly wrong inner scale",

@@ -61,9 +61,9 @@ EDIT: list[Fault] = [
     ),
     Fault(
         "a list for each query where one serves all",
-        "kernels/marks.h",
+        "kernels/sequences.h",
         "batch, place.head, place.query);",
-        "batch, place.head, edit.shared_rows ? place.query % 2 : place.query);",
+        "batch, place.head, p.problem.edit.shared_rows ? place.query % 2 : place.query);",
     ),
     Fault(
         "outliers are not taken out of the others' softmax",

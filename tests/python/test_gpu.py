@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attnrb import Outliers, functional
+from attnrb import Outliers, Paging, functional
 from torch import Tensor
 
 REASON = "torch finds no CUDA device (ATTNRB_REQUIRE_CUDA=1 makes this a failure)"
@@ -104,3 +104,41 @@ def test_broken_outlier_rows_are_nan_or_refused(checks: bool, monkeypatch: pytes
     broken = torch.zeros(2, 8, 4, dtype=torch.bool, device="cuda")
     broken[1, 3, 2] = True
     assert output[broken].isnan().all() and output[~broken].isfinite().all()
+
+
+def paged(table: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Three sequences of 16-row blocks: a prompt, a token, and one that is skipped."""
+    pool = torch.linspace(-1, 1, 6 * 2 * 16 * 64, device="cuda").view(6, 2, 16, 64).to(torch.bfloat16)
+    paging = Paging(
+        torch.tensor(table, dtype=torch.int32, device="cuda"),
+        torch.tensor([0, 30, 31, 33], dtype=torch.int32, device="cuda"),
+        torch.tensor([30, 40, 0], dtype=torch.int32, device="cuda"),
+    )
+    query = torch.linspace(-2, 2, 33 * 8 * 64, device="cuda").view(33, 8, 64).to(torch.bfloat16)
+
+    def call() -> Tensor:
+        return functional.attention(query, pool, pool, paging=paging).output
+
+    expected = call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    output.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    return output, expected
+
+
+def test_keys_in_blocks_are_captured() -> None:
+    output, expected = paged([[0, 1, 2], [5, 4, 3], [-9, 99, 7]])
+    assert torch.equal(output, expected) and bool(output.isfinite().all())
+    assert not output[31:].any()
+
+
+@pytest.mark.parametrize("block", [-1, 6, 2**31 - 1])
+def test_rows_of_broken_tables_are_nan_and_no_others(block: int) -> None:
+    whole = paged([[0, 1, 2], [5, 4, 3], [-9, 99, 7]])[0]
+    output = paged([[0, 1, 2], [5, block, 3], [-9, 99, 7]])[0]
+    assert bool(output[30].isnan().all())
+    assert torch.equal(output[:30], whole[:30]) and torch.equal(output[31:], whole[31:])

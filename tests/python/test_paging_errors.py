@@ -12,8 +12,10 @@ import pytest
 import torch
 from attnrb import Edit, Outliers, Paging, Visibility, functional
 from attnrb.ops.refusals import REFUSAL
+from library_kernels import ON_CUDA
 from torch import Tensor
 
+pytestmark = pytest.mark.emulated
 ops = torch.ops.attnrb
 BLOCKS, BLOCK_ROWS, HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 6, 4, 4, 2, 16, 8
 
@@ -166,6 +168,8 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(name: str) -> None:
+    if ON_CUDA and name == "gains that are not finite":
+        pytest.skip("numbers in tensors are not looked at on CUDA")
     changed, exception, pattern = CALLS[name]
     arguments: dict[str, Any] = {**operands(), "paging": Paging(**tables())} | changed
     with pytest.raises(exception, match=pattern):

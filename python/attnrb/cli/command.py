@@ -117,7 +117,7 @@ class Command(TyperCommand):
                 continue
             if not (is_whole_number(value) if kind is int else is_number(value)):
                 what = "integer" if kind is int else "number"
-                raise typer.BadParameter(f"{value!r} is not a valid {what}.", ctx=ctx, param=param)
+                raise typer.BadParameter(f"{value!r} is not a valid {what}.", ctx=ctx, param=cast("Any", param))
 
     def _with_files(self, ctx: Any, args: list[str]) -> list[str]:
         names, rest, waiting = [], [], iter(args)

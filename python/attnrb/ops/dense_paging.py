@@ -1,12 +1,9 @@
 """Paged attention by gathering: each sequence's rows are copied out of their blocks, and attended to by themselves.
 
-Slow and obvious. With `attnrb.ops.dense` it is what the native ops are compared with, and it serves the dtypes that
-they do not; with a device's native op it serves devices whose ops do not read blocks.
+Slow and obvious. It is what the native ops are compared with, and it serves the dtypes that they do not.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,9 +30,8 @@ def attention(
     visibility: VisibilityArguments,
     scores: Scores,
     out: Tensor,
-    attend: Callable[..., tuple[Tensor, Tensor, Outliers | None]] = dense.attention,
 ) -> tuple[Tensor, Outliers | None]:
-    """Writes the rows of ``out`` whose sequences have keys; ``attend`` computes one sequence, as `dense.attention`.
+    """Writes the rows of ``out`` whose sequences have keys.
 
     Returns:
         Log-sum-exp ``[T, H]``, and the outliers ``[T, H, C]`` and ``[T, H]`` above ``emit`` where it is given.
@@ -54,7 +50,7 @@ def attention(
         if length == 0 or mine.start == mine.stop:
             continue
         keys, values = (_gathered(pool, paging.block_table[b], length) for pool in (key, value))
-        output, own, outliers = attend(
+        output, own, outliers = dense.attention(
             _as_batch(query[mine]), keys, values, _edit_of(edit, b, mine), emit, visibility, scores
         )
         out[mine] = output[0].transpose(0, 1)

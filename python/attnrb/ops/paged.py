@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnrb.decisions import tell
-from attnrb.ops import dense, dense_paging
+from attnrb.ops import dense_paging
 from attnrb.ops.edit import RULES, Attended, EditArguments
 from attnrb.ops.everything import strengthened
 from attnrb.ops.operands import (
@@ -35,15 +35,6 @@ _attention_output_into = native_op(torch.ops.attnrb.attention.output_into)
 _write_keys = native_op(torch.ops.attnrb.write_keys.default)
 
 
-_BLOCK_DEVICES = frozenset(("cpu", "meta"))
-"""Those whose native ops serve blocks. Elsewhere `attnrb.ops.dense_paging` gathers the keys of each sequence."""
-
-
-def _in_blocks(query: Tensor) -> bool:
-    """Whether a native op serves blocks of this dtype and device."""
-    return native(query) and query.device.type in _BLOCK_DEVICES
-
-
 def attend_paged(
     query: Tensor,
     key: Tensor,
@@ -67,7 +58,7 @@ def attend_paged(
         _check_out(out, query, shape)
     if edit.gain is not None and edit.indices is None:
         return _every_key(query, key, value, paging, edit, emit, visibility, scores, out)
-    if _in_blocks(query):
+    if native(query):
         options = given(edit, emit, visibility, scores) | paging._asdict()
         if out is None:
             output, lse, indices, counts = _attention(query, key, value, **options)
@@ -75,27 +66,10 @@ def attend_paged(
             output = out
             lse, indices, counts = _attention_into(query, key, value, out=out, **options)
         return Attended(output, lse, None if emit is None else Outliers(indices, counts))
+    tell("gathered", "no native op serves their dtype and device")
     output = query.new_zeros(shape) if out is None else out
-    attend = dense.attention
-    if native(query):
-        tell("gathered", "they lie in blocks, on a device whose native ops do not serve these")
-        attend = _strided
-    lse, outliers = dense_paging.attention(query, key, value, paging, edit, emit, visibility, scores, output, attend)
+    lse, outliers = dense_paging.attention(query, key, value, paging, edit, emit, visibility, scores, output)
     return Attended(output, lse, outliers)
-
-
-def _strided(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    edit: EditArguments,
-    emit: float | None,
-    visibility: VisibilityArguments,
-    scores: Scores,
-) -> tuple[Tensor, Tensor, Outliers | None]:
-    """`dense.attention` by the native op."""
-    output, lse, indices, counts = _attention(query, key, value, **given(edit, emit, visibility, scores))
-    return output, lse, None if emit is None else Outliers(indices, counts)
 
 
 def attend_blocks(
@@ -114,7 +88,7 @@ def attend_blocks(
     Nobody wants a gradient or a cast, and the visibility has no more than a window or chunks. Returned are the outliers
     where they are asked for; no log-sum-exp is made where they are not.
     """
-    if not _in_blocks(query) or (edit.gain is not None and edit.indices is None):
+    if not native(query) or (edit.gain is not None and edit.indices is None):
         return attend_paged(query, key, value, paging, edit, emit, visibility, scores, out).outliers
     options = given(edit, emit, visibility, scores)
     table, starts, lengths = paging
@@ -144,16 +118,16 @@ def _every_key(
     check_gain_values(edit)
     plain = edit._replace(gain=None)
     output, lse, outliers = attend_paged(query, key, value, paging, plain, emit, visibility, scores, None)
-    starts = paging.query_starts.long()
-    each = starts[1:] - starts[:-1]
-    rows = gain.repeat_interleave(each, 0) if gain.dim() == 2 else gain[None]
+    # Each row's sequence, found without waiting for a device, and within bounds whatever the tables say.
+    row = torch.arange(query.shape[0], device=query.device)
+    sequence = torch.searchsorted(paging.query_starts[1:].long(), row, right=True).clamp(max=sequences - 1)
+    rows = gain[sequence] if gain.dim() == 2 else gain[None]
     factor, lse = strengthened(lse, rows, RULES[edit.rule], scores.sinks)
     output = (output * factor[..., None]).to(output.dtype)
     if out is None:
         return Attended(output, lse, outliers)
-    served = (paging.seq_lens > 0).repeat_interleave(each)
-    out[served] = output[served]
-    return Attended(out, lse, outliers)
+    served = (paging.seq_lens > 0)[sequence]
+    return Attended(out.copy_(torch.where(served[:, None, None], output, out)), lse, outliers)
 
 
 def write_keys(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor) -> None:
@@ -165,11 +139,12 @@ def write_keys(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor,
         key_pool: ``[blocks, Hk, P, D]``, dtype of ``key``; the last axis contiguous, the others in any order.
         value_pool: ``[blocks, Hk, P, Dv]``, likewise. Both may be views of one tensor.
         slot_mapping: int64 ``[T]``: row t goes to row ``slot_mapping[t] mod P`` of block ``slot_mapping[t] // P``; -1
-            goes nowhere. Of two rows for one place the later stays.
+            goes nowhere. Of two rows for one place the later stays; on CUDA either may.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes or devices do not fit, or a slot is outside the pools; nothing is written then.
+        ValueError: shapes or devices do not fit, or a slot is outside the pools; nothing is written then. On CUDA
+            nothing waits for the device: rows of such slots go nowhere, unless ``ATTNRB_CUDA_CHECKS=1`` is set.
     """
     for name, tensor, rank in (("key", key, 3), ("value", value, 3), ("key_pool", key_pool, 4)):
         check_operand(name, tensor, rank)
@@ -187,7 +162,7 @@ def write_keys(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor,
 
 def write_blocks(key: Tensor, value: Tensor, key_pool: Tensor, value_pool: Tensor, slot_mapping: Tensor) -> None:
     """`write_keys` for layers that are called once a token: nothing is checked here that the op checks itself."""
-    if _in_blocks(key):
+    if native(key):
         _write_keys(key, value, key_pool, value_pool, slot_mapping)
     else:
         dense_paging.write_keys(key, value, key_pool, value_pool, slot_mapping)

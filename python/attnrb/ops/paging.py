@@ -29,6 +29,10 @@ class Paging:
         seq_lens: int32 or int64 ``[B]``: how many keys each sequence has, those of its queries included. A sequence
             with 0 is skipped, whatever queries it has.
 
+    What stands in the tables is checked before anything is read through them. On CUDA nothing waits for the device:
+    rows of a sequence whose tables break the rules become NaN there, or are refused where ``ATTNRB_CUDA_CHECKS=1`` is
+    set.
+
     Raises:
         TypeError: an attribute has the wrong type or dtype.
         ValueError: a tensor has the wrong rank.

@@ -85,7 +85,7 @@ def study_report(
             "model_digest": identity["model"],
             "dtype": dtype,
             "settings": plan.to_dict(),
-            "data": sources,
+            "data": plan.sources(),
             "answers": sum(each["items"] for each in found["results"]),
             "run": str(run_file),
             **found,

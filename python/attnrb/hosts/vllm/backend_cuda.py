@@ -1,8 +1,13 @@
 """attnrb as the attention backend ``CUSTOM`` of vLLM on GPUs. It has not run on one.
 
 vLLM's layout of blocks for GPUs is ``[blocks, Hk, P, 2 D]`` by strides, each row a key and then its value, as its other
-backends read it. attnrb's CUDA ops do not read blocks yet: `attnrb.functional.attention` gathers the keys of
-each sequence there and looks at the tables on the host, so that no CUDA graph can hold it (`AttentionCGSupport.NEVER`).
+backends read it. attnrb's CUDA ops read it and write into it as it lies.
+
+Note: [CUDA graphs of an engine]
+The ops themselves wait for nothing and could stand in a CUDA graph. What they are told could not: which requests are in
+the batch, and what their policies ask of each layer, is decided in Python in every step, and a graph that was recorded
+would repeat the edits of the step that it was recorded in. So the builder declares `AttentionCGSupport.NEVER`. Then
+vLLM records what lies between the attention layers, in pieces (its mode ``PIECEWISE``), and calls attention itself.
 """
 
 from __future__ import annotations
@@ -70,6 +75,7 @@ class Backend(AttentionBackend):
 class Builder(AttentionMetadataBuilder):
     """Makes the metadata of each step."""
 
+    # See Note: [CUDA graphs of an engine].
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
