@@ -110,6 +110,7 @@ class Command(TyperCommand):
             return
         kinds = _number_options(self.callback)
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        param: Any  # typer's own kind of it
         for param in self.get_params(ctx):
             value = given.get(param.name)
             kind = kinds.get(param.name)
@@ -117,7 +118,7 @@ class Command(TyperCommand):
                 continue
             if not (is_whole_number(value) if kind is int else is_number(value)):
                 what = "integer" if kind is int else "number"
-                raise typer.BadParameter(f"{value!r} is not a valid {what}.", ctx=ctx, param=cast("Any", param))
+                raise typer.BadParameter(f"{value!r} is not a valid {what}.", ctx=ctx, param=param)
 
     def _with_files(self, ctx: Any, args: list[str]) -> list[str]:
         names, rest, waiting = [], [], iter(args)
