@@ -25,8 +25,9 @@ template class std::basic_stringstream<char>;
 // How the library was built: lines of a name, a space and its value. Lists are separated by spaces.
 ATTNRB_EXPORT const char* attnrb_build_options() {
   return "version " ATTNRB_VERSION "\ncompiler " ATTNRB_COMPILER "\nbuild_type " ATTNRB_BUILD_TYPE
-         "\ninstruction_sets " ATTNRB_INSTRUCTION_SETS "\ncuda " ATTNRB_CUDA_VERSION "\ncuda_targets " ATTNRB_CUDA_TARGETS
-         "\ntorch_headers " ATTNRB_TORCH_HEADERS "\ntorch_target " ATTNRB_TORCH_TARGET;
+         "\ninstruction_sets " ATTNRB_INSTRUCTION_SETS "\ncuda " ATTNRB_CUDA_VERSION
+         "\ncuda_targets " ATTNRB_CUDA_TARGETS "\ntorch_headers " ATTNRB_TORCH_HEADERS
+         "\ntorch_target " ATTNRB_TORCH_TARGET;
 }
 
 // The instruction set that the kernels run on. Null where ATTNRB_CPU names an unknown one; `error` then points to a
