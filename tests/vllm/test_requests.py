@@ -123,6 +123,27 @@ def test_the_same_policy_shares_cached_keys_and_another_does_not(llm: Any) -> No
     assert cached({"policy": "emphasis"}, prompt) >= 96  # no spans: nothing to edit
 
 
+def test_several_answers_to_one_request(llm: Any, jobs: Any) -> None:
+    """And parameters that are used again are as they were."""
+    from vllm import SamplingParams, TokensPrompt
+
+    prompts, options, wanted = jobs
+    chosen = [index for index, each in enumerate(options) if isinstance(each, dict) and marked(each)][:2]
+    for index in chosen:
+        given = {"attnrb": dict(options[index])}
+        # One of one token is the greedy one, and vLLM has several answers for sampling only.
+        params = SamplingParams(n=3, temperature=1.0, top_k=1, max_tokens=16, ignore_eos=True, detokenize=False,
+                                extra_args=given)  # fmt: skip
+        for _ in range(2):
+            prompt = TokensPrompt(prompt_token_ids=list(prompts[index]))
+            (said,) = llm.generate([prompt], params, use_tqdm=False)
+            assert [list(each.token_ids) for each in said.outputs] == [wanted[index].tokens] * 3
+        assert params.extra_args == {"attnrb": options[index]}
+
+
+# From here on each test has engines of its own, whose end takes that of the tests above with it.
+
+
 def test_gains_that_were_learned_and_heads_of_a_profile(folder: Path, model: Any, tmp_path: Path) -> None:
     shape = ModelShape(4, 4)
     gains = LearnedGains(shape, Rebalance(alpha=0.7)).requires_grad_(False)
@@ -147,24 +168,6 @@ def test_gains_that_were_learned_and_heads_of_a_profile(folder: Path, model: Any
         plain = engines.asked(started, prompts, "off")
     assert engines.differences(plain, learned) > (0, 10 * MOST)
     assert engines.differences(plain, chosen) > (0, 10 * MOST)
-
-
-def test_several_answers_to_one_request(llm: Any, jobs: Any) -> None:
-    """And parameters that are used again are as they were."""
-    from vllm import SamplingParams, TokensPrompt
-
-    prompts, options, wanted = jobs
-    chosen = [index for index, each in enumerate(options) if isinstance(each, dict) and marked(each)][:2]
-    for index in chosen:
-        given = {"attnrb": dict(options[index])}
-        # One of one token is the greedy one, and vLLM has several answers for sampling only.
-        params = SamplingParams(n=3, temperature=1.0, top_k=1, max_tokens=16, ignore_eos=True, detokenize=False,
-                                extra_args=given)  # fmt: skip
-        for _ in range(2):
-            prompt = TokensPrompt(prompt_token_ids=list(prompts[index]))
-            (said,) = llm.generate([prompt], params, use_tqdm=False)
-            assert [list(each.token_ids) for each in said.outputs] == [wanted[index].tokens] * 3
-        assert params.extra_args == {"attnrb": options[index]}
 
 
 def test_preempted_requests_go_on_as_they_were(folder: Path, model: Any) -> None:
