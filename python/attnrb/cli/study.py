@@ -177,7 +177,6 @@ def gains(
     _study({**chosen, **_items(quick, items, data, seed)}, loading, _Run(estimate, run, json, html))
 
 
-@app.command()
 @takes_model
 def selection(
     *,
@@ -252,7 +251,7 @@ def _study(chosen: dict[str, Any], loading: Loading, how: _Run) -> None:
         name = running.model_name(loading.options.model)
         place.append(running.run_file(how.run, how.json, default_run_file(plan, name)))
         processes = Processes.found()
-        if not processes.rank:
+        if not (how.estimate or processes.rank):  # the first process alone locks the file
             check_run(place[0], plan)
         with steps() as step:
             loaded, tokenizer = load_model(loading.on(processes.device), step)
@@ -309,11 +308,6 @@ def print_estimate(plan: StudyPlan, model: Any) -> None:
     )
 
 
-add(app, emphasis, examples=("attnrb study emphasis --quick --json emphasis.json",))
-add(app, rebalancing, examples=("attnrb study rebalancing --quick --json rebalancing.json",))
-add(app, gains, examples=("attnrb study gains --quick",))
-
-
 def study_json(report: Mapping[str, Any]) -> str:
     """A report as the text of a file."""
     return json_format.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -351,3 +345,4 @@ add(
 )
 add(app, rebalancing, examples=("attnrb study rebalancing --quick --json r.json",))
 add(app, gains, examples=("attnrb study gains --quick --steps 20",))
+add(app, selection, examples=("attnrb study selection --quick --estimate",))
