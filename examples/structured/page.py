@@ -189,7 +189,8 @@ def _settings(study: Mapping[str, Any]) -> str:
     for name, value in study.items():
         value = used.get(name, value) if value is None else value
         inner = value.items() if isinstance(value, dict) else [(None, value)]
-        rows += [[name if key is None else f"{name}.{key}", str(each)] for key, each in inner]
+        for key, each in inner:
+            rows.append([name if key is None else f"{name}.{key}", "default" if each is None else str(each)])
     return f"<section><h2>Settings</h2>{table(['option', 'value'], rows, 2)}</section>"
 
 
