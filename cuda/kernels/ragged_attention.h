@@ -18,7 +18,8 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads)
 }
 
 template <class T>
-ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads) ragged_merge_kernel(ATTNRB_PARAMETERS AttentionParameters p) {
+ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, kMergeBlocks)
+    ragged_merge_kernel(ATTNRB_PARAMETERS AttentionParameters p) {
   const int64_t warps = merge_warps(p), warp = block_index() * kWarps + thread_index() / 32, index = warp / warps;
   const int64_t key_head = index / p.rows;
   if (key_head >= p.problem.shape.key_heads) return;
