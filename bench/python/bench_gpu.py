@@ -1,6 +1,7 @@
 """attnrb with re-balancing on, side by side with what PyTorch offers today, on a GPU.
 
-    python bench/python/bench_gpu.py [--lengths N ...] [--batches B ...] [--kinds KIND ...] [--quick] [--json FILE]
+    python bench/python/bench_gpu.py [--lengths N ...] [--batches B ...] [--kinds KIND ...] [--contenders NAME ...]
+        [--quick] [--json FILE]
 
 32 query heads on 8 key heads, 128 wide, bfloat16, causal: prefill, source layer, decoding, forward with backward.
 Beside attnrb run scaled_dot_product_attention with enable_gqa, which re-balances nothing and sets the bar; compiled
@@ -23,6 +24,7 @@ from typing import Any
 from figures import Figures, option_parser
 from gpu_cases import KINDS, Case, cases
 
+CONTENDERS = ("attnrb", "sdpa", "flex", "eager")
 _LAYOUT = "{:<28} {:>10} {:>10} {:>6} {:>8} {:<7} {:>16} {:>16} {:>10} {:>12} {:>6} {:>9} {:>7}"
 HEADER = _LAYOUT.format(
     *("case", "attnrb ms", "sdpa ms", "ratio", "bar", "", "flex ms (x)", "eager ms (x)", "GB", "10^12 flop"),
@@ -35,6 +37,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64], help="of decoding")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="attnrb and sdpa are always there"
+    )
     parser.add_argument("--tflops", type=float, default=989.0, help="of the device in bfloat16 (default: 989)")
     parser.add_argument("--gbps", type=float, default=3350.0, help="GB/s of its memory (default: 3350)")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 where a bar is missed")
@@ -88,7 +93,7 @@ def measure(case: Case, device: Any, options: argparse.Namespace) -> dict[str, A
 
     operands = prepare(case, device)
     with torch.set_grad_enabled(case.kind == "training"):
-        runs, peaks, missing = ready(operands, device)
+        runs, peaks, missing = ready(operands, device, options.contenders)
         if case.kind == "training":
             verify_gradients(case, device, list(runs))
         else:
@@ -113,7 +118,9 @@ def measure(case: Case, device: Any, options: argparse.Namespace) -> dict[str, A
     }
 
 
-def ready(operands: Any, device: Any) -> tuple[dict[str, Callable[[], Any]], dict[str, int | None], dict[str, str]]:
+def ready(
+    operands: Any, device: Any, chosen: list[str]
+) -> tuple[dict[str, Callable[[], Any]], dict[str, int | None], dict[str, str]]:
     """What runs, by name; the peak of memory above the operands, its own mask included; why others do not run."""
     import torch
     from gpu_contenders import ATTNRB, SDPA, contenders
@@ -122,6 +129,8 @@ def ready(operands: Any, device: Any) -> tuple[dict[str, Callable[[], Any]], dic
     peaks: dict[str, int | None] = {}
     missing: dict[str, str] = {}
     for name, make in contenders(operands).items():
+        if name not in (ATTNRB, SDPA, *chosen):
+            continue
         try:
             runs[name], peaks[name] = tried(make, device)
         except (RuntimeError, NotImplementedError) as error:  # of memory, or of what a contender cannot do

@@ -165,8 +165,11 @@ ATTNRB_INLINE int64_t merge_warps(const AttentionParameters& p) {
   return width > 32 ? (width + 31) / 32 : 1;
 }
 
+// Left alone, ptxas spills registers to fit nine blocks.
+constexpr int kMergeBlocks = 6;
+
 template <class T>
-ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads) merge_kernel(ATTNRB_PARAMETERS AttentionParameters p) {
+ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, kMergeBlocks) merge_kernel(ATTNRB_PARAMETERS AttentionParameters p) {
   const int64_t warps = merge_warps(p), warp = block_index() * kWarps + thread_index() / 32, index = warp / warps;
   const int64_t head = index / p.rows;
   if (head >= p.problem.shape.batch * p.problem.shape.key_heads) return;

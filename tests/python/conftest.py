@@ -112,23 +112,40 @@ def _run_ops_on_the_gpu() -> None:
             pytest.exit(reason, returncode=1)
         pytest.exit(f"skipped: {reason}", returncode=0)
 
+    library = os.environ.get("ATTNRB_TEST_LIBRARY")
+    if library is not None:  # PyTorch is left this kernel of its own alone, and its plain way
+        for kernel, name in (("flash", "flash"), ("cudnn", "cudnn"), ("efficient", "mem_efficient")):
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(kernel == library)
+
     def on_gpu(op: Any) -> Any:
+        written = [
+            (place, argument.name)
+            for place, argument in enumerate(op._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+
         def call(*arguments: Any, **options: Any) -> Any:
-            arguments, options = _pytree.tree_map_only(torch.Tensor, lambda x: x.cuda(), (arguments, options))
-            return _pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), op(*arguments, **options))
+            there, named = _pytree.tree_map_only(torch.Tensor, lambda x: x.cuda(), (arguments, options))
+            results = _pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), op(*there, **named))
+            for place, name in written:
+                if place < len(arguments):
+                    arguments[place].copy_(there[place])
+                else:
+                    options[name].copy_(named[name])
+            return results
 
         return call
 
-    library = torch.library.Library("attnrb", "IMPL")
+    implementations = torch.library.Library("attnrb", "IMPL")
     trained = ("attention", "received_attention")
     twins = [f"{name}_{kind}" for name in trained for kind in ("training", "backward")]
     older = ("source_attention", "rebalanced_attention", "outlier_mask", "rebalance", "rebalance_backward")
-    for name in (*trained, *twins, *older):
+    for name in (*trained, *twins, *older, "write_keys"):
         packet = getattr(torch.ops.attnrb, name)
         for overload in packet.overloads():
             qualified = name if overload == "default" else f"{name}.{overload}"
-            library.impl(qualified, on_gpu(getattr(packet, overload)), "CPU", allow_override=True)
-    _KEPT.append(library)
+            implementations.impl(qualified, on_gpu(getattr(packet, overload)), "CPU", allow_override=True)
+    _KEPT.append(implementations)
 
 
 # A library's registrations end with it.

@@ -148,7 +148,7 @@ class Forward:
         stats: PatchStats,
         *,
         observer: Observer | None = None,
-        first_slot: int | None = None,
+        first_slot: int | torch.Tensor | None = None,
         weights: bool = False,
         packed: bool = False,
         unpadded: bool = False,

@@ -112,6 +112,8 @@ class PatchStats:
             counts: int32 ``[B, H, M]``: outliers of each row.
             tokens: bool ``[B, M]``: which queries are tokens rather than padding; None: all.
         """
+        if counts.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a graph counts nothing
         with self._lock:
             self._waiting.append((counts, tokens))
             self._rows_waiting += counts.numel()

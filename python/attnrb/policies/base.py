@@ -157,9 +157,9 @@ class LayerView:
     def query_slots(self) -> torch.Tensor:
         """The slot of each query: int64 ``[B, M]``, or ``[1, M]`` where all rows are alike."""
         offset = self.scores["visibility"].query_offset
-        if not isinstance(offset, torch.Tensor):
-            offset = torch.tensor([offset], dtype=torch.int64, device=self.device)
-        return offset[:, None] + torch.arange(self.query.shape[2], dtype=torch.int64, device=self.device)
+        queries = torch.arange(self.query.shape[2], dtype=torch.int64, device=self.device)
+        # A number goes to a device as an argument of a kernel, which waits for nothing.
+        return (offset[:, None] if isinstance(offset, torch.Tensor) else offset) + queries[None]
 
     def key_slots(self) -> int:
         """One past the slot of the layer's last key."""

@@ -106,6 +106,7 @@ class LearnedGains(LearnedPerHead):
             ),
             torch.tensor([chosen[layer] for layer in layers], dtype=torch.bool, device="cpu"),
         )
+        self._follow(shape)
         if isinstance(model, torch.nn.Module):
             model.requires_grad_(False)  # only now, when nothing can fail any more
 
@@ -116,7 +117,14 @@ class LearnedGains(LearnedPerHead):
             ValueError: the model has other numbers of layers or heads than the one that these gains are of.
         """
         self.check_model(shape)
+        self._follow(shape)
         return _LearnedPlan(self, shape)
+
+    def _follow(self, shape: ModelShape) -> None:
+        """Go where the model's layers are, if that is one device: else each would wait for a copy of its gains."""
+        devices = set(shape.devices or ())
+        if len(devices) == 1:
+            self.to(devices.pop())
 
 
 class _LearnedPlan(RebalancePlan):

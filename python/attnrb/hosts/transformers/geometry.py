@@ -59,17 +59,21 @@ class Geometry(NamedTuple):
 
     def on(self, device: torch.device) -> Geometry:
         """The same for layers on this device."""
-        parts = {name: getattr(self.visibility, name) for name in ("key_start", "key_end", "mask")}
-        away = {name: part for name, part in parts.items() if part is not None and part.device != device}
-        if not away:
+        parts = {name: getattr(self.visibility, name) for name in ("query_offset", "key_start", "key_end", "mask")}
+        away = {name: part for name, part in parts.items() if isinstance(part, torch.Tensor) and part.device != device}
+        tokens = self.tokens
+        if not away and (tokens is None or tokens.device == device):
             return self
-        moved = {name: part.to(device) for name, part in away.items()}
-        return self._replace(visibility=dataclasses.replace(self.visibility, **moved))
+        moved: dict[str, Any] = {name: part.to(device) for name, part in away.items()}
+        return self._replace(
+            visibility=dataclasses.replace(self.visibility, **moved),
+            tokens=None if tokens is None else tokens.to(device),
+        )
 
 
 def to_numbers(visibility: Visibility, batch: int, device: torch.device | str | None) -> torch.Tensor:
     """A visibility without a mask, by `Note: [Masks in numbers]`: int64 ``[batch, 1, 1, 8]``."""
-    row = {
+    row: dict[Column, Any] = {
         Column.MARK: _MARK,
         Column.KIND: int(bool(visibility.causal)),
         Column.QUERY_OFFSET: visibility.query_offset,
@@ -79,14 +83,26 @@ def to_numbers(visibility: Visibility, batch: int, device: torch.device | str | 
         Column.KEY_START: 0,
         Column.KEY_END: _NO_BOUND,
     }
-    numbers = torch.tensor([[[[row[column] for column in Column]]]], dtype=torch.int64, device=device)
-    if batch != 1:
-        numbers = numbers.expand(batch, -1, -1, -1)
-    if visibility.key_start is not None or visibility.key_end is not None:
-        numbers = numbers.clone()
-        for column, bound in ((Column.KEY_START, visibility.key_start), (Column.KEY_END, visibility.key_end)):
-            if bound is not None:
-                numbers[:, 0, 0, column] = bound
+    bounds: dict[Column, Any] = {
+        Column.QUERY_OFFSET: visibility.query_offset,
+        Column.KEY_START: visibility.key_start,
+        Column.KEY_END: visibility.key_end,
+    }
+    bounds = {column: bound for column, bound in bounds.items() if isinstance(bound, torch.Tensor)}
+    if torch.compiler.is_compiling() or device is None or torch.device(device).type == "cpu":
+        values = [[[[0 if column in bounds else row[column] for column in Column]]]]
+        numbers = torch.tensor(values, dtype=torch.int64, device=device)
+        if batch != 1:
+            numbers = numbers.expand(batch, -1, -1, -1)
+        if bounds:
+            numbers = numbers.clone()
+    else:  # a number at a time, as an argument of a kernel: a copy from the host would wait for the device
+        numbers = torch.zeros(batch, 1, 1, len(Column), dtype=torch.int64, device=device)
+        for column, value in row.items():
+            if column not in bounds and value != 0:
+                numbers[..., column].fill_(value)
+    for column, bound in bounds.items():
+        numbers[:, 0, 0, column] = bound
     return numbers
 
 
@@ -153,8 +169,11 @@ def queries_at_tokens(visibility: Visibility, queries: int) -> torch.Tensor | No
     start, end = visibility.key_start, visibility.key_end
     if start is None or end is None or torch.compiler.is_compiling():
         return None
-    assert visibility.query_offset is not None
-    slots = visibility.query_offset + torch.arange(queries, device=start.device)
+    offset = visibility.query_offset
+    assert offset is not None
+    slots = (offset[:, None] if isinstance(offset, torch.Tensor) else offset) + torch.arange(
+        queries, device=start.device
+    )
     return (slots >= start[:, None]) & (slots < end[:, None])
 
 
@@ -165,8 +184,22 @@ def _integer(number: torch.Tensor) -> int:
 
 @_integer.register_fake
 def _(number: torch.Tensor) -> int:
+    _leave_out_of_cuda_graphs()
     size: Any = torch.library.get_ctx().new_dynamic_size(min=0)
     return size  # type: ignore[no-any-return]
+
+
+def _leave_out_of_cuda_graphs() -> None:
+    """Have Inductor record nothing that is computed from such a number.
+
+    A CUDA graph holds one value of it. With a static cache, where transformers compiles a model for CUDA graphs by
+    itself, the number is the slot of a token, and each token would record graphs of its own.
+    """
+    from torch._inductor import config
+
+    left_out = getattr(config, "cudagraph_unsafe_unbacked_ops", None)  # of newer versions of torch
+    if left_out is not None and "attnrb::integer" not in left_out:
+        config.cudagraph_unsafe_unbacked_ops = [*left_out, "attnrb::integer"]
 
 
 def integer(number: torch.Tensor | int) -> int:

@@ -5,6 +5,13 @@ it returns to every layer. Patterns that `Visibility` can say become a few numbe
 other the general boolean mask ``[B, 1, M, N]``, which is counted and said.
 
 Needs transformers, so it is imported only once a model is patched.
+
+Note: [Masks that nobody looks at]
+On the CPU a padding mask is read, and becomes numbers where its tokens are one range. To read what lies on another
+device is to wait for it, which costs a token as much as a layer, and cannot be while a CUDA graph is recorded. So there
+a mask of few queries stays a mask, ``[B, 1, M, N]`` with the queries' own rows: N numbers a text for a token that is
+decoded. Prompts are read, once a forward, since numbers are what the fast kernels take; not while a graph is recorded.
+A slot that only the device knows (a static cache counts there) stays a tensor as well.
 """
 
 from __future__ import annotations
@@ -55,10 +62,10 @@ def attention_mask(
     if cache_position is not None:
         q_length, device = cache_position.shape[0], cache_position.device
         # All keys are new: the first query sits at slot 0, and nothing has to be read.
-        first = 0 if q_length == kv_length and kv_offset == 0 else integer(cache_position[0])
+        first = 0 if q_length == kv_length and kv_offset == 0 else _slot(cache_position[0], batch_size)
     else:
         assert q_length is not None, "transformers passes q_length, or cache_position before 5.4"
-        first = integer(q_offset) if isinstance(q_offset, torch.Tensor) else q_offset
+        first = _slot(q_offset, batch_size)
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask: expected [B, slots], which slots are tokens, or a mask [B, 1 or H, M, N], got "
@@ -78,7 +85,9 @@ def attention_mask(
         setattr(mask, GEOMETRY, Geometry(found, queries_at_tokens(found, q_length), kv_length))
         return mask
 
-    if forward is None or torch.compiler.is_compiling():  # a graph counts nothing
+    if found == _UNREAD and q_length < _MANY_QUERIES:
+        pass  # it is no larger than what was given
+    elif forward is None or torch.compiler.is_compiling():  # a graph counts nothing
         warn_of_general_mask(found)
     else:
         forward.stats.add_general_mask(found)
@@ -102,11 +111,30 @@ def attention_mask(
     return general
 
 
+_UNREAD = "the padding of a mask is not read while a CUDA graph is recorded"
+_MANY_QUERIES = 64  # from here on numbers are worth waiting for: a library's kernels may take the dense part
+
+
+def _unread(mask: torch.Tensor, queries: int) -> bool:
+    """Whether a padding mask is left unread: see `Note: [Masks that nobody looks at]`."""
+    if mask.device.type == "cpu" or torch.compiler.is_compiling():
+        return False
+    return queries < _MANY_QUERIES or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _slot(offset: int | torch.Tensor, batch: int) -> int | torch.Tensor:
+    """The slot of the first query: a number where that costs nothing to know, else int64 ``[batch]`` on its device."""
+    if not isinstance(offset, torch.Tensor) or offset.device.type == "cpu" or torch.compiler.is_compiling():
+        return integer(offset)
+    # A copy: it may be a counter that goes on counting.
+    return offset.to(torch.int64).reshape(1).repeat(batch)
+
+
 class _Call(NamedTuple):
     """Where queries and keys are."""
 
     batch: int
-    query_offset: int
+    query_offset: int | torch.Tensor
     queries: int
     key_offset: int
     keys: int
@@ -121,13 +149,17 @@ def _in_numbers(pattern: Pattern | str, mask: torch.Tensor | None, call: _Call) 
         if mask is not None or len(pattern.padding) > 1 or pattern.padding[0].dim() != 2:
             return "padding is said in two ways"
         (mask,) = pattern.padding
+    if mask is not None and _unread(mask, call.queries):
+        return _UNREAD
     where: dict[str, Any] = {"query_offset": call.query_offset, "key_offset": call.key_offset}
     if pattern.nothing:
         none = torch.zeros(call.batch, dtype=torch.int64, device=call.device)
         return Visibility(causal=True, key_start=none, key_end=none, **where)
     # Causal queries look no further than their own slot.
     end = call.key_offset + call.keys
-    padding = _padding(mask, (end, call.query_offset + call.queries) if pattern.causal else (end,))
+    first = call.query_offset
+    ends = (end, first + call.queries) if pattern.causal and not isinstance(first, torch.Tensor) else (end,)
+    padding = _padding(mask, ends)
     if padding is None:
         return "a row has padding between its tokens"
     if pattern.chunk_origin is not None and not _begins(padding, pattern.chunk_origin):
@@ -136,7 +168,7 @@ def _in_numbers(pattern: Pattern | str, mask: torch.Tensor | None, call: _Call) 
     return Visibility(causal=pattern.causal, key_start=padding.start, key_end=padding.end, **limits, **where)
 
 
-def read_mask(mask: torch.Tensor | None, first_slot: int | None, queries: int, keys: int) -> Geometry:
+def read_mask(mask: torch.Tensor | None, first_slot: int | torch.Tensor | None, queries: int, keys: int) -> Geometry:
     """Read a mask without a geometry: one of the user's, or one of ours that lost it on the way.
 
     Args:
@@ -155,6 +187,8 @@ def read_mask(mask: torch.Tensor | None, first_slot: int | None, queries: int, k
         return from_numbers(mask, queries)
     if first_slot is None:
         first_slot = keys - queries
+    elif isinstance(first_slot, torch.Tensor):
+        first_slot = integer(first_slot[0])
     # A windowed layer has dropped its oldest keys; a static cache has room for keys to come.
     key_offset = torch.sym_max(first_slot + queries - keys, 0)  # type: ignore[no-untyped-call]
     if mask is None:
@@ -224,9 +258,9 @@ _HOLES = (
 )
 
 
-def _query_tokens(mask: torch.Tensor | None, first: int, queries: int) -> torch.Tensor | None:
+def _query_tokens(mask: torch.Tensor | None, first: int | torch.Tensor, queries: int) -> torch.Tensor | None:
     """Which queries the padding mask says are tokens: bool ``[B, M]``, or None for all."""
-    if mask is None or torch.compiler.is_compiling():
+    if mask is None or torch.compiler.is_compiling() or isinstance(first, torch.Tensor):
         return None
     tokens = mask[:, first : first + queries]
     return torch.nn.functional.pad(tokens, (0, queries - tokens.shape[1]))

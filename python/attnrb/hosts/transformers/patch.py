@@ -459,19 +459,20 @@ class _Inputs:
         """Say outright that a row is one text, where neither positions nor a mask could say otherwise.
 
         In a compiled graph transformers cannot look at the positions that it makes itself, and would build a mask of
-        all queries and keys in case several texts share a row. Given a mask it does not look.
+        all queries and keys in case several texts share a row. On a device it would have to wait for them. Given a mask
+        it does not look.
 
         Returns:
             Whether such a mask was added. It hides nothing.
         """
         given = self.kwargs.get
-        if not torch.compiler.is_compiling() or self.args[1:]:
+        if self.args[1:]:
             return False
         told = (given("attention_mask"), given("position_ids"), cache_of(self.kwargs))
         if any(each is not None for each in told):
             return False
         tokens = self.tokens()
-        if tokens is None:
+        if tokens is None or (tokens.device.type == "cpu" and not torch.compiler.is_compiling()):
             return False
         self.kwargs["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return True
