@@ -110,8 +110,8 @@ class Command(TyperCommand):
             return
         kinds = _number_options(self.callback)
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-        param: Any  # typer's own kind of it
-        for param in self.get_params(ctx):
+        params: list[Any] = self.get_params(ctx)
+        for param in params:
             value = given.get(param.name)
             kind = kinds.get(param.name)
             if kind is None or not isinstance(value, str):

@@ -107,7 +107,8 @@ def sort_options(given: Mapping[str, Any], *, plain: bool, policy: Policy | str 
             raise ValueError(f"{name}: {why}")
     if given.get("backend", "default") not in ("default", "causal"):
         raise ValueError(f"backend: attnrb serves decoder-only models ('causal'), got {given['backend']!r}")
-    _check_types({**given, "plain": plain})
+    # What comes too late is told as that, whatever it holds.
+    _check_types({name: each for name, each in given.items() if not loaded or name in _SCORED} | {"plain": plain})
     chosen = _policy(policy, given, plain)
     scoring = {name: given[name] for name in _SCORED if name in given}
     if loaded:
