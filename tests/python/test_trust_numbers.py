@@ -94,8 +94,8 @@ def test_options_that_are_not_finite(tmp_path: Path, command: str, option: str, 
         (tmp_path / "piqa.jsonl").write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n')
     result = run(command, f"{option}={text}", "-m", folder, "--json", out, *data, *SAMPLES[command])
     assert result.exit_code in (1, 2), result.output
-    named = {"--rows-mb": "megabytes"}.get(option, option[2:].replace("-", "_"))
-    assert named in result.output.replace("-", "_")
+    named = {option[2:].replace("-", "_")} | ({"megabytes"} if option == "--rows-mb" else set())
+    assert any(name in result.output.replace("-", "_") for name in named)
     assert "Traceback" not in result.output and "did not foresee" not in result.output
     assert not out.exists()
 

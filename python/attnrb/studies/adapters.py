@@ -73,9 +73,12 @@ class Adapter(torch.nn.Module):
             mask = torch.zeros(shape.heads, dtype=torch.bool, device="cpu")
             mask[list(chosen[layer])] = True
             self.mask[layer] = mask.repeat_interleave(width)
-            start = torch.randn(rank, projection.in_features, generator=draw) / projection.in_features**0.5
+            start = torch.randn(rank, projection.in_features, generator=draw, dtype=torch.float32, device="cpu")
+            start = start / projection.in_features**0.5
             self.down[str(layer)] = torch.nn.Parameter(start * self.mask[layer])
-            self.up[str(layer)] = torch.nn.Parameter(torch.zeros(projection.out_features, rank, device="cpu"))
+            self.up[str(layer)] = torch.nn.Parameter(
+                torch.zeros(projection.out_features, rank, dtype=torch.float32, device="cpu")
+            )
 
     def addition(self, layer: int, inputs: torch.Tensor) -> torch.Tensor:
         """What is added to the projection's output ``[..., width]`` for its inputs ``[..., H D]``."""
@@ -100,9 +103,13 @@ class Adapter(torch.nn.Module):
         adapter = cls.__new__(cls)
         torch.nn.Module.__init__(adapter)
         adapter.rank = options["rank"]
-        adapter.mask = {int(layer): torch.tensor(mask, device="cpu") for layer, mask in options["mask"].items()}
+        adapter.mask = {
+            int(layer): torch.tensor(mask, dtype=torch.bool, device="cpu") for layer, mask in options["mask"].items()
+        }
         for name in ("down", "up"):
-            matrices = {layer: torch.tensor(rows, device="cpu") for layer, rows in options[name].items()}
+            matrices = {
+                layer: torch.tensor(rows, dtype=torch.float32, device="cpu") for layer, rows in options[name].items()
+            }
             setattr(adapter, name, torch.nn.ParameterDict(matrices))
         return adapter.requires_grad_(False)
 
@@ -156,7 +163,7 @@ def mask_heads(peft_model: Any, heads: Any) -> int:
     if not projections:
         raise ValueError(f"peft_model: expected LoRA with target_modules=[{_PROJECTION!r}], got none there")
     for layer, module in projections.items():
-        mask = torch.zeros(shape.heads, dtype=torch.bool)
+        mask = torch.zeros(shape.heads, dtype=torch.bool, device="cpu")
         mask[list(chosen.get(layer, ()))] = True
         columns = mask.repeat_interleave(module.in_features // shape.heads)
         changing += int(columns.sum())

@@ -185,13 +185,18 @@ def attributed(
         for start in range(0, len(items), _STEP_ITEMS):
             mine = slice(start, start + _STEP_ITEMS)
             total += torch.autograd.grad(_loss(model, items[mine], rows[mine], patched), learned.gains)[0]
-    size = total.abs() if how == ATTRIBUTED[0] else torch.rand(total.shape, generator=_generator(seed))
+    size = total.abs() if how == ATTRIBUTED[0] else _drawn(total, seed)
     kept = size.flatten().topk(min(keep, total.numel())).indices
     gains = torch.zeros(total.numel(), dtype=torch.float32, device="cpu")
     gains[kept] = -_ATTRIBUTED_GAIN * total.flatten()[kept].sign()
     with torch.no_grad():
         learned.gains.copy_(gains.view_as(total))
     return learned
+
+
+def _drawn(like: torch.Tensor, seed: int) -> torch.Tensor:
+    drawn = torch.rand(like.shape, generator=_generator(seed), dtype=torch.float32, device="cpu")
+    return drawn.to(like.device)
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -212,7 +217,9 @@ def _loss(model: Any, items: Sequence[StudyItem], rows: Sequence[Sequence[Answer
     for item, mine in zip(items, rows, strict=True):
         scores = torch.stack([next(found).sum() for _ in mine])
         if item.per_character:
-            scores = scores / torch.tensor([len(word) for word in item.candidates], device=scores.device)
+            scores = scores / torch.tensor(
+                [len(word) for word in item.candidates], dtype=scores.dtype, device=scores.device
+            )
         losses.append(-scores.log_softmax(0)[0])
     return torch.stack(losses).mean()
 

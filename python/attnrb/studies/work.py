@@ -80,7 +80,8 @@ def study_work(plan: StudyPlan, model: Any) -> StudyWork:
 def seconds_of(work: StudyWork, model: Any) -> float:
     """About how long that takes this model here, from some forwards that are timed. The time is of one process."""
     vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = torch.randint(vocabulary, (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
+    draw = torch.Generator(device="cpu").manual_seed(0)
+    ids = torch.randint(vocabulary, (_ROWS, _TOKENS), generator=draw, dtype=torch.int64, device="cpu").to(model.device)
     with torch.inference_mode():
         model(ids[:1], use_cache=False, logits_to_keep=1)  # the first forward pays for what is made once
         start = time.perf_counter()

@@ -179,6 +179,7 @@ class Patch:
         self._left_out, self._caches, self._sequences = LeftOut(decoder), Caches(), Sequences()
         self._running = Running(decoder)
         self.leaving = False
+        self._active = True
         self._hooks = [
             decoder.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
             decoder.register_forward_hook(Hook(self._after_forward), with_kwargs=True),
@@ -232,7 +233,7 @@ class Patch:
     @property
     def active(self) -> bool:
         """Whether the model is still patched."""
-        return bool(self._hooks)
+        return self._active
 
     @property
     def layers(self) -> int:
@@ -308,7 +309,7 @@ class Patch:
         self.leaving = False
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._active = [], False
         self._left_out.give_back()
         self._configurations.restore()
 
@@ -331,7 +332,7 @@ class Patch:
     def _before_forward(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if kwargs is None or not self._hooks:  # a hook before this one removed it, and PyTorch had its list already
+        if kwargs is None or not self._active:  # a hook before this one removed it, and PyTorch had its list already
             return None
         if self.leaving and not torch.compiler.is_compiling() and not self._running.any(ending=1):
             self._take_off()  # an interrupt ended the forward that was waited for
