@@ -1,5 +1,5 @@
-// Included before everything else where ATTNRB_MANYLINUX is on: the library then needs no symbol of a C library newer than
-// glibc 2.28, whatever the machine that compiles it has. Wheels are built so (manylinux_2_28).
+// Included before everything else where ATTNRB_MANYLINUX is on: the library then needs no symbol of a C library newer
+// than glibc 2.28, whatever the machine that compiles it has. Wheels are built so (manylinux_2_28).
 #pragma once
 
 // The same functions under the first of their versions. Newer ones, of 2.29, only leave errno alone.
