@@ -113,27 +113,24 @@ def test(name: str, python: str) -> dict[str, Any]:
     }
 
 
-def page(found: dict[str, Any]) -> str:
-    """docs/versions.md."""
-    lines = [
-        _HEAD,
-        "## Tests",
-        "",
-        "| Python | torch | transformers | NumPy | lm-eval | passed | failed | skipped | date |",
-    ]
+def _tests(found: list[dict[str, Any]]) -> list[str]:
+    if not found:
+        return ["## Tests", "", "`make matrix` has not run since the last change of what it runs."]
+    lines = ["## Tests", "", "| Python | torch | transformers | NumPy | lm-eval | passed | failed | skipped | date |"]
     lines.append("| --- | --- | --- | --- | --- | ---: | ---: | ---: | --- |")
-    for each in found["tests"]:
+    for each in found:
         shown = [each["python"], *(each[name] for name in _SHOWN)]
         oldest = {requirement.split("==")[0] for requirement in ROWS[each["row"]]}
         for at, name in enumerate(_SHOWN, start=1):
             shown[at] = f"**{shown[at]}**" if name in oldest else shown[at]
         numbers = [f"{each.get(word, 0):,}" for word in ("passed", "failed", "skipped")]
         lines.append(f"| {' | '.join([*shown, *numbers, each['date']])} |")
-    lines += [
-        "",
-        "Bold is the oldest version that attnrb allows. The tests are those that `make check` runs.",
-        "",
-    ]
+    return [*lines, "", "Bold is the oldest version that attnrb allows. The tests are those that `make check` runs."]
+
+
+def page(found: dict[str, Any]) -> str:
+    """docs/versions.md."""
+    lines = [_HEAD, *_tests(found["tests"]), ""]
     lines += ["## The wheel", ""]
     lines += [
         "The same file was installed in bare environments without a compiler. The ops were compared with the reference,"
