@@ -31,7 +31,7 @@ def test_two_processes_share_the_items(tmp_path: Path) -> None:
     arguments = f"eval --tasks {','.join(TASKS)} --prompting both --budgets 4 --batch-size 2 --json two.json"
     ran = launch(ACCELERATE, "-m", "attnrb", *arguments.split(), "--data", data, "--model", model, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("siqa, direct: alpha=0.2") == 1  # one of them speaks
+    assert ran.stdout.count("No difference shown in") == 1  # one of them speaks
     assert ran.stderr.count("Reading the items") == 1
 
     one = evaluate(

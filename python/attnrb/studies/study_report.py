@@ -25,7 +25,9 @@ _MUST = ("conflict", "retrieval", "story")
 _ABOVE, _EXCLUDED = 0.40, 0.20
 
 
-def make_study_report(records: Iterable[Mapping[str, Any]], chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def make_study_report(
+    records: Iterable[Mapping[str, Any]], chosen: Mapping[str, Any], seed: int, order: Sequence[str] = ()
+) -> dict[str, Any]:
     """The figures of a study, JSON-ready.
 
     Args:
@@ -34,6 +36,7 @@ def make_study_report(records: Iterable[Mapping[str, Any]], chosen: Mapping[str,
             ``trials`` (the settings that it was chosen from), ``left_out`` (tasks, and why) and ``chance`` (what
             guessing gets right, by task).
         seed: of the bootstrap.
+        order: names of tasks, as they are to be shown; others follow by name. Records come as they were finished.
     """
     arms: Sequence[Arm] = chosen["arms"]
     by_arm: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
@@ -47,7 +50,9 @@ def make_study_report(records: Iterable[Mapping[str, Any]], chosen: Mapping[str,
         elif record["prompting"] == HELD_OUT:
             by_arm.setdefault((record["arm"], record["task"]), {})[record["item"]] = record
     known = {arm.name for arm in arms}
-    found = {key: answers for key, answers in by_arm.items() if key[0] in known}
+    place = {task: number for number, task in enumerate(order)}
+    keys = sorted(by_arm, key=lambda key: (place.get(key[1], len(place)), key[1]))
+    found = {key: dict(sorted(by_arm[key].items())) for key in keys if key[0] in known}
     asked = [(arm, task) for arm in arms for name, task in found if name == arm.name and arm.asks(task)]
     results = [_result(arm, task, found[arm.name, task]) for arm, task in asked]
     pairs = [

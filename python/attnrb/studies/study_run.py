@@ -18,7 +18,7 @@ from attnrb.hosts.processes import Processes
 from attnrb.studies.arms import emphasis_arms
 from attnrb.studies.engines import Engine
 from attnrb.studies.gains import learnt_arms
-from attnrb.studies.plan import StudyPlan
+from attnrb.studies.plan import StudyPlan, study_tasks
 from attnrb.studies.rebalancing import run_rebalancing
 from attnrb.studies.selection import run_selection
 from attnrb.studies.study import Study
@@ -78,7 +78,7 @@ def study_report(
         chosen = _run(study)
         if processes.rank:
             return None
-        found = make_study_report(file.records.values(), chosen, plan.seed)
+        found = make_study_report(file.records.values(), chosen, plan.seed, tuple(study_tasks(plan)))
         return {
             "study": plan.study,
             "model": model_name,
