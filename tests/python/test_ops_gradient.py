@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attnrb import functional
+from attnrb import functional, reference
 from attnrb.ops.refusals import REFUSAL
 from tolerance import error, one_rounding
 from torch import Tensor
@@ -245,3 +245,17 @@ def test_rows_of_a_generated_case_sum_as_they_should() -> None:
         along = (gradient.double() * problem.weights.double()).sum(-1).numpy()
         size = (problem.magnitudes()[0] * problem.weights.double()).sum(-1).numpy()
         assert (np.abs(along) <= 4 * one_rounding(torch.float32) * size).all()
+
+
+@pytest.mark.autograd
+@pytest.mark.parametrize("normalize", [False, True])
+def test_float64_is_the_formula(normalize: bool) -> None:
+    """It takes the dense path, which has no native kernel to be compared with."""
+    weights, mask, gain = (
+        torch.rand(2, 3, 4, 6).double(),
+        torch.rand(4, 6) > 0.5,
+        torch.tensor([0.3, -0.2, 1.0]).double(),
+    )
+    weights = weights / weights.sum(-1, keepdim=True)
+    expected = reference.rebalance(weights, mask, gain, normalize=normalize)
+    np.testing.assert_allclose(ours(weights, mask, gain, normalize), expected, rtol=1e-12)
