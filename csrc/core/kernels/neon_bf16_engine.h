@@ -23,6 +23,7 @@ namespace ATTNRB_ISA {
 
 struct NeonBf16Probabilities {
   using Probability = bfloat16;
+  using Places = InOrder;
   static constexpr int exp2_degree = 4;
 
   static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {
@@ -34,11 +35,8 @@ struct NeonBf16Probabilities {
   }
 };
 
-struct NeonBf16Engine : NeonBf16Probabilities {
+struct NeonBf16Engine : RowByRow, NeonBf16Probabilities {
   using Input = bfloat16;
-  static constexpr int strip = 24;
-  static constexpr int block_rows = 96;
-  static constexpr int block_keys = 256;
   static constexpr int key_granule = 8;
   static constexpr int tile = 8;              // rows and columns of a tile
   static constexpr int64_t step = tile * 4;   // elements of a column panel in four summed neighbours
@@ -59,6 +57,8 @@ struct NeonBf16Engine : NeonBf16Probabilities {
   int64_t value_block_bytes() const { return block_keys * value_columns * int64_t(sizeof(Input)); }
   int64_t query_block_bytes() const { return block_rows * depth * 4 * int64_t(sizeof(Input)); }
   static constexpr int64_t probability_bytes() { return strip * block_keys * int64_t(sizeof(Probability)); }
+
+  int64_t sum_row(int64_t r) const { return r * value_columns; }  // where the sums of a row of a block begin
 
   void start_worker() const {}
   void stop_worker() const {}
@@ -118,8 +118,8 @@ struct NeonBf16Engine : NeonBf16Probabilities {
   }
 
   // sums[rows, value_columns] += probabilities[rows, first..last) * values.
-  void accumulate(const void* probabilities, int64_t rows, const void* values, int64_t first, int64_t last,
-                  float* sums) const {
+  void accumulate(const void* probabilities, int64_t rows, const void* values, int64_t first, int64_t last, float* sums,
+                  bool /*fresh*/) const {
     const int64_t steps = (last - first) / 4;
     bfloat16 pairs[strip * block_keys];
     for (int64_t r = 0; r < round_up(rows, tile); r += 2)

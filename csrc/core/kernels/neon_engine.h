@@ -116,5 +116,13 @@ struct NeonGradientEngine : FloatGradientEngine<T>, FloatProduct {
   static constexpr int chain = FloatGradientEngine<T>::chain;
 };
 
+// What serves an element type: see FloatChoice in table.h.
+template <class T>
+struct NeonChoice {
+  using Engine = FloatEngine<T>;
+  using Dot = NeonDot<T>;
+  using GradientEngine = NeonGradientEngine<T>;
+};
+
 }  // namespace ATTNRB_ISA
 }  // namespace attnrb

@@ -82,19 +82,28 @@ void multiply_panel(const typename Product::Element* a, int64_t a_stride, int64_
   }
 }
 
-// The part of an engine that its element type does not change. Keys lie in panels [block_keys / panel][depth][panel],
-// values in panels [value_columns / panel][block_keys / parts][panel], queries and probabilities in rows.
-template <class Product>
-struct PanelEngine {
-  using Element = typename Product::Element;
-  static constexpr int parts = Product::parts;
+// What engines share whose scores and probabilities lie row by row and are absorbed one row at a time.
+struct RowByRow {
   static constexpr int strip = 24;       // query rows multiplied at a time: scores stay in the first-level cache
   static constexpr int block_rows = 96;  // query rows that share one walk over the keys
   static constexpr int block_keys = 256;
+  static constexpr bool starts_fresh = false;  // whether sums need not be zeros before the first block
+  static constexpr int row_group = 1;          // rows absorbed at once
+  static int64_t rows_at_once(int64_t /*queries*/, int64_t /*keys*/) { return block_rows; }
+
+  // Where rows of a strip begin, at the key `first`.
+  static constexpr int64_t score_row(int64_t r, int64_t first) { return r * block_keys + first; }
+  static constexpr int64_t probability_row(int64_t r, int64_t first) { return r * block_keys + first; }
+};
+
+// The part of an engine that its element type does not change. Keys lie in panels [block_keys / panel][depth][panel],
+// values in panels [value_columns / panel][block_keys / parts][panel], queries and probabilities in rows.
+template <class Product>
+struct PanelEngine : RowByRow {
+  using Element = typename Product::Element;
+  static constexpr int parts = Product::parts;
   static constexpr int panel = Blocking::panel;
   static constexpr int key_granule = 2 * Vec::width;  // blocks of keys are cut to multiples of this
-  static constexpr bool starts_fresh = false;         // whether sums need not be zeros before the first block
-  static constexpr int row_group = 1;                 // rows absorbed at once
   static_assert(block_keys % panel == 0 && strip % Blocking::rows == 0, "blocks hold whole tiles");
 
   explicit PanelEngine(const Shape& shape)
@@ -114,12 +123,7 @@ struct PanelEngine {
   int64_t query_block_bytes() const { return block_rows * depth * int64_t(sizeof(Element)); }
   static constexpr int64_t probability_bytes() { return strip * block_keys / parts * int64_t(sizeof(Element)); }
 
-  static int64_t rows_at_once(int64_t /*queries*/, int64_t /*keys*/) { return block_rows; }
-
-  // Where rows of a strip begin, at the key `first`, and where the sums of a row of a block do.
-  static constexpr int64_t score_row(int64_t r, int64_t first) { return r * block_keys + first; }
-  static constexpr int64_t probability_row(int64_t r, int64_t first) { return r * block_keys + first; }
-  int64_t sum_row(int64_t r) const { return r * value_columns; }
+  int64_t sum_row(int64_t r) const { return r * value_columns; }  // where the sums of a row of a block begin
 
   void start_worker() const {}
   void stop_worker() const {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from attnrb.evaluation import prompts
 from attnrb.evaluation.environment import environment, peak_memory
 from attnrb.evaluation.plan import Plan, TaskPlan
 from attnrb.evaluation.report import Report, make_report
-from attnrb.evaluation.runfile import RunFile, check_usable
+from attnrb.evaluation.runfile import RunFile, check_usable, open_together
 from attnrb.evaluation.runner import PLAIN, Progress, arm_label, prepare, run
 from attnrb.evaluation.selection import Selected, cells_of
 
@@ -120,14 +119,7 @@ def open_run(lm: Any, path: Path, plan: TaskPlan) -> RunFile:
     """
     of_model = {"model": lm.digest(), "dtype": str(lm.model.dtype).removeprefix("torch.")}
     identity = {**of_model, **_known_identity(plan)}
-    if lm.rank:
-        lm.barrier()
-        return RunFile(path, identity, lock=False)
-    file = RunFile(path, identity)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    file.start({"started": now, "settings": plan.to_dict(), "environment": environment()})
-    lm.barrier()
-    return file
+    return open_together(path, identity, plan.to_dict(), rank=lm.rank, wait=lm.barrier)
 
 
 def check_run(path: Path, plan: TaskPlan) -> None:

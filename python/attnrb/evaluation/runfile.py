@@ -8,15 +8,18 @@ whole line and is left out at the next start, when its item is simply evaluated 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-__all__ = ["Key", "RunFile", "RunFileError", "check_usable"]
+from attnrb.evaluation.environment import environment
+
+__all__ = ["Key", "RunFile", "RunFileError", "check_usable", "open_together"]
 
 _FORMAT = 1
 _HEADER = b'{"attnrb_eval":'  # how the first line of every start begins
@@ -198,3 +201,28 @@ def _check_header(
                 f"run: {str(path)!r} was made with {name} {before.get(name)!r} and not {identity.get(name)!r}: "
                 "name another file with --run"
             )
+
+
+def open_together(
+    path: Path, identity: Mapping[str, Any], settings: Mapping[str, Any], *, rank: int, wait: Callable[[], None]
+) -> RunFile:
+    """A run's file in each of its processes: the first one opens and locks it and notes the start, then the others.
+
+    Args:
+        path: of the file.
+        identity: as `RunFile` has it.
+        settings: of the run, for the line that notes its start.
+        rank: of this process, from 0.
+        wait: returns when all processes have called it.
+
+    Raises:
+        RunFileError: it cannot be used.
+    """
+    if rank:
+        wait()
+        return RunFile(path, identity, lock=False)
+    file = RunFile(path, identity)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    file.start({"started": now, "settings": settings, "environment": environment()})
+    wait()
+    return file

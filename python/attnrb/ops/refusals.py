@@ -1,7 +1,8 @@
 """The native ops as the functions of this package call them: what an op refuses is a ValueError, under every torch.
 
-An op refuses an argument by ``std::invalid_argument``. Up to torch 2.14 that is a ValueError in Python. Later versions
-pass the sentence on, but not its type: those who call ``torch.ops.attnrb.*`` by name get a RuntimeError.
+An op refuses an argument by ``std::invalid_argument``. torch 2.10 and 2.13 make a ValueError of it in Python. torch
+2.15 passes the sentence on, but not its type: those who call ``torch.ops.attnrb.*`` by name get a RuntimeError. What
+the torch at hand does is tried out once.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 
 __all__ = ["REFUSAL", "native_op"]
 
-# The name of an argument, and what was expected: "query: expected 4 dimensions [B, H, M, D], got 3".
-_SENTENCE = re.compile(r"[a-z_]+: ")
+# The name of an argument, and what was expected: "query: expected 4 dimensions [B, H, M, D], got 3". What fails for
+# another reason begins with "attnrb: ", and stays a RuntimeError.
+_SENTENCE = re.compile(r"(?!attnrb: )\w+: ")
 
 
 def _type_of_refusals() -> type[Exception]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from attnrb.evaluation.environment import environment, peak_memory
-from attnrb.evaluation.runfile import RunFile, check_usable
+from attnrb.evaluation.runfile import check_usable, open_together
 from attnrb.evaluation.runner import Progress
 from attnrb.hosts.processes import Processes
 from attnrb.studies.arms import emphasis_arms
@@ -73,7 +72,8 @@ def study_report(
     processes = processes or Processes()
     dtype = str(model.dtype).removeprefix("torch.")
     identity = {"model": model_digest(model), "dtype": dtype, **_known_identity(plan)}
-    with _opened(run_file, identity, plan, processes) as file:
+    rank, wait = processes.rank, processes.wait
+    with open_together(run_file, identity, plan.to_dict(), rank=rank, wait=wait) as file:
         study = Study(model, tokenizer, plan, file, progress, processes, engine)
         chosen = _run(study)
         if processes.rank:
@@ -92,18 +92,6 @@ def study_report(
             "peak_memory": peak_memory(),
             "environment": environment(),
         }
-
-
-def _opened(path: Path, identity: Mapping[str, Any], plan: StudyPlan, processes: Processes) -> RunFile:
-    """The run's file, opened by the first process before the others."""
-    if processes.rank:
-        processes.wait()
-        return RunFile(path, identity, lock=False)
-    file = RunFile(path, identity)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    file.start({"started": now, "settings": plan.to_dict(), "environment": environment()})
-    processes.wait()
-    return file
 
 
 def check_run(run_file: Path, plan: StudyPlan) -> None:
