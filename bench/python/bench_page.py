@@ -46,6 +46,7 @@ CLICKS = """async (count) => {
   const times = [];
   for (let number = 1; number <= count; number++) {
     const token = from[Math.floor((number * from.length) / (count + 1))];
+    token.scrollIntoView({ block: "center" });
     await frame();
     await frame();
     const start = performance.now();

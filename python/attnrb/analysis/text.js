@@ -6,8 +6,11 @@ const text = (() => {
   const view = byId("text");
   const tip = byId("tip");
   const SHADES = 40;
+  const PIECE = 1000; // tokens that are shaded at a time, out of sight
   let spans = [];
   let looks = []; // how each token is shown at present
+  let wanted = { strength: () => 0, marked: () => false }; // how they are to be shown
+  let left = []; // the tokens of which that is not written yet
   let listeners = [];
 
   // Received attention of one text: rows are all layers averaged, then each layer; single heads where they are kept.
@@ -52,6 +55,7 @@ const text = (() => {
       return span;
     });
     looks = [];
+    left = [];
     view.replaceChildren(parts);
     state.current = -1;
     state.query = -1;
@@ -97,30 +101,60 @@ const text = (() => {
     return { strength: (index) => Math.sqrt((weights[state.run].get(index) ?? 0) / most), marked, low: "0", high: percent(most) };
   };
 
+  // Most tokens keep their shade from one layer to the next: only what changed is written.
+  const write = (index) => {
+    const value = Math.max(state.change ? -1 : 0, Math.min(1, wanted.strength(index)));
+    const shade = Math.round(SHADES * Math.abs(value));
+    const tone = !state.change || shade === 0 ? "" : value < 0 ? "less" : "more";
+    const outlier = wanted.marked(index);
+    const look = `${shade} ${tone} ${outlier} ${index === state.query}`;
+    if (looks[index] === look) return;
+    looks[index] = look;
+    const span = spans[index];
+    span.style.setProperty("--a", shade / SHADES);
+    if (tone) span.style.setProperty("--tone", `var(--${tone})`);
+    else span.style.removeProperty("--tone");
+    span.classList.toggle("outlier", outlier);
+    span.classList.toggle("query", index === state.query);
+  };
+  // The first token that ends below a height in the window. Tokens follow each other down the text.
+  const firstBelow = (height) => {
+    let [low, high] = [0, spans.length];
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (spans[middle].getBoundingClientRect().bottom > height) high = middle;
+      else low = middle + 1;
+    }
+    return low;
+  };
+  // A browser takes 0.1 s to style 8,000 tokens: those in sight are written at once, the others a piece at a time.
+  const writeAll = () => {
+    const frame = view.getBoundingClientRect();
+    const [from, to] = spans.length <= PIECE ? [0, spans.length] : [firstBelow(Math.max(0, frame.top)), firstBelow(Math.min(window.innerHeight, frame.bottom)) + 50];
+    const started = left.length > 0;
+    left = [];
+    spans.forEach((_, index) => {
+      if ((index >= from && index < to) || index === state.query) write(index);
+      else left.push(index);
+    });
+    if (!started && left.length) setTimeout(writeLeft, 0);
+  };
+  const writeLeft = (count = PIECE) => {
+    left.splice(0, count).forEach(write);
+    if (left.length) setTimeout(writeLeft, 0);
+  };
+  theme.whenChanged(() => left.splice(0).forEach(write)); // paper has all of it
+
   const shade = () => {
     byId("layer-name").textContent = layerName(state.layer);
     byId("layer").setAttribute("aria-valuetext", layerName(state.layer));
     const asQuery = state.query >= 0 && rows.has(state.query) && rows.covered();
-    const { strength, marked, low, high } = asQuery ? byQuery() : byReceived();
-    byId("low").textContent = low;
-    byId("high").textContent = high;
+    wanted = asQuery ? byQuery() : byReceived();
+    byId("low").textContent = wanted.low;
+    byId("high").textContent = wanted.high;
     byId("scale").className = state.change ? "scale change" : "scale level";
     byId("mark-means").textContent = asQuery ? "outlier of this token in the source layer" : "outlier token";
-    // Most tokens of a long text keep their shade from one layer to the next: only what changed is written.
-    spans.forEach((span, index) => {
-      const value = Math.max(state.change ? -1 : 0, Math.min(1, strength(index)));
-      const shade = Math.round(SHADES * Math.abs(value));
-      const tone = !state.change || shade === 0 ? "" : value < 0 ? "less" : "more";
-      const outlier = marked(index);
-      const look = `${shade} ${tone} ${outlier} ${index === state.query}`;
-      if (looks[index] === look) return;
-      looks[index] = look;
-      span.style.setProperty("--a", shade / SHADES);
-      if (tone) span.style.setProperty("--tone", `var(--${tone})`);
-      else span.style.removeProperty("--tone");
-      span.classList.toggle("outlier", outlier);
-      span.classList.toggle("query", index === state.query);
-    });
+    writeAll();
     if (state.current >= 0) showTip(state.current);
     for (const told of listeners) told();
   };
@@ -234,14 +268,13 @@ const text = (() => {
       while (next >= 0 && next <= last && !fits(next)) next += step;
       return next < 0 || next > last ? null : next;
     };
-    const isOutlier = (index) => spans[index].classList.contains("outlier");
     const steps = {
       ArrowRight: () => Math.min(last, state.current + 1),
       ArrowLeft: () => Math.max(0, state.current - 1),
       Home: () => 0,
       End: () => last,
-      n: () => walk(1, isOutlier),
-      p: () => walk(-1, isOutlier),
+      n: () => walk(1, wanted.marked),
+      p: () => walk(-1, wanted.marked),
       "]": () => walk(1, rows.has),
       "[": () => walk(-1, rows.has),
     };
