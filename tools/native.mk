@@ -12,10 +12,10 @@ CUDA_FILES := $(filter-out bench/% csrc/core/kernels/% tests/cuda_gpu/%,$(CPP_FI
   tests/cuda_host/CMakeLists.txt
 
 # Generated cases. The sanitized run is many times slower, and the emulated device takes a millisecond for a tile: enough
-# to reach every feature. make test-long runs 10,000.
-PLAIN_CASES := $(or $(ATTNRB_TEST_CASES),1500)
-SANITIZED_CASES := 300
-EMULATED_CASES := $(if $(ATTNRB_LONG),400,200)
+# to reach every feature. make test-long runs 10,000, and make scorecard many more.
+PLAIN_CASES := $(or $(ATTNRB_TEST_CASES),1000)
+SANITIZED_CASES := 200
+EMULATED_CASES := $(if $(ATTNRB_LONG),400,150)
 EMULATED_SAMPLE := ATTNRB_TEST_GRADIENT_SAMPLE=11 ATTNRB_TEST_REPEATS=2 $(if $(ATTNRB_LONG),,ATTNRB_TEST_SAMPLE=7)
 EMULATED_OPS := $(CURDIR)/build/cuda-host/tests/cuda_host/libattnrb_cuda_host_ops.so
 # Compiling for one architecture shows that the kernels compile, and how; make test-cuda adds another and PTX.

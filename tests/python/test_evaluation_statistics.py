@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from itertools import pairwise
 
@@ -86,9 +87,14 @@ def test_holm() -> None:
     assert holm([]) == []
 
 
+def test_holm_is_that_of_statsmodels() -> None:
+    p_values = np.random.default_rng(7).uniform(0, 0.2, 40) ** 2
+    expected = importlib.import_module("statsmodels.stats.multitest").multipletests(p_values, method="holm")[1]
+    np.testing.assert_allclose(holm(list(p_values)), expected, atol=1e-12)
+
+
 @settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-@pytest.mark.slow
 def test_holm_step_by_step(p_values: list[float]) -> None:
     order = np.argsort(p_values, kind="stable")
     expected, highest = np.empty(len(p_values)), 0.0
