@@ -284,3 +284,14 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
         said = explain(ModuleNotFoundError(f"No module named {package!r}", name=package))
         assert said == f"this needs the package {package.partition('.')[0]}: run `pip install 'attnrb[{extra}]'`"
     assert explain(ModuleNotFoundError("No module named 'other'", name="other")) == "No module named 'other'"
+
+
+def test_a_locale_of_ascii_is_named_as_the_cause() -> None:
+    """Packages read files of their own in the locale's encoding: PyTorch does so in its templates of kernels."""
+    from attnrb.cli.console import explain
+    from attnrb.models.checkpoint import ModelError
+
+    for encoding, hint in (("ascii", True), ("utf-8", False)):
+        error = ModelError("model: it could not be loaded")
+        error.__cause__ = UnicodeDecodeError(encoding, b"\xe2", 0, 1, "ordinal not in range(128)")
+        assert explain(error).endswith("set PYTHONUTF8=1") == hint

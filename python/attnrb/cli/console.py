@@ -39,6 +39,7 @@ _EXTRAS = {
 """The extra that brings each package which a command may lack."""
 
 _FOR_MORE = f"and {DEBUG_VARIABLE}=1 shows where it came from"
+_FOR_UTF8 = "Python reads files as ASCII here: set PYTHONUTF8=1"
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -173,6 +174,19 @@ def stop(kept: str = "") -> NoReturn:
 
 def explain(error: Exception) -> str:
     """What happened, for a person, and what to do where that is known."""
+    return f"{_explain(error)}; {_FOR_UTF8}" if _took_text_for_ascii(error) else _explain(error)
+
+
+def _took_text_for_ascii(error: BaseException | None) -> bool:
+    """Whether some file, be it a package's own, was read in the encoding of a locale that knows ASCII alone."""
+    while error is not None:
+        if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _explain(error: Exception) -> str:
     text = str(error).strip()
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if missing in _EXTRAS:
