@@ -10,7 +10,7 @@ batch what its requests say one by one; and re-balancing must change what is sai
 status 1 means that something was wrong.
 
 "x vLLM" is the rate of tokens over vLLM's own; the aim of re-balancing is 0.95. Beside it stands what a user waits for:
-for the first token of a prefill, for each token while decoding. The whole takes about seven minutes.
+for the first token of a prefill, for each token while decoding. The whole takes nine minutes on two cores.
 """
 
 from __future__ import annotations
