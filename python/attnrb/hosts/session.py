@@ -21,6 +21,7 @@ from attnrb.policies.base import LayerPlan, Mixture, Request, Session
 
 if TYPE_CHECKING:
     from attnrb.hosts.transformers.attention import Alike
+    from attnrb.hosts.transformers.continuous import ContinuousStep
 
 __all__ = [
     "AttentionCall",
@@ -118,12 +119,14 @@ class Forward:
         found: the outliers that a layer reported last.
         settled: the layers that were left out and of which the session knows that they found nothing.
         alike: what layers that share a mask have in common, for each mask.
+        continuous: where the texts of a step of continuous batching lie; None in any other forward.
     """
 
     __slots__ = (
         "__weakref__",
         "alike",
         "called",
+        "continuous",
         "first_slot",
         "found",
         "left_out",
@@ -156,6 +159,7 @@ class Forward:
         request: Request | None = None,
         outer: Forward | None = None,
         module: torch.nn.Module | None = None,
+        continuous: ContinuousStep | None = None,
     ) -> None:
         self.plan = plan
         self.steps = plan.steps
@@ -170,6 +174,7 @@ class Forward:
         self.request = request
         self.outer = outer
         self.module = module
+        self.continuous = continuous
         self.called: set[int] = set()
         self.settled: set[int] = set()
         self.found: Outliers | None = None

@@ -102,6 +102,14 @@ def attention(
         _check_call(module, forward, layer, dropout, others)
     assert forward is not None
     assert layer is not None
+    if isinstance(scaling, torch.Tensor):
+        scaling = float(scaling)
+    if forward.continuous is not None:
+        if query.size(1) not in forward.plan.shape.heads_of_layers and forward.steps[layer] is not None:
+            _refuse_heads(forward, module, layer, query.size(1))
+        output = forward.continuous.attention(forward, layer, query, key, value, scaling, softcap, s_aux, others)
+        forward.called.add(layer)
+        return output, None
 
     for alike in forward.alike:
         if alike.serves(attention_mask, query, key):
@@ -109,8 +117,6 @@ def attention(
     else:
         alike = Alike.of(forward, module, attention_mask, query, key, is_causal, sliding_window)
         forward.alike.append(alike)
-    if isinstance(scaling, torch.Tensor):
-        scaling = float(scaling)
 
     # `ready` is what the op is told; None where only the functions, which check and cast, can be told.
     edit: Edit | Mixture | None = None
@@ -348,5 +354,5 @@ def _check_call(
             "the model's attention dropout to 0"
         )
     for argument, meaning in _UNSUPPORTED.items():
-        if others.get(argument) is not None:
+        if others.get(argument) is not None and (argument != "cache" or forward.continuous is None):
             raise NotImplementedError(f"{name} uses {meaning} ({argument}), which attnrb does not support")

@@ -41,6 +41,7 @@ from attnrb.hosts.transformers.attention import FORWARD, attention
 from attnrb.hosts.transformers.caches import Caches, Sequences, cache_of
 from attnrb.hosts.transformers.checkpointing import expect_backward
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook, begin_model, end_model
+from attnrb.hosts.transformers.continuous import Continuous
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, patch_of, shard_of, whole_model
 from attnrb.hosts.transformers.left_out import LeftOut, end_early_exit
 from attnrb.ops import _native
@@ -177,6 +178,7 @@ class Patch:
         self.update(policy)
         self._configurations = Configurations(whole_model(self.model), decoder)
         self._left_out, self._caches, self._sequences = LeftOut(decoder), Caches(), Sequences()
+        self._continuous = Continuous()
         self._running = Running(decoder)
         self.leaving = False
         self._active = True
@@ -340,8 +342,11 @@ class Patch:
         check_keywords(decoder, kwargs)
         self._left_out.give_back()
         inputs = _Inputs(decoder, args, kwargs)
-        unpadded = inputs.rule_out_packing()
-        self._caches.check(cache_of(kwargs), kwargs.get("position_ids"), inputs.queries())
+        unpadded, weights = inputs.rule_out_packing(), inputs.weights_wanted()
+        observed = weights or self._observer is not None
+        continuous = self._continuous.step(kwargs, self._plan, observed=observed)
+        if continuous is None:
+            self._caches.check(cache_of(kwargs), kwargs.get("position_ids"), inputs.queries())
         request = self._request.current(self._plan)
         if self._plan.keeps:
             request = (request or Request()).of_sequence(self._sequences.of(cache_of(kwargs)))
@@ -350,14 +355,15 @@ class Patch:
             self._plan.begin(request),
             self.stats,
             observer=self._observer,
-            first_slot=inputs.first_slot(),
-            weights=inputs.weights_wanted(),
+            first_slot=None if continuous else inputs.first_slot(),
+            weights=weights,
             packed=inputs.maybe_packed(),
             unpadded=unpadded,
             left_out=self._left_out if self._left_out.at_random else None,
             request=request,
             outer=outer_forward(decoder),
             module=None if torch.compiler.is_compiling() else decoder,
+            continuous=continuous,
         )
         kwargs[FORWARD] = forward
         enter_forward(forward)

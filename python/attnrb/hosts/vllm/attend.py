@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnrb.hosts.ragged import BatchView
 from attnrb.hosts.vllm.batch import Batch, Group
 from attnrb.hosts.vllm.joining import RowEdit, alike, join_edits
 from attnrb.hosts.vllm.merging import Merging, Share
@@ -33,7 +34,7 @@ from attnrb.ops.scores import score_arguments
 from attnrb.ops.visibility import Visibility, visibility_arguments
 from attnrb.policies.base import LayerPlan, LayerView, Mixture, Session
 
-__all__ = ["BatchView", "Forward", "Layer", "LayerScores", "RowView", "Step", "attend"]
+__all__ = ["Forward", "Layer", "LayerScores", "RowView", "Step", "attend"]
 
 
 class LayerScores:
@@ -152,25 +153,6 @@ class Forward:
         return self._alone[number]
 
 
-class BatchView(LayerView):
-    """What a session may see that serves many sequences at once: which layer, how many heads and rows, and where."""
-
-    __slots__ = ("_rows",)
-
-    def __init__(self, layer: Layer, rows: int) -> None:
-        super().__init__(layer.number, layer.query, layer.key, _no_scores, layer.query.shape[1], layer.query.device)
-        self._rows = rows
-
-    @property
-    def rows(self) -> int:
-        """B."""
-        return self._rows
-
-
-def _no_scores() -> Mapping[str, Any]:
-    raise RuntimeError("a policy whose plan says that it reads no keys looked at them: give its plan reads_keys=True")
-
-
 class RowView(LayerView):
     """One row of a batch, as in a forward of its own; its keys are gathered where someone looks at them."""
 
@@ -244,7 +226,9 @@ def _shares(
     emit, arguments = plan.emits.get(layer.number), NO_EDIT
     if layer.number in plan.edited:
         ready = session.ready.get(layer.number)
-        edit = session.edit(BatchView(layer, forward.batch.rows)) if ready is None else None
+        edit = None
+        if ready is None:
+            edit = session.edit(BatchView(layer.number, layer.query, layer.key, forward.batch.rows))
         if ready is not None:
             arguments = ready
         elif isinstance(edit, Mixture):
