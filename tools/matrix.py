@@ -145,12 +145,12 @@ def _files(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _tries(found: list[dict[str, Any]]) -> list[str]:
-    told = ("python", "torch", "transformers")
-    rows = [
-        (*(each[name] for name in told), f"`{each['libattnrb.so'][:16]}`", each["built_with_torch"], each["date"])
-        for each in found
-    ]
-    return _table(("Python", "torch", "transformers", "`libattnrb.so`", "compiled beside torch", "date"), rows)
+    rows = []
+    for each in found:
+        about = (each["python"], each["torch"], each["transformers"], each.get("installer", "uv").replace("-", " "))
+        rows.append((*about, f"`{each['libattnrb.so'][:16]}`", each["built_with_torch"], each["date"]))
+    names = ("Python", "torch", "transformers", "installed by", "`libattnrb.so`", "compiled beside torch", "date")
+    return _table(names, rows)
 
 
 def _emulated(found: list[dict[str, Any]]) -> list[str]:
@@ -186,6 +186,8 @@ def main() -> int:
     for name, file in (("files", FILES), ("wheel", TRIED), ("emulated", EMULATED)):
         if file.exists():
             found[name] = kept(file)
+    made = {digest for each in found.get("files", ()) for digest in each["sha256"].values()}
+    found["wheel"] = [each for each in found["wheel"] if not made or each["libattnrb.so"] in made]
     found["wheel"].sort(key=lambda each: (tuple(map(int, each["python"].split("."))), each["torch"]))
     save(found)
     return int(any(each.get("failed", 0) or each.get("error", 0) for each in found["tests"]))
