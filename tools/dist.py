@@ -72,7 +72,12 @@ def build(
 
 
 def look_at(wheel: Path) -> dict[str, Any]:
-    """What is in it. Raises SystemExit where it is tied to a Python or to a newer C library than it says."""
+    """What is in it.
+
+    Raises:
+        SystemExit: it is tied to one version of Python, brings libraries of others, runs code when Python starts, or
+            asks for a newer C library than it promises.
+    """
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         libraries = {Path(name).name: archive.read(name) for name in names if name.endswith(".so")}
@@ -82,6 +87,9 @@ def look_at(wheel: Path) -> dict[str, Any]:
     vendored = [name for name in names if ".libs/" in name]
     if vendored:
         raise SystemExit(f"{wheel.name} brings libraries of others: {', '.join(vendored)}")
+    at_start = [name for name in names if re.search(r"\.(pth|start)$|(^|/)(site|user)customize\b", name)]
+    if at_start:
+        raise SystemExit(f"{wheel.name} runs code whenever Python starts: {', '.join(at_start)}")
     found = {"wheel": wheel.name, "megabytes": round(wheel.stat().st_size / 1e6, 2), "sha256": {}, "newest": {}}
     for name, data in sorted(libraries.items()):
         found["sha256"][name] = hashlib.sha256(data).hexdigest()
@@ -90,6 +98,10 @@ def look_at(wheel: Path) -> dict[str, Any]:
             numbers = tuple(map(int, version.split(b".")))
             wanted[library.decode()] = max(numbers, wanted.get(library.decode(), ()))
         found["newest"][name] = {library: ".".join(map(str, numbers)) for library, numbers in sorted(wanted.items())}
+        promised = tuple(map(int, (re.findall(r"manylinux_(\d+)_(\d+)_", wheel.name) or [GLIBC])[0]))
+        if wanted.get("GLIBC", ()) > promised:
+            newest = found["newest"][name]["GLIBC"]
+            raise SystemExit(f"{wheel.name} promises glibc {promised[0]}.{promised[1]}, and {name} asks for {newest}")
     if sys.platform == "linux":
         said = run(sys.executable, "-m", "auditwheel", "show", wheel)
         print(said)

@@ -66,6 +66,8 @@ _TAG = "py3-none-manylinux_2_28_x86_64"
             ["attnrb/libattnrb.so", "attnrb.libs/libtorch-1.so"],
             "brings libraries of others: attnrb.libs/libtorch",
         ),
+        (_TAG, ["attnrb/libattnrb.so", "attnrb_hooks.pth"], "runs code whenever Python starts: attnrb_hooks.pth"),
+        (_TAG, ["sitecustomize.py"], "runs code whenever Python starts: sitecustomize.py"),
     ],
 )
 def test_a_wheel_that_serves_fewer_than_all_is_refused(
@@ -73,6 +75,12 @@ def test_a_wheel_that_serves_fewer_than_all_is_refused(
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         tool("dist").look_at(wheel(tmp_path, tag, *names))
+
+
+def test_a_wheel_that_asks_for_more_than_it_promises_is_refused(tmp_path: Path, tool: Any) -> None:
+    made = wheel(tmp_path, "py3-none-manylinux_2_12_x86_64", "attnrb/libattnrb.so")
+    with pytest.raises(SystemExit, match=r"promises glibc 2\.12, and libattnrb\.so asks for 2\.14"):
+        tool("dist").look_at(made)
 
 
 def test_the_versions_that_a_wheel_asks_for(tmp_path: Path, tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
