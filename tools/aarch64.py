@@ -18,14 +18,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dist
 from programs import EMULATED, ROOT, counts, remember, run, today, watch
+
+import dist
 
 MACHINE = "aarch64"
 PLACE = ROOT / "build" / "aarch64-python"
 SYSTEM = PLACE / "system"
 SITE = PLACE / "site"
-TORCH = "torch==2.13.0"  # that of constraints.txt; a test compares
+# The oldest that is served, which a test compares: of newer ones the wheel for ARM brings CUDA, another 4 GB.
+TORCH = "torch==2.10.0"
 
 _PROGRAMS = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user", "apt-get": "apt"}
 # Without vectors of any length, which torch would take and qemu is slow at.
@@ -63,7 +65,7 @@ def unpack_python() -> Path:
     apt = ["apt-get", "--quiet", *(word for name, value in settings.items() for word in ("-o", f"{name}={value}"))]
     # A source that has nothing for ARM is no matter: what is missing shows in the next line.
     subprocess.run([*apt, "update"], check=False)
-    wanted = ("python3-minimal", "libpython3-stdlib")
+    wanted = ("python3-minimal", "libpython3-stdlib", "libstdc++6")  # torch needs the last
     run(*apt, "install", "--download-only", "--yes", "--no-install-recommends", *wanted)
     for package in sorted((cache / "archives").glob("*.deb")):
         if re.match(r"(lib|python3|zlib1g)", package.name):
