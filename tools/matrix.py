@@ -140,7 +140,13 @@ def _files(found: list[dict[str, Any]]) -> list[str]:
             newest = ", ".join(f"{library} {version}" for library, version in each["newest"][name].items())
             tags = ", ".join(f"`{tag}`" for tag in each.get("auditwheel", ()))
             rows.append((f"`{each['wheel']}`", f"{each['megabytes']:.2f} MB", f"`{digest[:16]}`", newest, tags))
-    columns = ("file", "size", "SHA-256 of `libattnrb.so`", "newest versions that it asks for", "by `auditwheel show`")
+    columns = (
+        "file",
+        "size",
+        "SHA-256 of `libattnrb.so`",
+        "newest versions that it asks for",
+        "what `auditwheel show` finds",
+    )
     return _table(columns, rows)
 
 

@@ -67,6 +67,7 @@ _TAG = "py3-none-manylinux_2_28_x86_64"
             "brings libraries of others: attnrb.libs/libtorch",
         ),
         (_TAG, ["attnrb/libattnrb.so", "attnrb_hooks.pth"], "runs code whenever Python starts: attnrb_hooks.pth"),
+        ("py3-none-manylinux_2_35_x86_64", ["attnrb/libattnrb.so"], r"needs a glibc newer than 2\.28"),
         (_TAG, ["sitecustomize.py"], "runs code whenever Python starts: sitecustomize.py"),
     ],
 )
@@ -117,7 +118,7 @@ def test_the_wheel_for_a_machine_is_one(tmp_path: Path, tool: Any, monkeypatch: 
 
 
 def test_torch_for_arm_is_the_oldest(tool: Any) -> None:
-    assert (tool("aarch64").TORCH,) == tool("matrix").ROWS["torch-oldest"]
+    assert tool("matrix").ROWS["torch-oldest"] == (tool("aarch64").TORCH,)
 
 
 def test_the_page_of_versions_is_what_the_program_writes(tool: Any) -> None:
