@@ -184,12 +184,13 @@ def main() -> int:
     parser.add_argument("--python", default=f"{sys.version_info[0]}.{sys.version_info[1]}", help="version of Python")
     parser.add_argument("--write", action="store_true", help="run nothing, only write the page")
     options = parser.parse_args()
-    found: dict[str, Any] = json.loads(FOUND.read_text("utf-8")) if FOUND.exists() else {"tests": [], "wheel": []}
     for name in () if options.write else options.rows or ROWS:
         result = test(name, options.python)
+        found = before()  # now: another row may have come meanwhile
         others = [old for old in found["tests"] if (old["row"], old["python"]) != (name, options.python)]
         found["tests"] = sorted([*others, result], key=lambda each: (list(ROWS).index(each["row"]), each["python"]))
         save(found)
+    found = before()
     for name, file in (("files", FILES), ("wheel", TRIED), ("emulated", EMULATED)):
         if file.exists():
             found[name] = kept(file)
@@ -198,6 +199,12 @@ def main() -> int:
     found["wheel"].sort(key=lambda each: (tuple(map(int, each["python"].split("."))), each["torch"]))
     save(found)
     return int(any(each.get("failed", 0) or each.get("error", 0) for each in found["tests"]))
+
+
+def before() -> dict[str, Any]:
+    """What the page says."""
+    found: dict[str, Any] = {"tests": [], "wheel": []}
+    return json.loads(FOUND.read_text("utf-8")) if FOUND.exists() else found
 
 
 def save(found: dict[str, Any]) -> None:
