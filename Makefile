@@ -104,7 +104,7 @@ dist: $(DONE)/dist
 dist-aarch64: $(DONE)/dist
 	$(BIN)/python tools/aarch64.py wheel
 
-test-aarch64-python: $(DONE)/dist
+test-aarch64-python: dist-aarch64
 	$(BIN)/python tools/aarch64.py test
 
 matrix: $(DONE)/dist
