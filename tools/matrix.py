@@ -38,14 +38,21 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 _SHOWN = ("torch", "transformers", "numpy", "lm_eval")
 # What versions of others bear on; the rest of the tests reads texts, pages and sources of its own.
-CORE = (
-    *("accuracy_attention", "attention_*", "ops_errors", "ops_registration", "paging", "training_accuracy"),
-    *("config", "emphasis", "policies", "sinks"),
+_OPS = ("accuracy_attention", "attention_*", "ops_errors", "ops_registration", "paging", "training_accuracy")
+_MODELS = (
+    *("config", "emphasis", "policies", "sinks", "text_mark", "text_spans", "training_patch"),
     *("patch_batches", "patch_cleanup", "patch_compose", "patch_generate", "patch_left_out", "patch_masks"),
-    *("patch_models", "patch_stats", "patch_weights", "training_patch"),
-    *("text_mark", "text_spans"),
-    *("evaluation_data", "evaluation_run", "study_items", "trust_lm_eval*"),
+    *("patch_models", "patch_stats", "patch_weights"),
 )
+_EVALUATION = ("evaluation_data", "evaluation_run", "study_items", "trust_lm_eval*")
+# Of an older version, the tests of what stands on it.
+CORE: dict[str, tuple[str, ...]] = {
+    "newest": _OPS + _MODELS + _EVALUATION,
+    "torch-oldest": (*_OPS, "training_patch", "emphasis"),
+    "transformers-oldest": _OPS + _MODELS + _EVALUATION,
+    "numpy-oldest": _OPS + _EVALUATION,
+    "lm-eval-oldest": _EVALUATION,
+}
 _LEFT_OUT = "slow or real_model or browser or vllm"
 # One case in so many. Prime to the numbers of dtypes, rules and kinds, so that all of them come.
 _SAMPLE = {"ATTNRB_TEST_SAMPLE": "97", "ATTNRB_TEST_GRADIENT_SAMPLE": "61"}
@@ -60,16 +67,17 @@ them were tried. A program wrote it.
 
 """
 _BELOW = """Bold is the oldest version that attnrb allows. The tests are the quick ones of ops, policies, patched
-models, texts and evaluation, with a part of the generated cases (`CORE` in `tools/matrix.py`)."""
+models, texts and evaluation, with a part of the generated cases; with older versions, those of what stands on them
+(`CORE` in `tools/matrix.py`)."""
 _TRIED = """The same file was installed in bare environments without a compiler. The ops were compared with the
 reference, and the Python of the README ran, with a real model."""
 _EMULATED = """The wheel for ARM, cross-compiled, in a Python for ARM under qemu (`make test-aarch64-python`): every op
 against the reference, then a sample of the op tests in float32, float16 and bfloat16, for each set of kernels."""
 
 
-def core() -> list[Path]:
-    """The files of the core's tests."""
-    return sorted({path for each in CORE for path in (ROOT / "tests" / "python").glob(f"test_{each}.py")})
+def core(row: str) -> list[Path]:
+    """The files of a row's tests."""
+    return sorted({path for each in CORE[row] for path in (ROOT / "tests" / "python").glob(f"test_{each}.py")})
 
 
 def test(name: str, python: str) -> dict[str, Any]:
@@ -101,7 +109,7 @@ def test(name: str, python: str) -> dict[str, Any]:
     threads = os.environ.get("OMP_NUM_THREADS", "2")
     code, said = watch(
         *(interpreter, "-m", "pytest", "-q", "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"),
-        *("-m", f"not ({_LEFT_OUT})", *core()),
+        *("-m", f"not ({_LEFT_OUT})", *core(name)),
         environment={"OMP_NUM_THREADS": threads, **_SAMPLE},
     )
     if code not in (0, 1) or not counts(said):
