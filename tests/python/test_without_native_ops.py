@@ -41,6 +41,9 @@ print("served")
 _MEMORY = """
 import torch
 from attnrb import functional
+from attnrb.ops import dense
+
+dense._BLOCK = 1 << 20  # weights in memory at a time: the shortest length here has more
 
 def run(keys):
     query, key = torch.randn(1, 2, keys, 256, requires_grad=True), torch.randn(1, 1, keys, 256)
@@ -48,7 +51,7 @@ def run(keys):
     functional.received_attention(query.detach(), key)
     print(peak())
 
-for keys in (2048, 2048, 4096, 8192):  # the first brings in blocks of 4 million weights
+for keys in (1024, 1024, 2048, 4096):
     run(keys)
 """
 
