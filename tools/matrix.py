@@ -200,13 +200,22 @@ def main() -> int:
         save(found)
     found = before()
     for name, file in (("files", FILES), ("wheel", TRIED), ("emulated", EMULATED)):
-        if file.exists():
-            found[name] = kept(file)
+        found[name] = merged(found.get(name, []), kept(file), _SAME[name])
     made = {digest for each in found.get("files", ()) for digest in each["sha256"].values()}
     found["wheel"] = [each for each in found["wheel"] if not made or each["libattnrb.so"] in made]
     found["wheel"].sort(key=lambda each: (tuple(map(int, each["python"].split("."))), each["torch"]))
     save(found)
     return int(any(each.get("failed", 0) or each.get("error", 0) for each in found["tests"]))
+
+
+# What makes two entries of the page one and the same; the one that came later stays.
+_SAME = {"files": ("wheel",), "wheel": ("python", "torch", "installer"), "emulated": ("instruction_set",)}
+
+
+def merged(earlier: list[dict[str, Any]], came: list[dict[str, Any]], same: tuple[str, ...]) -> list[dict[str, Any]]:
+    """What came, and what the page says besides: another checkout may have found it."""
+    new = [tuple(each.get(name) for name in same) for each in came]
+    return [*(old for old in earlier if tuple(old.get(name) for name in same) not in new), *came]
 
 
 def before() -> dict[str, Any]:

@@ -124,6 +124,12 @@ def test_torch_for_arm_is_the_oldest(tool: Any) -> None:
     assert tool("matrix").ROWS["torch-oldest"] == (tool("aarch64").TORCH,)
 
 
+def test_what_another_checkout_found_stays_on_the_page(tool: Any) -> None:
+    earlier = [{"python": "3.10", "sha": 1}, {"python": "3.11", "sha": 1}]
+    came = [{"python": "3.11", "sha": 2}, {"python": "3.12", "sha": 2}]
+    assert tool("matrix").merged(earlier, came, ("python",)) == [earlier[0], *came]
+
+
 def test_the_page_of_versions_is_what_the_program_writes(tool: Any) -> None:
     matrix = tool("matrix")
     if not matrix.FOUND.exists():
