@@ -166,6 +166,7 @@ def test_no_kernel_spills() -> None:
         assert used["LOCAL"] == 0, (kernel, architecture)
 
 
+@pytest.mark.slow
 def test_instructions_are_those_that_were_meant() -> None:
     """Tensor cores, ldmatrix and asynchronous copies in the tiled kernels; 16-byte accesses in those on weights."""
     assert instructions()

@@ -59,6 +59,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(parts=pieces(AS_TEXT))
 def test_any_markup_on_any_text(tokenizer: Any, parts: list[tuple[str, str]]) -> None:
