@@ -64,7 +64,7 @@ test-native: $(DONE)/test-cpp cpp-verdict $(DONE)/cuda-host $(DONE)/cuda-library
 test-beside: lint $(DONE)/model $(DONE)/gemma test-oldest
 
 test-quick: $(DONE)/test
-	ATTNRB_TEST_SAMPLE=83 ATTNRB_TEST_GRADIENT_SAMPLE=37 $(PYTEST) -m 'not (slow or real_model or browser or vllm)'
+	ATTNRB_TEST_SAMPLE=40 ATTNRB_TEST_GRADIENT_SAMPLE=13 $(PYTEST) -m 'not (slow or real_model or browser or vllm)'
 
 test-python: $(DONE)/test $(DONE)/model $(DONE)/gemma
 	$(PYTEST)

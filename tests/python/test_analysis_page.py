@@ -93,6 +93,28 @@ def test_hostile_tokens_stay_text(chromium: Any, page: Path, report: AttentionRe
         assert heard.dialogs == [] and heard.messages == [] and heard.requests == []
 
 
+SETTLED = f"""async () => {{
+  const shades = () => ({SHADES})([...document.querySelectorAll('#text .t')]);
+  for (let before = null; ; ) {{
+    const now = shades();
+    if (String(now) === before) return now;
+    before = String(now);
+    await new Promise((done) => setTimeout(done, 200));
+  }}
+}}"""
+"""The shades of all tokens once none has changed for a while."""
+PRINTED = f"""() => new Promise((done) => {{
+  const slider = document.getElementById("layer");
+  slider.value = Number(slider.value) - 1;
+  slider.dispatchEvent(new Event("input", {{ bubbles: true }}));
+  requestAnimationFrame(() => {{
+    window.dispatchEvent(new Event("beforeprint"));
+    done(({SHADES})([...document.querySelectorAll("#text .t")]));
+  }});
+}})"""
+"""The shades of all tokens on paper, where printing begins in the frame of a step to the layer before."""
+
+
 def shown(tab: Any, layer: int) -> None:
     """Wait for a layer. A selector, since the page's own policy lets no string be evaluated while it polls."""
     tab.locator(f"#layer-name:text-is('layer {layer}')").wait_for()
@@ -243,6 +265,15 @@ def test_long_text_stays_usable(chromium: Any, report: AttentionReport, tmp_path
         for layer in range(LAYERS):
             tab.keyboard.press("ArrowRight")
             shown(tab, layer)
+        # What is out of sight follows, as time goes by, or at once where the page is printed.
+        last = tab.evaluate(SETTLED)
+        printed = tab.evaluate(PRINTED)
+        shown(tab, LAYERS - 2)
+        assert sum(one != other for one, other in zip(printed, last, strict=True)) > length / 2
+        assert tab.evaluate(SETTLED) == printed
+        tab.keyboard.press("ArrowRight")
+        shown(tab, LAYERS - 1)
+        assert tab.evaluate(SETTLED) == last
         tab.locator("#text").focus()
         tab.keyboard.press("End")
         assert tab.locator(".t.current").get_attribute("data-index") == str(length - 1)

@@ -34,16 +34,17 @@ def prompts() -> list[list[int]]:
     return [tokens(1, 9, seed=1)[0].tolist(), long, [5], [*long[:40], *tokens(1, 11, seed=4)[0].tolist()], long[20:50]]
 
 
-def batched(model: Any, asked: list[list[int]], **options: Any) -> list[Any]:
+def batched(model: Any, asked: list[list[int]], *, persistent: bool = False) -> list[Any]:
     """What continuous batching says: pages of 8 tokens, 24 tokens a step, so that prompts are read in parts."""
-    from transformers import ContinuousBatchingConfig
-
-    usual = {"page_size": 8, "num_blocks": 80, "max_batch_tokens": 24, "return_logprobs": True, **options}
+    config = transformers.ContinuousBatchingConfig(
+        page_size=8, num_blocks=80, max_batch_tokens=24, return_logprobs=True
+    )
     return list(
         model.generate_batch(
             asked,
-            continuous_batching_config=ContinuousBatchingConfig(**usual),
+            continuous_batching_config=config,
             generation_config=transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1),
+            persistent_manager=persistent,
         ).values()
     )
 
@@ -122,15 +123,7 @@ def test_keys_of_another_policy_are_not_shared() -> None:
     model, asked = model_of(), prompts()
 
     def again() -> list[Any]:
-        found = model.generate_batch(
-            asked,
-            continuous_batching_config=transformers.ContinuousBatchingConfig(
-                page_size=8, num_blocks=80, max_batch_tokens=24
-            ),
-            generation_config=transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1),
-            persistent_manager=True,
-        )
-        return list(found.values())
+        return batched(model, asked, persistent=True)
 
     with attnrb.patch(model, Rebalance(alpha=1.5)) as patched:
         wanted = [said for said, _ in one_by_one(model, asked)]

@@ -174,7 +174,8 @@ def stop(kept: str = "") -> NoReturn:
 
 def explain(error: Exception) -> str:
     """What happened, for a person, and what to do where that is known."""
-    return f"{_explain(error)}; {_FOR_UTF8}" if _took_text_for_ascii(error) else _explain(error)
+    sentence = _explain(error)
+    return f"{sentence}; {_FOR_UTF8}" if _took_text_for_ascii(error) else sentence
 
 
 def _took_text_for_ascii(error: BaseException | None) -> bool:
