@@ -33,7 +33,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "newest": (),
     "torch-oldest": ("torch==2.10.0",),
     "transformers-oldest": ("transformers==4.57.6",),
-    "numpy-oldest": ("numpy==1.26.4",),
+    "numpy-oldest": ("numpy==1.26.4", "pyarrow<26"),  # for the harness; pyarrow 26 refuses this NumPy
     "lm-eval-oldest": ("lm_eval==0.4.13",),
 }
 _SHOWN = ("torch", "transformers", "numpy", "lm_eval")

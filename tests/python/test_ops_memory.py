@@ -302,3 +302,31 @@ def test_rows_are_padded_throughout(dtype: torch.dtype) -> None:
         assert (indices[held] < keys).all()
         ascending = indices[..., 1:] > indices[..., :-1]
         assert ascending[held[..., 1:]].all()
+
+
+# ------------------------------------------------------------------------------------------------- in several rounds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_a_batch_that_are_not_packed_together(dtype: torch.dtype) -> None:
+    """Working memory is bounded: 64 MiB of packed keys and values at a time. Equal operands, so equal results."""
+    query, (key, value) = 2 * torch.randn(1, 2, 24, 256).to(dtype), torch.randn(2, 1, 1, 4000, 256).to(dtype)
+    expected = functional.attention(query, key, value, emit=0.01)
+    came = functional.attention(*(each.expand(20, -1, -1, -1) for each in (query, key, value)), emit=0.01)
+    for tensor, one in zip((came.output, came.lse, *came.outliers), (*expected[:2], *expected.outliers), strict=True):
+        assert all(torch.equal(each, one[0]) for each in tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_batch_that_are_not_added_together(dtype: torch.dtype) -> None:
+    """As above, for the 128 MiB in which gradients of queries are added up."""
+
+    def gradients(batch: int) -> list[Tensor]:
+        leaves = [each.expand(batch, -1, -1, -1).detach().requires_grad_() for each in (query, key, value)]
+        output = functional.attention(*leaves).output
+        return list(torch.autograd.grad(output, leaves, grad_output.expand_as(output)))
+
+    query, grad_output = torch.randn(2, 1, 4, 1024, 256).to(dtype)
+    key, value = torch.randn(2, 1, 1, 20, 256).to(dtype)
+    for came, one in zip(gradients(36), gradients(1), strict=True):
+        assert all(torch.equal(each, one[0]) for each in came)

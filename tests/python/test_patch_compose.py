@@ -59,7 +59,7 @@ def test_quantised_weights(name: str, bits: int, tmp_path: Path) -> None:
         options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
     tiny(name, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
+        tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map="cpu", dtype=torch.float32
     ).eval()
     assert "bnb" in f"{type(model.model.layers[0].self_attn.q_proj).__module__} bnb" and model.is_quantized
     ids = tokens(2, 16)

@@ -123,7 +123,7 @@ def changed(what: str) -> tuple[Any, Any]:
         with torch.no_grad():
             model.lm_head.weight[-1, -1] += 1e-3
     if what == "an option of the model":
-        model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5e5}
+        model.config.rms_norm_eps *= 10
     if what == "a token":
         tokenizer.add_tokens(["<new>"])
     if what == "the chat template":

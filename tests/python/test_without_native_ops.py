@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from attnrb import Edit, functional
 from attnrb.ops import dense
 from own_process import passed
-from process_memory import growth, printed
+from process_memory import printed
 from torch import Tensor
 
 # What nobody with native ops ever runs: patched models without them.
@@ -38,18 +40,17 @@ _MEMORY = """
 import torch
 from attnrb import functional
 
-def growth(keys):
-    query, key = torch.randn(1, 2, keys, 8), torch.randn(1, 2, keys, 8)
-    query.requires_grad_()
-    before = peak()
-    functional.attention(query, key, key).output.sum().backward()
-    return peak() - before
+def run(keys):
+    query, key = torch.randn(1, 4, keys, 256, requires_grad=True), torch.randn(1, 2, keys, 256)
+    functional.attention(query, key, key, emit=0.01).output.sum().backward()
+    functional.received_attention(query.detach(), key)
+    return peak()
 
-growth(4096)  # blocks of 4 million weights come in here
-print(growth(8192))
+run(1024)  # blocks of 4 million weights come in here
+print(*map(run, (1024, 2048, 4096)))
 """
 
-_OP_TESTS = ("accuracy_attention", "attention_accuracy")
+_OP_TESTS = ("accuracy_attention", "accuracy_weights", "accuracy_not_finite", "attention_accuracy", "training_accuracy")
 # One case in so many, prime to the numbers of dtypes, rules and kinds.
 _SAMPLE = {"ATTNRB_TEST_SAMPLE": "31", "ATTNRB_TEST_GRADIENT_SAMPLE": "61"}
 
@@ -71,9 +72,11 @@ def test_models_without_native_ops() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_native_ops")
-def test_memory_without_native_ops() -> None:
-    """A matrix of all weights would be 512 MB."""
-    assert growth(_MEMORY) < 200 * 1024 * 1024
+def test_memory_grows_as_the_text_does() -> None:
+    """Forward with outliers, backward, and received attention. With a matrix of all weights the exponent would be 2."""
+    first, second, third = map(int, printed(_MEMORY).split())
+    assert second > first
+    assert math.log2((third - second) / (second - first)) <= 1.1
 
 
 @pytest.mark.slow

@@ -244,8 +244,9 @@ def records_gradient(*inputs: Tensor | None) -> bool:
 def given(edit: EditArguments, emit: float | None, visibility: VisibilityArguments, scores: Scores) -> dict[str, Any]:
     """The options that are not at their defaults: each that is passed costs a call a quarter of a microsecond."""
     found: dict[str, Any] = {} if emit is None else {"emit": emit}
+    compiling = torch.compiler.is_compiling()  # torch 2.10 traces no `is` of two named tuples
     for options, nothing in ((edit, NO_EDIT), (visibility, DEFAULT_VISIBILITY), (scores, DEFAULT_SCORES)):
-        if options is not nothing:
+        if compiling or options is not nothing:
             for name, option, default in zip(options._fields, options, nothing, strict=True):
                 if option is not default:
                     found[name] = option
