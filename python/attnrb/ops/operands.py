@@ -42,6 +42,9 @@ __all__ = [
 # Looked up once: every layer of every decoded token asks.
 _under_transforms = torch._C._are_functorch_transforms_active
 
+# Older compilers cannot trace `is` between two named tuples; of this one it is known.
+_IDENTITY_IS_TRACED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*NATIVE_DTYPES, torch.float64)
 
@@ -244,9 +247,10 @@ def records_gradient(*inputs: Tensor | None) -> bool:
 def given(edit: EditArguments, emit: float | None, visibility: VisibilityArguments, scores: Scores) -> dict[str, Any]:
     """The options that are not at their defaults: each that is passed costs a call a quarter of a microsecond."""
     found: dict[str, Any] = {} if emit is None else {"emit": emit}
-    compiling = torch.compiler.is_compiling()  # torch 2.10 traces no `is` of two named tuples
+    if not _IDENTITY_IS_TRACED and torch.compiler.is_compiling():
+        return {"emit": emit, **edit._asdict(), **visibility._asdict(), **scores._asdict()}
     for options, nothing in ((edit, NO_EDIT), (visibility, DEFAULT_VISIBILITY), (scores, DEFAULT_SCORES)):
-        if compiling or options is not nothing:
+        if options is not nothing:
             for name, option, default in zip(options._fields, options, nothing, strict=True):
                 if option is not default:
                     found[name] = option
