@@ -189,8 +189,8 @@ FORWARD: list[Fault] = [
     Fault(
         "a NaN value reaches rows that do not see it",
         "kernels/values.h",
-        "if (!partial || all_finite()) {",
-        "if (true) {",
+        "if (partial && !all_finite()) {",
+        "if (false) {",
     ),
     Fault(
         "received attention counts rows behind the last",
