@@ -32,6 +32,9 @@ class AttentionBlock {
   static constexpr bool kValues = task != Task::softmax && task != Task::biased_softmax;
   static constexpr bool kMayEmit = kEdited || task == Task::source;
   static constexpr bool kMayBoost = kEdited || task == Task::rebalance;
+  // Whether there is code of its own for whole tiles, and a third buffer (Note: [Two stages]): what an edit keeps, or
+  // sums of 256 columns, leave no registers for them. The plan knows of this.
+  static constexpr bool kCommon = !kBiased && Width <= 128;
 
  public:
   ATTNRB_DEVICE AttentionBlock(const AttentionParameters& parameters, int64_t block) : p(parameters) {
@@ -94,7 +97,7 @@ class AttentionBlock {
     commit_copies();
     int keys_in = 0;
     for (int tile = first_tile; tile < last_tile; ++tile) {
-      const int next_in = p.ahead && keys_in == 0 ? kSecond : 0;
+      const int next_in = ahead() && keys_in == 0 ? kSecond : 0;
       visit(tile, keys_in, next_in);
       keys_in = next_in;
     }
@@ -226,6 +229,7 @@ class AttentionBlock {
   }
 
   ATTNRB_DEVICE int value_stride() const { return row_stride<T>(p.value_columns); }
+  ATTNRB_DEVICE bool ahead() const { return kCommon && p.ahead; }
   // The second buffer of keys, where there is one; without values it is theirs.
   static constexpr int kSecond = kValues ? 2 : 1;
   ATTNRB_DEVICE T* buffer(int which) const {
@@ -250,8 +254,13 @@ class AttentionBlock {
                                   RowLayout of_rows) {
     const auto keys = Sequences::template key_rows<T>(p, operand, batch, key_head);
     const int64_t first = int64_t(tile) * kKeys, left = Sequences::keys(p) - first;
-    load_keys_of_tile<T, kThreads, kKeys, Width / Tiles::unit>(buffer(which), columns, operand, first_column, keys,
-                                                               first, left, of_rows);
+    if constexpr (kCommon)
+      load_keys_of_tile<T, kThreads, kKeys, Width / Tiles::unit>(buffer(which), columns, operand, first_column, keys,
+                                                                 first, left, of_rows);
+    else
+      load_tile<T, kThreads>(
+          buffer(which), kKeys, columns, operand, first_column,
+          [&](int r) -> const T* { return r < left ? keys.row(first + r) : nullptr; }, of_rows);
   }
   ATTNRB_DEVICE void load_keys(int tile, int which) { load_operand(p.key, p.columns, 0, tile, which, p.layout); }
   ATTNRB_DEVICE void load_values(int tile) {
@@ -266,13 +275,13 @@ class AttentionBlock {
     block_sync();
     if (kValues) load_values(tile);
     commit_copies();
-    if (p.ahead && more) load_keys(tile + 1, next_in);
+    if (ahead() && more) load_keys(tile + 1, next_in);
     commit_copies();
     float s[Tiles::score_tiles][4];
     if (active) score(s, buffer(keys_in));
     wait_for_copies_before_last();
     block_sync();
-    if (!p.ahead && more) load_keys(tile + 1, next_in);
+    if (!ahead() && more) load_keys(tile + 1, next_in);
     commit_copies();
     if (!active) return;
 
@@ -311,12 +320,12 @@ class AttentionBlock {
   // s = query rows of this warp times the keys in `keys`.
   ATTNRB_DEVICE void score(float (&s)[Tiles::score_tiles][4], const T* keys) const {
     clear(s);
-    multiply_rows<T, Width>(s, queries + 16 * warp * p.layout.stride, keys, p.layout, p.columns);
+    multiply_rows<T, kCommon ? Width : 0>(s, queries + 16 * warp * p.layout.stride, keys, p.layout, p.columns);
   }
 
   // sums = factor * sums + probabilities times the values in the second buffer.
   ATTNRB_DEVICE void accumulate(const float (&s)[Tiles::score_tiles][4], const float (&factor)[2], bool partial) {
-    const ValueTile<T, Width> values{buffer(1), value_stride(), p.value_columns, lane};
+    const ValueTile<T, Width, kCommon> values{buffer(1), value_stride(), p.value_columns, lane};
     values.accumulate(sums, s, factor, partial);
   }
 

@@ -7,7 +7,8 @@
 namespace attnrb::cuda {
 
 // Rows of a tile of values in shared memory.
-template <class T, int Width>
+// `Common`: whether there is code for whole rows.
+template <class T, int Width, bool Common>
 struct ValueTile {
   using Tiles = Tile<T, Width>;
   using Scores = float[Tiles::score_tiles][4];
@@ -29,7 +30,7 @@ struct ValueTile {
     if (partial && !all_finite()) {
       multiply_values<true, false>(sums, s);
       add_non_finite(sums, s);
-    } else if (columns == Width) {
+    } else if (Common && columns == Width) {
       multiply_values<false, true>(sums, s);
     } else {
       multiply_values<false, false>(sums, s);

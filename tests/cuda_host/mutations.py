@@ -86,7 +86,7 @@ FORWARD: list[Fault] = [
     Fault(
         "the next keys arrive where these are",
         "kernels/attention.h",
-        "p.ahead && keys_in == 0 ? kSecond : 0",
+        "ahead() && keys_in == 0 ? kSecond : 0",
         "0",
     ),
     Fault(
