@@ -139,8 +139,9 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   check_shared("query", plan.shared_bytes, device);
   // See Note: [Two stages].
   const int64_t third = values ? keys * row_bytes : 0;
-  const bool common = plan.task != Task::edited && plan.task != Task::biased_softmax && plan.task != Task::rest;
-  p.ahead = common && plan.width <= 128 && (blocks_that_fit(plan.shared_bytes + third, device) >= 2 || third == 0);
+  const bool common = plan.task != Task::edited && plan.task != Task::biased_softmax && plan.task != Task::rest &&
+                      plan.width <= 128 && size == 2;
+  p.ahead = common && (blocks_that_fit(plan.shared_bytes + third, device) >= 2 || third == 0);
   if (p.ahead) {
     plan.shared_bytes += third;
     if (p.kept != 0) p.kept += int32_t(third);

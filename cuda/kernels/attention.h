@@ -32,9 +32,9 @@ class AttentionBlock {
   static constexpr bool kValues = task != Task::softmax && task != Task::biased_softmax;
   static constexpr bool kMayEmit = kEdited || task == Task::source;
   static constexpr bool kMayBoost = kEdited || task == Task::rebalance;
-  // Whether there is code of its own for whole tiles, and a third buffer (Note: [Two stages]): what an edit keeps, or
-  // sums of 256 columns, leave no registers for them. The plan knows of this.
-  static constexpr bool kCommon = !kBiased && Width <= 128;
+  // Whether there is code of its own for whole tiles, and a third buffer (Note: [Two stages]): what an edit keeps, sums
+  // of 256 columns, or the parts of float32 leave no registers for them. The plan knows of this.
+  static constexpr bool kCommon = !kBiased && Width <= 128 && sizeof(T) == 2;
 
  public:
   ATTNRB_DEVICE AttentionBlock(const AttentionParameters& parameters, int64_t block) : p(parameters) {

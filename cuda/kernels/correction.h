@@ -139,16 +139,23 @@ class CorrectionRows {
       value[f] = *reinterpret_cast<const U*>(values + at * parameters.value_bytes);
     }
     keep_loads_apart();
+    // All scores before the first sum over lanes: the assembler would ask for some rows only after it.
+    float score[Flight];
 #pragma unroll
     for (int f = 0; f < Flight; ++f) {
-      float score = 0.0f;
+      score[f] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < U::size; ++i) score += q[i] * widen(key[f].element[i]);
-      score = held ? score : 0.0f;
+      for (int i = 0; i < U::size; ++i) score[f] += q[i] * widen(key[f].element[i]);
+      score[f] = held ? score[f] : 0.0f;
+    }
 #pragma unroll
-      for (int mask = 1; mask < Lanes; mask *= 2) score += shuffle_xor(score, mask);
+    for (int mask = 1; mask < Lanes; mask *= 2)
+#pragma unroll
+      for (int f = 0; f < Flight; ++f) score[f] += shuffle_xor(score[f], mask);
+#pragma unroll
+    for (int f = 0; f < Flight; ++f) {
       if (!taken[f]) continue;
-      const float weight = fast_exp2(fmaf(score, p.factor, -reference));
+      const float weight = fast_exp2(fmaf(score[f], p.factor, -reference));
       mass += weight;
 #pragma unroll
       for (int i = 0; i < U::size; ++i) sums[i] += weight * widen(value[f].element[i]);

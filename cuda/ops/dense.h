@@ -27,8 +27,8 @@ struct DenseGradients {
 };
 
 // The backward of the same, by the flash or cuDNN kernel, whichever PyTorch would choose, given any output and
-// contiguous log-sum-exp; by flash where cuDNN fails, and none where PyTorch would choose neither. They add with atomics
-// unless torch.use_deterministic_algorithms() says no.
+// contiguous log-sum-exp; by flash where cuDNN fails, and none where PyTorch would choose neither. They add with
+// atomics unless torch.use_deterministic_algorithms() says no.
 std::optional<DenseGradients> differentiate_densely(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                                     const Tensor& value, const Tensor& output, const Tensor& lse,
                                                     bool causal, double scale);

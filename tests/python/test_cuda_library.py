@@ -155,7 +155,8 @@ def test_no_kernel_spills() -> None:
     """
     assert resources()
     for (kernel, architecture), used in resources().items():
-        assert used["STACK"] <= (128 if ", 256, rest>" in kernel else 0), (kernel, architecture)
+        most = 128 if kernel.startswith("attention_kernel") else 160  # for keys in blocks: 136 on 9.0
+        assert used["STACK"] <= (most if ", 256, rest>" in kernel else 0), (kernel, architecture)
         assert used["LOCAL"] == 0, (kernel, architecture)
 
 
