@@ -58,6 +58,7 @@ ATTNRB_DEVICE void load_keys_of_tile(T* tile, int columns, const Operand& operan
                                      const KeyRows& keys, int64_t first, int64_t left, RowLayout layout) {
   constexpr int kUnit = 16 / int(sizeof(T)), kStep = Threads / Units, kCopies = Rows / kStep;
   static_assert(Threads % Units == 0 && Rows % kStep == 0, "every thread has as many rows");
+  static_assert(kStep % 8 == 0, "the rows of a thread are turned alike");
   if (!operand.aligned) {
     load_tile<T, Threads>(
         tile, Rows, columns, operand, first_column,
@@ -67,11 +68,8 @@ ATTNRB_DEVICE void load_keys_of_tile(T* tile, int columns, const Operand& operan
   const int row = thread_index() / Units, units = columns / kUnit, stride = layout.stride;
   for (int unit = thread_index() % Units; unit < units; unit += Units) {
     const int from = first_column + unit * kUnit;
-    const auto target = [&](int i) {
-      // Where a step has whole eights of rows, all copies of a thread are turned alike.
-      const int turn = (kStep % 8 == 0 ? row : row + i * kStep) & layout.turned;
-      return tile + row * stride + (unit ^ turn) * kUnit + i * (kStep * stride);
-    };
+    T* first_target = tile + row * stride + (unit ^ (row & layout.turned)) * kUnit;
+    const auto target = [&](int i) { return first_target + i * (kStep * stride); };
     // The last unit may be padding.
     const bool held = from < operand.width;
     if (held && left >= Rows) {
