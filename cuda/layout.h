@@ -32,6 +32,12 @@ inline Operand operand_of(const View& view, int64_t width, DType dtype) {
   return operand;
 }
 
+// Of queries and keys: see Note: [Tiles in shared memory].
+inline RowLayout row_layout(int64_t columns, int64_t size) {
+  const bool whole = columns * size % 128 == 0;
+  return {int32_t(whole ? columns : columns + 16 / size), whole ? 7 : 0};
+}
+
 inline void check_capability(const Device& device) {
   if (device.capability < 80)
     refuse("query: expected on a device of compute capability 8.0 or newer, got one of ", device.capability / 10, ".",

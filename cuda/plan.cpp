@@ -29,6 +29,11 @@ int64_t tile_keys(DType dtype, int width) {
   return width <= 128 ? Tile<bfloat16, 128>::keys : Tile<bfloat16, 256>::keys;
 }
 
+// A multiprocessor has 1 KB more than a block may ask for, and takes as much for each block.
+int64_t blocks_that_fit(int64_t shared_bytes, const Device& device) {
+  return (device.shared_bytes + 1024) / (shared_bytes + 1024);
+}
+
 // Four blocks for each multiprocessor keep a device busy; a split shorter than two tiles costs more than it brings.
 int split_keys(const AttentionProblem& problem, int64_t blocks, int64_t keys_in_tile, const Device& device) {
   if (blocks == 0) return 1;
@@ -119,8 +124,10 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   p.columns = int32_t(round_up(shape.width, 2 * unit));
   p.value_columns = int32_t(round_up(std::clamp<int64_t>(value_width, 1, plan.width), 16));
   const int64_t keys = tile_keys(problem.dtype, plan.width);
-  const int64_t row_bytes = (p.columns + unit) * size, value_row_bytes = (p.value_columns + unit) * size;
-  plan.shared_bytes = kTileRows * row_bytes + 2 * keys * std::max(row_bytes, value_row_bytes);
+  p.layout = row_layout(p.columns, size);
+  const int64_t row_bytes = p.layout.stride * size;
+  const int64_t value_row_bytes = (p.value_columns + unit) * size;
+  plan.shared_bytes = (kTileRows + keys) * row_bytes + keys * std::max(row_bytes, value_row_bytes);
   if (plan.task == Task::edited || plan.task == Task::biased_softmax || plan.task == Task::rest) {
     p.kept = int32_t(plan.shared_bytes);
     plan.shared_bytes += kKeptWords * kThreads * int64_t(sizeof(uint32_t));
@@ -130,6 +137,16 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
     plan.shared_bytes += round_up(kSequenceBytes, 16);
   }
   check_shared("query", plan.shared_bytes, device);
+  // See Note: [Two stages].
+  const int64_t third = values ? keys * row_bytes : 0;
+  const bool common = plan.task != Task::edited && plan.task != Task::biased_softmax && plan.task != Task::rest &&
+                      plan.width <= 128 && size == 2;
+  p.ahead = common && (blocks_that_fit(plan.shared_bytes + third, device) >= 2 || third == 0);
+  if (p.ahead) {
+    plan.shared_bytes += third;
+    if (p.kept != 0) p.kept += int32_t(third);
+    if (p.of_sequence != 0) p.of_sequence += int32_t(third);
+  }
 
   const int64_t blocks = grids(shape) * shape.key_heads * p.row_tiles * p.slices;
   p.splits = split ? split_keys(problem, blocks, keys, device) : 1;

@@ -19,9 +19,18 @@ struct SparsePlan {
 // key bias, a positive scale), and no outliers under rule rest.
 bool sparse_suits(const AttentionProblem& problem);
 
-// `problem` as for plan_attention(): emit or edit is set, or both, and output holds the dense output.
-SparsePlan plan_sparse(const AttentionProblem& problem, const float* dense_lse, const int64_t (&lse_strides)[3],
-                       const Device& device, int gain_stride = 1);
+// What another library left. Its output lies in whole units of 16 bytes: where problem.output says, or elsewhere where
+// there are outliers to strengthen, which write it anyway.
+struct DensePart {
+  View output;
+  const float* lse = nullptr;
+  int64_t lse_strides[3] = {0, 0, 0};
+};
+// Whether the dense output may lie elsewhere.
+bool dense_suits(const AttentionProblem& problem, const View& output);
+// `problem` as for plan_attention(): emit or edit is set, or both.
+SparsePlan plan_sparse(const AttentionProblem& problem, const DensePart& dense, const Device& device,
+                       int gain_stride = 1);
 void start_sparse(SparsePlan& plan, int32_t* doubtful, int32_t* status, void* stream);
 
 }  // namespace attnrb::cuda

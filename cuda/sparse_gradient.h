@@ -9,6 +9,7 @@ namespace attnrb::cuda {
 struct SparseGradientPlan {
   GradientPlan own;  // of doubtful tiles, and what is known of each row
   SparseGradientParameters parameters;
+  int64_t most_long_keys = 0;
   int64_t workspace_bytes = 0;  // device memory the caller has to lend until the work is done
   int64_t zero_numbers = 0;     // int32 numbers, zeros, likewise
 };

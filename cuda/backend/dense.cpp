@@ -1,6 +1,9 @@
 // PyTorch's own kernels for CUDA.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
+#include <algorithm>
+#include <cstdlib>
+
 #include "ops/dense_calls.h"
 
 namespace attnrb::ops {
@@ -30,6 +33,40 @@ struct Results {
 template <class Function>
 Function* find(const char* name) {
   return reinterpret_cast<Function*>(find_in_torch_cuda(name));
+}
+
+// Note: [Layouts of cuDNN's plans]
+// torch keeps cuDNN's plans of a backward by the layouts of query, key and value, in many versions without those of the
+// output, its gradient and the log-sum-exp: a plan would read others wrongly. So these come as torch's own forward
+// leaves them, in whole rows in the order of the query's axes, and the last without gaps. Queries in another order than
+// the two that models have are left to flash; so is everything where the user has torch share plans among lengths, for
+// which the log-sum-exp would lie otherwise.
+bool plans_fit(const Tensor& query) {
+  const char* shared = std::getenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE");
+  const int64_t inner = std::max(query.stride(1), query.stride(2));
+  return (shared == nullptr || std::string(shared) != "1") && query.stride(3) == 1 &&
+         (query.size(0) == 1 || query.stride(0) >= inner);
+}
+
+// [B, H, M, D], as torch's forward leaves what comes of such a query.
+Tensor as_forward_left_it(const Tensor& tensor, const Tensor& query) {
+  const int64_t heads = query.size(1), rows = query.size(2), width = query.size(3);
+  const bool rows_first = query.stride(2) > query.stride(1);
+  const std::array<int64_t, 4> sizes{query.size(0), heads, rows, width};
+  const std::array<int64_t, 4> strides{heads * rows * width, rows_first ? width : rows * width,
+                                       rows_first ? heads * width : width, 1};
+  const Operand found("dense", tensor);
+  if (std::equal(strides.begin(), strides.end(), found.strides)) return tensor;
+  Tensor copy = empty_strided(sizes, strides, found.dtype, found);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+// [B, H, M, 1].
+Tensor with_last_axis(const Tensor& lse) {
+  std::array<StableIValue, 2> stack{from(lse), from(int64_t(-1))};
+  check(call("aten::unsqueeze", stack), "unsqueeze");
+  return to<Tensor>(stack[0]);
 }
 
 }  // namespace
@@ -75,21 +112,32 @@ std::optional<DenseAttention> attend(Backend backend, const Tensor& query, const
   return std::nullopt;
 }
 
-std::optional<DenseGradients> attend_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
-                                              const Tensor& value, const Tensor& output, const Tensor& lse, bool causal,
-                                              double scale) {
-  static const auto backward = find<decltype(aoti_torch_cuda__scaled_dot_product_flash_attention_backward)>(
-      "aoti_torch_cuda__scaled_dot_product_flash_attention_backward");
-  if (backward == nullptr) return std::nullopt;
+std::optional<DenseGradients> attend_backward(Backend backend, const Tensor& grad_output, const Tensor& query,
+                                              const Tensor& key, const Tensor& value, const Tensor& output,
+                                              const Tensor& lse, bool causal, double scale) {
   // No sequences of several lengths, and no random numbers: tensors that are none, and any.
-  AtenTensorHandle nothing = nullptr;
-  check(aoti_torch_new_uninitialized_tensor(&nothing), "new tensor");
-  const Tensor no_lengths(nothing), no_seed = empty<1>({2}, dtype_codes().int64, Operand("query", query));
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch_new_uninitialized_tensor(&handle), "new tensor");
+  const Tensor nothing(handle), no_seed = empty<1>({2}, dtype_codes().int64, Operand("query", query));
+  const AtenTensorHandle q = query.get(), k = key.get(), v = value.get(), none = nothing.get(), seed = no_seed.get();
+  const int64_t queries = query.size(2), keys = key.size(2);
   Results results;
   AtenTensorHandle* r = results.tensors.data();
-  if (backward(grad_output.get(), query.get(), key.get(), value.get(), output.get(), lse.get(), no_lengths.get(),
-               no_lengths.get(), query.size(2), key.size(2), kNoDropout, causal, no_seed.get(), no_seed.get(), &scale,
-               &r[0], &r[1], &r[2]) != 0)
+  if (backend == Backend::flash) {
+    static const auto flash = find<decltype(aoti_torch_cuda__scaled_dot_product_flash_attention_backward)>(
+        "aoti_torch_cuda__scaled_dot_product_flash_attention_backward");
+    if (flash == nullptr || flash(grad_output.get(), q, k, v, output.get(), lse.get(), none, none, queries, keys,
+                                  kNoDropout, causal, seed, seed, &scale, &r[0], &r[1], &r[2]) != 0)
+      return std::nullopt;
+    return results.take_gradients();
+  }
+  static const auto cudnn = find<decltype(aoti_torch_cuda__scaled_dot_product_cudnn_attention_backward)>(
+      "aoti_torch_cuda__scaled_dot_product_cudnn_attention_backward");
+  if (cudnn == nullptr || !plans_fit(query)) return std::nullopt;
+  const Tensor grad = as_forward_left_it(grad_output, query), y = as_forward_left_it(output, query);
+  const Tensor stats = with_last_axis(lse);
+  if (cudnn(grad.get(), q, k, v, y.get(), stats.get(), seed, seed, none, none, none, queries, keys, kNoDropout, causal,
+            &scale, &r[0], &r[1], &r[2]) != 0)
     return std::nullopt;
   return results.take_gradients();
 }

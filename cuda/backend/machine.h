@@ -59,6 +59,8 @@ ATTNRB_DEVICE void copy_async(void* shared, const void* global, bool valid) {
 }
 ATTNRB_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 ATTNRB_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group 0;\n" ::: "memory"); }
+// For all but those of the last commit_copies().
+ATTNRB_DEVICE void wait_for_copies_before_last() { asm volatile("cp.async.wait_group 1;\n" ::: "memory"); }
 
 // Four 8 x 8 matrices of 16-bit elements, or 8 x 4 of 32-bit ones: lane l gives the address of row l % 8 of matrix l
 // / 8.
@@ -148,6 +150,12 @@ ATTNRB_DEVICE bfloat16 narrow<bfloat16>(float x) {
   asm("cvt.rn.bf16.f32 %0, %1;\n" : "=h"(y.bits) : "f"(x));
   return y;
 }
+
+// Lanes with an equal number, the own one among them, as bits.
+ATTNRB_DEVICE unsigned match_any(int32_t x) { return __match_any_sync(kAllLanes, x); }
+// In memory that other blocks change too; returns what was there before.
+ATTNRB_DEVICE int32_t atomic_add(int32_t* at, int32_t x) { return atomicAdd(at, x); }
+ATTNRB_DEVICE void atomic_or(uint32_t* at, uint32_t x) { atomicOr(at, x); }
 
 // Reports what is wrong with the data of a call; the larger code wins.
 ATTNRB_DEVICE void report_status(int32_t* status, int32_t code) {

@@ -3,7 +3,8 @@
 // Note: [Two stages]
 // Shared memory holds the query rows and two buffers. While a tile's scores are computed from the first, its values
 // arrive in the second; while they are used, the next keys arrive in the first. One barrier before each use makes the
-// copies visible to all warps and says that all are done with the other buffer.
+// copies visible to all warps and says that all are done with the other buffer. Where a multiprocessor has room for a
+// third buffer in each of two blocks, keys take turns in two of them: the next are under way together with the values.
 //
 // Note: [Two passes for outliers]
 // The first pass computes output and log-sum-exp. An outlier at the end exceeded the running threshold when its tile
@@ -17,6 +18,7 @@
 #include "products.h"
 #include "ragged.h"
 #include "rest.h"
+#include "row_outliers.h"
 #include "values.h"
 
 namespace attnrb::cuda {
@@ -30,6 +32,9 @@ class AttentionBlock {
   static constexpr bool kValues = task != Task::softmax && task != Task::biased_softmax;
   static constexpr bool kMayEmit = kEdited || task == Task::source;
   static constexpr bool kMayBoost = kEdited || task == Task::rebalance;
+  // Whether there is code of its own for whole tiles, and a third buffer (Note: [Two stages]): what an edit keeps, sums
+  // of 256 columns, or the parts of float32 leave no registers for them. The plan knows of this.
+  static constexpr bool kCommon = !kBiased && Width <= 128 && sizeof(T) == 2;
 
  public:
   ATTNRB_DEVICE AttentionBlock(const AttentionParameters& parameters, int64_t block) : p(parameters) {
@@ -55,11 +60,8 @@ class AttentionBlock {
     warp_row = tile_row + 16 * warp;
 
     T* memory = reinterpret_cast<T*>(shared_memory());
-    query_stride = row_stride<T>(p.columns);
-    value_stride = row_stride<T>(p.value_columns);
     queries = memory;
-    first_buffer = queries + kTileRows * query_stride;
-    buffer_size = kKeys * (query_stride > value_stride ? query_stride : value_stride);
+    first_buffer = queries + kTileRows * p.layout.stride;
   }
 
   ATTNRB_DEVICE bool wanted() const {
@@ -93,7 +95,12 @@ class AttentionBlock {
     load_queries();
     if (first_tile < last_tile) load_keys(first_tile, 0);
     commit_copies();
-    for (int tile = first_tile; tile < last_tile; ++tile) visit(tile);
+    int keys_in = 0;
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+      const int next_in = ahead() && keys_in == 0 ? kSecond : 0;
+      visit(tile, keys_in, next_in);
+      keys_in = next_in;
+    }
     wait_for_copies();
     finish();
   }
@@ -221,40 +228,60 @@ class AttentionBlock {
     last_tile = first_tile + share < low + tiles ? first_tile + share : low + tiles;
   }
 
-  ATTNRB_DEVICE T* buffer(int which) const { return first_buffer + which * buffer_size; }
+  ATTNRB_DEVICE int value_stride() const { return row_stride<T>(p.value_columns); }
+  ATTNRB_DEVICE bool ahead() const { return kCommon && p.ahead; }
+  // The second buffer of keys, where there is one; without values it is theirs.
+  static constexpr int kSecond = kValues ? 2 : 1;
+  ATTNRB_DEVICE T* buffer(int which) const {
+    const int keys = kKeys * p.layout.stride, values = kKeys * value_stride();
+    return first_buffer + (which == 0 ? 0 : which == 1 ? keys : keys + (keys > values ? keys : values));
+  }
 
   ATTNRB_DEVICE void load_queries() {
     const T* base = static_cast<const T*>(p.query.data) + batch * p.query.strides[0];
-    load_tile<T, kThreads>(queries, kTileRows, p.columns, p.query, 0, [&](int r) -> const T* {
-      const int64_t row = tile_row + r;
-      if (row >= Sequences::rows(p)) return nullptr;
-      const RowPlace place = place_of(row);
-      return base + place.head * p.query.strides[1] + place.query * p.query.strides[2];
-    });
+    load_tile<T, kThreads>(
+        queries, kTileRows, p.columns, p.query, 0,
+        [&](int r) -> const T* {
+          const int64_t row = tile_row + r;
+          if (row >= Sequences::rows(p)) return nullptr;
+          const RowPlace place = place_of(row);
+          return base + place.head * p.query.strides[1] + place.query * p.query.strides[2];
+        },
+        p.layout);
   }
 
-  ATTNRB_DEVICE void load_operand(const Operand& operand, int columns, int first_column, int tile, int which) {
+  ATTNRB_DEVICE void load_operand(const Operand& operand, int columns, int first_column, int tile, int which,
+                                  RowLayout of_rows) {
     const auto keys = Sequences::template key_rows<T>(p, operand, batch, key_head);
     const int64_t first = int64_t(tile) * kKeys, left = Sequences::keys(p) - first;
-    load_tile<T, kThreads>(buffer(which), kKeys, columns, operand, first_column,
-                           [&](int r) -> const T* { return r < left ? keys.row(first + r) : nullptr; });
+    if constexpr (kCommon)
+      load_keys_of_tile<T, kThreads, kKeys, Width / Tiles::unit>(buffer(which), columns, operand, first_column, keys,
+                                                                 first, left, of_rows);
+    else
+      load_tile<T, kThreads>(
+          buffer(which), kKeys, columns, operand, first_column,
+          [&](int r) -> const T* { return r < left ? keys.row(first + r) : nullptr; }, of_rows);
   }
-  ATTNRB_DEVICE void load_keys(int tile, int which) { load_operand(p.key, p.columns, 0, tile, which); }
-  ATTNRB_DEVICE void load_values(int tile) { load_operand(p.value, p.value_columns, slice * Width, tile, 1); }
+  ATTNRB_DEVICE void load_keys(int tile, int which) { load_operand(p.key, p.columns, 0, tile, which, p.layout); }
+  ATTNRB_DEVICE void load_values(int tile) {
+    load_operand(p.value, p.value_columns, slice * Width, tile, 1, {value_stride(), 0});
+  }
 
-  // One tile of both products. See Note: [Two stages].
-  ATTNRB_DEVICE void visit(int tile) {
+  // One tile of both products, whose keys are in the buffer `keys_in`. See Note: [Two stages].
+  ATTNRB_DEVICE void visit(int tile, int keys_in, int next_in) {
     const int first = tile * kKeys;
-    const bool active = rows.active(first, first + kKeys);
+    const bool active = rows.active(first, first + kKeys), more = tile + 1 < last_tile;
     wait_for_copies();
     block_sync();
     if (kValues) load_values(tile);
     commit_copies();
+    if (ahead() && more) load_keys(tile + 1, next_in);
+    commit_copies();
     float s[Tiles::score_tiles][4];
-    if (active) score(s, buffer(0));
-    wait_for_copies();
+    if (active) score(s, buffer(keys_in));
+    wait_for_copies_before_last();
     block_sync();
-    if (tile + 1 < last_tile) load_keys(tile + 1, 0);
+    if (!ahead() && more) load_keys(tile + 1, next_in);
     commit_copies();
     if (!active) return;
 
@@ -293,12 +320,12 @@ class AttentionBlock {
   // s = query rows of this warp times the keys in `keys`.
   ATTNRB_DEVICE void score(float (&s)[Tiles::score_tiles][4], const T* keys) const {
     clear(s);
-    multiply_rows(s, queries + 16 * warp * query_stride, keys, query_stride, p.columns);
+    multiply_rows<T, kCommon ? Width : 0>(s, queries + 16 * warp * p.layout.stride, keys, p.layout, p.columns);
   }
 
   // sums = factor * sums + probabilities times the values in the second buffer.
   ATTNRB_DEVICE void accumulate(const float (&s)[Tiles::score_tiles][4], const float (&factor)[2], bool partial) {
-    const ValueTile<T, Width> values{buffer(1), value_stride, p.value_columns, lane};
+    const ValueTile<T, Width, kCommon> values{buffer(1), value_stride(), p.value_columns, lane};
     values.accumulate(sums, s, factor, partial);
   }
 
@@ -489,26 +516,21 @@ class AttentionBlock {
     if (slice != 0) return;
     // All warps are done with the first buffer: behind the last tile's scores there was a barrier.
     marks.join(reinterpret_cast<uint32_t*>(first_buffer));
-    int32_t* found[2] = {nullptr, nullptr};
-    float* scores[2] = {nullptr, nullptr};
-    int32_t counts[2] = {0, 0};
-    int own[2];
-    float threshold[2];
+    RowOutliers outliers[2];
     const AttentionProblem& problem = p.problem;
     const int64_t capacity = problem.emit.capacity;
     const int slot_offset = p.splits > 1 ? 0 : int(problem.visibility.key_offset);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      threshold[i] = end[i].max + log2f(end[i].sum) + p.threshold_log2;
-      own[i] = -1;
+      outliers[i].threshold = end[i].max + log2f(end[i].sum) + p.threshold_log2;
       if (!rows.valid[i]) continue;
       const RowPlace place = place_of(first_row() + 8 * i);
-      own[i] = own_key<Sequences>(p, batch, place.query);
+      outliers[i].own = own_key<Sequences>(p, batch, place.query);
       if (p.splits > 1) {
-        found[i] = p.partials.candidates + partial_index(first_row() + 8 * i) * capacity;
-        scores[i] = p.partials.candidate_scores + partial_index(first_row() + 8 * i) * capacity;
+        outliers[i].found = p.partials.candidates + partial_index(first_row() + 8 * i) * capacity;
+        outliers[i].scores = p.partials.candidate_scores + partial_index(first_row() + 8 * i) * capacity;
       } else {
-        found[i] = problem.emit.indices + Sequences::index(p, batch, place) * capacity;
+        outliers[i].found = problem.emit.indices + Sequences::index(p, batch, place) * capacity;
       }
     }
 
@@ -526,8 +548,7 @@ class AttentionBlock {
         score(s, buffer(which));
         finish_scores(s, first);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          take(s, i, first, threshold[i], own[i], found[i], scores[i], slot_offset, counts[i]);
+        for (int i = 0; i < 2; ++i) outliers[i].take(p, s, i, rows.valid[i], first, slot_offset);
       }
       tile = next;
       which = 1 - which;
@@ -537,48 +558,18 @@ class AttentionBlock {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!rows.valid[i]) continue;
-      const int32_t count = counts[i] < capacity ? counts[i] : int32_t(capacity);
+      const int32_t count = outliers[i].count < capacity ? outliers[i].count : int32_t(capacity);
       const int64_t row = first_row() + 8 * i;
       int32_t* total = p.splits > 1 ? p.partials.candidate_counts + partial_index(row)
                                     : problem.emit.counts + Sequences::index(p, batch, place_of(row));
       if (lane % 4 == 0) *total = count;
       if (p.splits == 1)
-        for (int64_t c = count + lane % 4; c < capacity; c += 4) found[i][c] = -1;
+        for (int64_t c = count + lane % 4; c < capacity; c += 4) outliers[i].found[c] = -1;
     }
   }
 
-  // Appends a row's outliers among a tile's scores, in ascending order.
-  ATTNRB_DEVICE void take(const float (&s)[Tiles::score_tiles][4], int i, int first, float threshold, int own,
-                          int32_t* found, float* scores, int slot_offset, int32_t& count) const {
-    const int column = lane % 4 * 2;
-    uint64_t mine = 0;
-#pragma unroll
-    for (int n = 0; n < Tiles::score_tiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (s[n][2 * i + e] > threshold && first + 8 * n + column + e != own)
-          mine |= uint64_t(1) << (8 * n + column + e);
-    if (!rows.valid[i]) mine = 0;
-    if (!any(mine != 0)) return;
-    uint64_t all = mine | shuffle_xor(mine, 1);
-    all |= shuffle_xor(all, 2);
-#pragma unroll
-    for (int n = 0; n < Tiles::score_tiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int key = 8 * n + column + e;
-        if (!((mine >> key) & 1)) continue;
-        // See Note: [Outlier capacity].
-        const int32_t at = count + count_bits(all & ((uint64_t(1) << key) - 1));
-        if (at >= p.problem.emit.capacity) continue;
-        found[at] = first + key + slot_offset;
-        if (scores != nullptr) scores[at] = s[n][2 * i + e];
-      }
-    count += count_bits(all);
-  }
-
   const AttentionParameters& p;
-  int lane, warp, split, slice, query_stride, value_stride, buffer_size, first_tile, last_tile;
+  int lane, warp, split, slice, first_tile, last_tile;
   int64_t batch, key_head, tile_row, warp_row;
   T *queries, *first_buffer;
   RowPair rows;

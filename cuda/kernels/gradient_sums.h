@@ -89,6 +89,7 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(Threads) head_sums_kernel(ATTNRB_PARAMET
   const float sink = sinks != nullptr ? sinks[head] : minus_infinity();
   double gain_sum = 0.0, sink_sum = 0.0;
   for (int64_t batch = 0; batch < shape.batch; ++batch)
+#pragma unroll 4
     for (int64_t query = thread_index(); query < shape.queries; query += Threads) {
       const int64_t index = (batch * shape.key_heads + key_head) * p.rows + query * p.group + in_group;
       if (parameters.gain_rows != nullptr) gain_sum += double(parameters.gain_rows[index]);

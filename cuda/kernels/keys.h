@@ -18,6 +18,18 @@ class HeadRows {
 
   ATTNRB_DEVICE const T* row(int64_t key) const { return first_ + key * strides_[2]; }
 
+  // Calls visit(i, row) for `Count` rows, `Step` keys apart, from `key` on: an addition each.
+  template <int Count, int Step, class Visit>
+  ATTNRB_DEVICE void each(int64_t key, Visit&& visit) const {
+    const T* at = row(key);
+    const int64_t step = Step * strides_[2];
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      visit(i, at);
+      at += step;
+    }
+  }
+
  private:
   const T* first_;
   const int64_t* strides_;  // where the kernel's parameters are: held in no register
@@ -37,6 +49,12 @@ class BlockRows {
   ATTNRB_DEVICE const T* row(int64_t key) const {
     const uint32_t block = blocks_.of(uint32_t(key)), row = uint32_t(key) - block * blocks_.rows;
     return first_ + table_[block] * strides_[0] + row * strides_[2];
+  }
+
+  template <int Count, int Step, class Visit>
+  ATTNRB_DEVICE void each(int64_t key, Visit&& visit) const {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) visit(i, row(key + i * Step));
   }
 
  private:

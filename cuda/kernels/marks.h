@@ -44,20 +44,28 @@ struct BoostCursor {
   template <class Sequences = EvenSequences>
   ATTNRB_DEVICE unsigned start(const AttentionParameters& p, int64_t batch, int64_t key_head, int64_t warp_row) {
     const int lane = thread_index() % 32;
-    unsigned broken = 0;
     position = kNone;
     if (p.problem.edit.indices == nullptr) return 0;
-    for (int r = 0; r < 16; ++r) {
-      const int64_t row = warp_row + r;
-      if (row >= Sequences::rows(p)) break;
+    // Two lanes look at a row's list, and at all rows together: no load waits for that of another row.
+    const int64_t row = warp_row + lane % 16;
+    OutlierList list;
+    float gain = 0.0f;
+    bool outside = false, unsorted = false;
+    if (row < Sequences::rows(p)) {
       const RowPlace place = row_place<Sequences>(p, key_head, row);
-      const OutlierList list = outliers_of<Sequences>(p, batch, place);
-      if (breaks_rules(p, list)) {
-        broken |= 1u << r;
-      } else if (lane == r && gain_of<Sequences>(p, batch, place.head) != 0.0f) {
-        slots = list.slots;
-        count = list.count;
-      }
+      list = outliers_of<Sequences>(p, batch, place);
+      gain = gain_of<Sequences>(p, batch, place.head);
+      outside = list.count < 0 || list.count > p.problem.edit.capacity;
+      const int32_t last = outside ? 0 : list.count;
+#pragma unroll 4
+      for (int32_t c = 1 + lane / 16; c < last; c += 2) unsorted |= list.slots[c] <= list.slots[c - 1];
+    }
+    if (outside || unsorted)
+      report_status(p.status, int32_t(outside ? Status::outlier_count : Status::unsorted_outliers));
+    const unsigned bad = ballot(outside || unsorted), broken = (bad | bad >> 16) & 0xffffu;
+    if (lane < 16 && !((broken >> lane) & 1u) && gain != 0.0f) {
+      slots = list.slots;
+      count = list.count;
     }
     advance(p);
     return broken;

@@ -24,6 +24,12 @@ struct Operand {
   bool aligned;
 };
 
+// How rows lie in shared memory: see Note: [Tiles in shared memory].
+struct RowLayout {
+  int32_t stride = 0;  // in elements
+  int32_t turned = 0;  // 7 where units of 16 bytes are turned, 0 where they are not
+};
+
 // Find outliers; strengthen them; only the rows' softmax; all of that at once where there may be a key bias; the rows'
 // softmax with a key bias; and whatever an edit may ask for, under rule rest.
 enum class Task { source, rebalance, softmax, edited, biased_softmax, rest };
@@ -67,6 +73,8 @@ struct AttentionParameters {
   int32_t value_columns = 0;  // of a value row
   int32_t gain_stride = 1;    // 0: one gain for all heads
   int32_t kept = 0;           // bytes of shared memory before Note: [Kept words]
+  bool ahead = false;         // whether there are two buffers for keys: see Note: [Two stages]
+  RowLayout layout;           // of query and key rows in shared memory
   float factor = 1.0f;        // scores are factor * product, or cap * tanh(inner * product), times log2(e)
   float inner = 0.0f, cap = 0.0f;
   float threshold_log2 = 0.0f;

@@ -20,7 +20,6 @@ class SelectBlock {
     key_head = block % heads % shape.key_heads;
     tile_row = (p.row_tiles - 1 - block / heads) * kTileRows;
     warp_row = tile_row + 16 * (thread_index() / 32);
-    stride = row_stride<T>(p.columns);
     queries = reinterpret_cast<T*>(shared_memory());
   }
 
@@ -44,10 +43,13 @@ class SelectBlock {
       if (rows.active(first, first + kKeys)) {
         float s[kTiles][4];
         clear(s);
-        multiply_rows(s, queries + 16 * (thread_index() / 32) * stride, keys(which), stride, p.columns);
+        multiply_rows<T, 128>(s, queries + 16 * (thread_index() / 32) * p.layout.stride, keys(which), p.layout,
+                              p.columns);
         rows.finish_scores(p, s, first, rows.partial(p, first, first + kKeys));
+        if (any(above(s))) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) take(s, i, first);
+          for (int i = 0; i < 2; ++i) take(s, i, first);
+        }
       }
       which = 1 - which;
     }
@@ -74,11 +76,9 @@ class SelectBlock {
   // See Note: [Doubtful rows].
   ATTNRB_DEVICE void look_for_doubt() const {
     using U = Unit<T>;
-    const int64_t* strides = p.problem.output_strides;
+#pragma unroll 4
     for (int64_t row = warp_row; row < warp_row + 16 && row < p.rows; ++row) {
-      const RowPlace place = row_place(p, key_head, row);
-      const T* output = static_cast<const T*>(p.problem.output) + batch * strides[0] + place.head * strides[1] +
-                        place.query * strides[2];
+      const T* output = dense_row<T>(parameters, batch, row_place(p, key_head, row));
       bool finite = true;
       for (int column = lane * U::size; column < p.problem.shape.value_width; column += 32 * U::size)
         finite = finite && is_finite(*reinterpret_cast<const U*>(output + column));
@@ -92,25 +92,41 @@ class SelectBlock {
     return (batch * shape.heads + place.head) * shape.queries + place.query;
   }
 
-  ATTNRB_DEVICE T* keys(int which) const { return queries + (kTileRows + which * kKeys) * stride; }
+  ATTNRB_DEVICE T* keys(int which) const { return queries + (kTileRows + which * kKeys) * p.layout.stride; }
 
   ATTNRB_DEVICE void load_queries() {
     const T* base = static_cast<const T*>(p.query.data) + batch * p.query.strides[0];
-    load_tile<T, kThreads>(queries, kTileRows, p.columns, p.query, 0, [&](int r) -> const T* {
-      if (tile_row + r >= p.rows) return nullptr;
-      const RowPlace place = row_place(p, key_head, tile_row + r);
-      return base + place.head * p.query.strides[1] + place.query * p.query.strides[2];
-    });
+    load_tile<T, kThreads>(
+        queries, kTileRows, p.columns, p.query, 0,
+        [&](int r) -> const T* {
+          if (tile_row + r >= p.rows) return nullptr;
+          const RowPlace place = row_place(p, key_head, tile_row + r);
+          return base + place.head * p.query.strides[1] + place.query * p.query.strides[2];
+        },
+        p.layout);
   }
 
   ATTNRB_DEVICE void load_keys(int first, int which) {
     const HeadRows<T> rows_of_head(p.key, batch, key_head);
-    load_tile<T, kThreads>(keys(which), kKeys, p.columns, p.key, 0, [&](int r) -> const T* {
-      return first + r < p.problem.shape.keys ? rows_of_head.row(first + r) : nullptr;
-    });
+    const int64_t left = p.problem.shape.keys - first;
+    if (p.columns <= 8 * Unit<T>::size)
+      load_keys_of_tile<T, kThreads, kKeys, 8>(keys(which), p.columns, p.key, 0, rows_of_head, first, left, p.layout);
+    else
+      load_keys_of_tile<T, kThreads, kKeys, 16>(keys(which), p.columns, p.key, 0, rows_of_head, first, left, p.layout);
   }
 
-  // Appends the row's outliers in the tile, in ascending order. Most tiles have none: one vote.
+  // Whether some score of this lane is above its row's threshold, be it that of the own key: a comparison each. Most
+  // tiles have none, and end with one vote.
+  ATTNRB_DEVICE bool above(const float (&s)[kTiles][4]) const {
+    bool found = false;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) found = found || s[n][e] > threshold[e / 2];
+    return found;
+  }
+
+  // Appends the row's outliers in the tile, in ascending order.
   ATTNRB_DEVICE void take(const float (&s)[kTiles][4], int i, int first) {
     uint64_t mine = 0;
 #pragma unroll
@@ -148,7 +164,7 @@ class SelectBlock {
 
   const SparseParameters& parameters;
   const AttentionParameters& p;
-  int lane, stride;
+  int lane;
   int64_t batch, key_head, tile_row, warp_row;
   T* queries;
   RowPair rows;

@@ -18,17 +18,21 @@ struct UnitNumbers {
   }
   ATTNRB_DEVICE void read(const Unit<T>& unit, bool held) {
 #pragma unroll
-    for (int i = 0; i < Unit<T>::size; ++i) number[i] = held ? to_float(unit.element[i]) : 0.0f;
+    for (int i = 0; i < Unit<T>::size; ++i) number[i] = held ? widen(unit.element[i]) : 0.0f;
   }
   ATTNRB_DEVICE float dot(const Unit<T>& unit, bool held) const {
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < Unit<T>::size; ++i) sum += held ? number[i] * to_float(unit.element[i]) : 0.0f;
-    return sum;
+    for (int i = 0; i < Unit<T>::size; ++i) sum += number[i] * widen(unit.element[i]);
+    return held ? sum : 0.0f;
+  }
+  ATTNRB_DEVICE void join(const UnitNumbers& other) {
+#pragma unroll
+    for (int i = 0; i < Unit<T>::size; ++i) number[i] += other.number[i];
   }
   ATTNRB_DEVICE void add(float factor, const Unit<T>& unit) {
 #pragma unroll
-    for (int i = 0; i < Unit<T>::size; ++i) number[i] += factor * to_float(unit.element[i]);
+    for (int i = 0; i < Unit<T>::size; ++i) number[i] += factor * widen(unit.element[i]);
   }
 };
 
@@ -53,7 +57,7 @@ ATTNRB_DEVICE bool write_sum(const Operand& dense, const GradientProblem::Target
   U unit = *reinterpret_cast<const U*>(rows_of<T>(dense, batch, head) + row * dense.strides[2] + column);
   const bool finite = is_finite(unit);
 #pragma unroll
-  for (int i = 0; i < U::size; ++i) unit.element[i] = from_float<T>(to_float(unit.element[i]) + factor * sum.number[i]);
+  for (int i = 0; i < U::size; ++i) unit.element[i] = narrow<T>(widen(unit.element[i]) + factor * sum.number[i]);
   T* out = static_cast<T*>(target.data) + batch * target.strides[0] + head * target.strides[1] +
            row * target.strides[2] + column;
   *reinterpret_cast<U*>(out) = unit;
@@ -139,83 +143,193 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
     parameters.doubtful_keys[heads * key_tiles + tile] = 1;
 }
 
-// A block for each key: the gradients of the key and its value.
+// The gradients of a key and its value, by a block: all of them, or those of a part of its rows.
+template <class T, int Lanes>
+class KeyBlock {
+  using U = Unit<T>;
+  static constexpr int kGroups = kThreads / Lanes, kFlight = 2;
+
+ public:
+  ATTNRB_DEVICE KeyBlock(const SparseGradientParameters& all, int64_t key) : parameters(all), g(all.all), index(key) {
+    const AttentionProblem& problem = g.rows.problem;
+    const Shape& shape = problem.shape;
+    heads = index / shape.keys;
+    batch = heads / shape.key_heads;
+    key_head = heads % shape.key_heads;
+    j = index % shape.keys;
+    group = thread_index() / Lanes;
+    column = thread_index() % Lanes * U::size;
+    held = column < g.rows.key.width;
+    if (problem.edit.indices == nullptr) return;
+    count = parameters.counts[index];
+    rows = parameters.entries + heads * g.rows.rows * problem.edit.capacity + parameters.starts[index];
+  }
+
+  ATTNRB_DEVICE void run() {
+    // The parts of a long key have blocks of their own.
+    if (is_long() && parameters.first_parts[index] >= 0) return;
+    read_key();
+    UnitNumbers<T> sum;
+    sum.clear();
+    const int32_t* ordered = is_long() ? rows : in_order();
+    for (int32_t first = 0; first < count; first += kPart) sum.join(sum_of(ordered + first, count - first));
+    write(sum);
+  }
+
+  ATTNRB_DEVICE void run_part(int32_t part) {
+    read_key();
+    const int32_t first = (part - parameters.first_parts[index]) * kPart;
+    const UnitNumbers<T> sum = sum_of(rows + first, count - first);
+    if (group > 1) return;
+#pragma unroll
+    for (int i = 0; i < U::size; ++i) place_of(part)[i] = sum.number[i];
+  }
+
+  ATTNRB_DEVICE void join_parts() {
+    const int32_t first = parameters.first_parts[index], parts = (count + kPart - 1) / kPart;
+    if (first < 0 || group > 1) return;
+    UnitNumbers<T> sum;
+    sum.clear();
+    for (int32_t part = first; part < first + parts; ++part) {
+      const float* numbers = place_of(part);
+#pragma unroll
+      for (int i = 0; i < U::size; ++i) sum.number[i] += numbers[i];
+    }
+    write(sum);
+  }
+
+ private:
+  ATTNRB_DEVICE bool is_long() const { return count > kPart; }
+
+  // Where this thread's unit of a part's sum is kept.
+  ATTNRB_DEVICE float* place_of(int32_t part) const {
+    return parameters.part_sums + ((int64_t(part) * 2 + group) * Lanes + thread_index() % Lanes) * U::size;
+  }
+
+  ATTNRB_DEVICE void read_key() {
+    if (count == 0) {
+      key.clear();
+      value.clear();
+      return;
+    }
+    const int from = held ? column : 0;
+    key.read(*reinterpret_cast<const U*>(HeadRows<T>(g.rows.key, batch, key_head, from).row(j)), held);
+    value.read(*reinterpret_cast<const U*>(HeadRows<T>(g.rows.value, batch, key_head, from).row(j)), held);
+  }
+
+  // The rows of a key that is not long, each behind as many as are smaller.
+  ATTNRB_DEVICE const int32_t* in_order() const {
+    int32_t* found = reinterpret_cast<int32_t*>(sums_of_groups() + 2 * kThreads * U::size);
+    int32_t* ordered = found + kPart;
+    for (int32_t c = thread_index(); c < count; c += kThreads) found[c] = rows[c];
+    block_sync();
+    for (int32_t c = thread_index(); c < count; c += kThreads) {
+      int32_t smaller = 0;
+      for (int32_t other = 0; other < count; ++other) smaller += found[other] < found[c] ? 1 : 0;
+      ordered[smaller] = found[c];
+    }
+    block_sync();
+    return ordered;
+  }
+
+  static ATTNRB_DEVICE float* sums_of_groups() { return reinterpret_cast<float*>(shared_memory()); }
+
+  // What the first rows of `some` add, kPart of them or `left`: in the threads of the first two groups, a unit each of
+  // the key's gradient and of its value's.
+  ATTNRB_DEVICE UnitNumbers<T> sum_of(const int32_t* some, int32_t left) const {
+    const AttentionParameters& p = g.rows;
+    const int32_t number = left < kPart ? left : kPart;
+    const int from = held ? column : 0;
+    UnitNumbers<T> sums[2];
+    sums[0].clear();
+    sums[1].clear();
+    for (int32_t first = 0; first < number; first += kGroups * kFlight) {
+      U query[kFlight], gradient[kFlight];
+      const uint32_t* words[kFlight];
+#pragma unroll
+      for (int f = 0; f < kFlight; ++f) {
+        const int32_t c = first + f * kGroups + group;
+        const int64_t r = some[c < number ? c : 0];
+        const RowPlace place = row_place(p, key_head, r);
+        query[f] = *reinterpret_cast<const U*>(rows_of<T>(p.query, batch, place.head) +
+                                               place.query * p.query.strides[2] + from);
+        gradient[f] = *reinterpret_cast<const U*>(rows_of<T>(g.grad_output, batch, place.head) +
+                                                  place.query * g.grad_output.strides[2] + from);
+        words[f] = g.words + 8 * (heads * p.rows + r);
+      }
+      keep_loads_apart();
+#pragma unroll
+      for (int f = 0; f < kFlight; ++f) {
+        const float score = sum_of_group<Lanes>(key.dot(query[f], held));
+        float of_weight = sum_of_group<Lanes>(value.dot(gradient[f], held));
+        if (first + f * kGroups + group >= number) continue;
+        GradientRow row;
+        row.read(words[f], words[f] + 4);
+        if (p.problem.edit.rule == Rule::row) of_weight -= row.delta;
+        const float weight = row.gain * fast_exp2(fmaf(score, p.factor, -row.reference) - row.rest);
+        sums[0].add(weight * of_weight, query[f]);
+        sums[1].add(weight, gradient[f]);
+      }
+    }
+    // One thread for each unit of the two gradients adds what the groups have, in one order.
+    float* shared = sums_of_groups();
+    const auto place = [&](int which, int of_group) {
+      return shared + ((which * kGroups + of_group) * Lanes + thread_index() % Lanes) * U::size;
+    };
+#pragma unroll
+    for (int which = 0; which < 2; ++which)
+#pragma unroll
+      for (int i = 0; i < U::size; ++i) place(which, group)[i] = sums[which].number[i];
+    block_sync();
+    UnitNumbers<T> sum;
+    sum.clear();
+    for (int other = 0; group < 2 && other < kGroups; ++other)
+#pragma unroll
+      for (int i = 0; i < U::size; ++i) sum.number[i] += place(group, other)[i];
+    // Another part may follow.
+    block_sync();
+    return sum;
+  }
+
+  ATTNRB_DEVICE void write(const UnitNumbers<T>& sum) const {
+    if (group > 1 || !held) return;
+    const AttentionProblem& problem = g.rows.problem;
+    const bool finite =
+        group == 0 ? write_sum(parameters.dense_key, g.grad_key, batch, key_head, j, column, problem.scoring.scale, sum)
+                   : write_sum(parameters.dense_value, g.grad_value, batch, key_head, j, column, 1.0f, sum);
+    const int64_t key_tiles = (problem.shape.keys + kTileRows - 1) / kTileRows;
+    if (!finite) parameters.doubtful_keys[heads * key_tiles + j / kTileRows] = 1;
+  }
+
+  const SparseGradientParameters& parameters;
+  const GradientParameters& g;
+  int64_t index, heads, batch, key_head, j;
+  int group, column;
+  bool held;
+  int32_t count = 0;
+  const int32_t* rows = nullptr;
+  UnitNumbers<T> key, value;
+};
+
+// A block for each part of a long key that there may be, then one for each key.
 template <class T, int Lanes>
 ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
     sparse_keys_kernel(ATTNRB_PARAMETERS SparseGradientParameters parameters) {
-  using U = Unit<T>;
-  constexpr int kGroups = kThreads / Lanes, kFlight = 2;
-  const GradientParameters& g = parameters.all;
-  const AttentionParameters& p = g.rows;
-  const AttentionProblem& problem = p.problem;
-  const Shape& shape = problem.shape;
-  const int64_t heads = block_index() / shape.keys, j = block_index() % shape.keys;
-  const int64_t batch = heads / shape.key_heads, key_head = heads % shape.key_heads;
-  const int group = thread_index() / Lanes, column = thread_index() % Lanes * U::size;
-  const bool held = column < p.key.width;
-  const int from = held ? column : 0;
-  UnitNumbers<T> key, value, sums[2];
-  sums[0].clear();
-  sums[1].clear();
-  int32_t begin = 0, end = 0;
-  if (problem.edit.indices != nullptr) {
-    begin = parameters.starts[heads * (shape.keys + 1) + j];
-    end = parameters.starts[heads * (shape.keys + 1) + j + 1];
+  const int64_t block = block_index();
+  if (block >= parameters.most_parts) {
+    KeyBlock<T, Lanes>(parameters, block - parameters.most_parts).run();
+    return;
   }
-  if (begin < end) {
-    key.read(*reinterpret_cast<const U*>(HeadRows<T>(p.key, batch, key_head, from).row(j)), held);
-    value.read(*reinterpret_cast<const U*>(HeadRows<T>(p.value, batch, key_head, from).row(j)), held);
-  }
-  const int32_t* entries = parameters.entries + heads * p.rows * problem.edit.capacity;
-  for (int32_t first = begin; first < end; first += kGroups * kFlight) {
-    U query[kFlight], gradient[kFlight];
-    const uint32_t* words[kFlight];
-#pragma unroll
-    for (int f = 0; f < kFlight; ++f) {
-      const int32_t c = first + f * kGroups + group;
-      const int64_t r = entries[c < end ? c : begin];
-      const RowPlace place = row_place(p, key_head, r);
-      query[f] =
-          *reinterpret_cast<const U*>(rows_of<T>(p.query, batch, place.head) + place.query * p.query.strides[2] + from);
-      gradient[f] = *reinterpret_cast<const U*>(rows_of<T>(g.grad_output, batch, place.head) +
-                                                place.query * g.grad_output.strides[2] + from);
-      words[f] = g.words + 8 * (heads * p.rows + r);
-    }
-    keep_loads_apart();
-#pragma unroll
-    for (int f = 0; f < kFlight; ++f) {
-      const float score = sum_of_group<Lanes>(key.dot(query[f], held));
-      float of_weight = sum_of_group<Lanes>(value.dot(gradient[f], held));
-      if (first + f * kGroups + group >= end) continue;
-      GradientRow row;
-      row.read(words[f], words[f] + 4);
-      if (problem.edit.rule == Rule::row) of_weight -= row.delta;
-      const float weight = row.gain * fast_exp2(fmaf(score, p.factor, -row.reference) - row.rest);
-      sums[0].add(weight * of_weight, query[f]);
-      sums[1].add(weight, gradient[f]);
-    }
-  }
-  // One thread for each unit of the two gradients adds what the groups have, in one order.
-  float* shared = reinterpret_cast<float*>(shared_memory());
-#pragma unroll
-  for (int which = 0; which < 2; ++which)
-#pragma unroll
-    for (int i = 0; i < U::size; ++i)
-      shared[((which * kGroups + group) * Lanes + thread_index() % Lanes) * U::size + i] = sums[which].number[i];
-  block_sync();
-  const int which = group;
-  if (which > 1 || !held) return;
-  UnitNumbers<T> sum;
-  sum.clear();
-  for (int other = 0; other < kGroups; ++other)
-#pragma unroll
-    for (int i = 0; i < U::size; ++i)
-      sum.number[i] += shared[((which * kGroups + other) * Lanes + thread_index() % Lanes) * U::size + i];
-  const bool finite =
-      which == 0 ? write_sum(parameters.dense_key, g.grad_key, batch, key_head, j, column, problem.scoring.scale, sum)
-                 : write_sum(parameters.dense_value, g.grad_value, batch, key_head, j, column, 1.0f, sum);
-  const int64_t key_tiles = (shape.keys + kTileRows - 1) / kTileRows;
-  if (!finite) parameters.doubtful_keys[heads * key_tiles + j / kTileRows] = 1;
+  const int64_t key = parameters.part_keys[block];
+  if (key > 0) KeyBlock<T, Lanes>(parameters, key - 1).run_part(int32_t(block));
+}
+
+// Adds up the parts of long keys. A block for each in turn.
+template <class T, int Lanes>
+ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads, 4)
+    sparse_parts_kernel(ATTNRB_PARAMETERS SparseGradientParameters parameters) {
+  for (int64_t i = block_index(); i < parameters.totals[0]; i += parameters.sorters)
+    KeyBlock<T, Lanes>(parameters, parameters.long_keys[i]).join_parts();
 }
 
 }  // namespace attnrb::cuda

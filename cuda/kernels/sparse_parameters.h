@@ -12,9 +12,12 @@
 namespace attnrb::cuda {
 
 struct SparseParameters {
-  // problem.emit and problem.edit say what; problem.output holds the dense output before a correction, and the
-  // corrected one after it. problem.lse is where the log-sum-exp goes, corrected, or null.
+  // problem.emit and problem.edit say what; problem.output is where a corrected output goes, in its own layout, and
+  // problem.lse where the log-sum-exp goes, corrected, or null.
   AttentionParameters rows;
+  uint32_t key_bytes = 0, value_bytes = 0;  // from a row of keys, or of values, to the next
+  const void* dense_output = nullptr;       // [B, H, M, D] by strides: problem.output itself, or elsewhere
+  int64_t dense_strides[3] = {0, 0, 0};
   const float* dense_lse = nullptr;  // [B, H, M] by strides
   int64_t lse_strides[3] = {0, 0, 0};
   // [B, Hk, row tiles] and [B, Hk, G M], zeros before: 1 for what is doubtful.

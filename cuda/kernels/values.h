@@ -2,12 +2,13 @@
 #pragma once
 
 #include "fragments.h"
-#include "parameters.h"
+#include "tile.h"
 
 namespace attnrb::cuda {
 
 // Rows of a tile of values in shared memory.
-template <class T, int Width>
+// `Common`: whether there is code for whole rows.
+template <class T, int Width, bool Common>
 struct ValueTile {
   using Tiles = Tile<T, Width>;
   using Scores = float[Tiles::score_tiles][4];
@@ -26,16 +27,18 @@ struct ValueTile {
         for (int e = 0; e < 4; ++e) sums[n][e] *= factor[e / 2];
     }
     // A hidden value of NaN or infinity must not meet a probability of zero: their product is NaN.
-    if (!partial || all_finite()) {
-      multiply_values<false>(sums, s);
-    } else {
-      multiply_values<true>(sums, s);
+    if (partial && !all_finite()) {
+      multiply_values<true, false>(sums, s);
       add_non_finite(sums, s);
+    } else if (Common && columns == Width) {
+      multiply_values<false, true>(sums, s);
+    } else {
+      multiply_values<false, false>(sums, s);
     }
   }
 
-  // `Finite`: what is not finite in the values counts as zero.
-  template <bool Finite>
+  // `Finite`: what is not finite in the values counts as zero. `Whole`: there are as many columns as there may be.
+  template <bool Finite, bool Whole>
   ATTNRB_DEVICE void multiply_values(Sums& sums, const Scores& s) const {
 #pragma unroll
     for (int step = 0; step < kKeys / Tiles::step; ++step) {
@@ -43,9 +46,9 @@ struct ValueTile {
       Engine<T>::probabilities(a, s, step);
 #pragma unroll
       for (int n = 0; n < Tiles::value_tiles; n += 2) {
-        if (n * 8 >= columns) break;
+        if (!Whole && n * 8 >= columns) break;
         uint32_t b[4];
-        Engine<T>::values(b, values, stride, step, n * 8, lane);
+        Engine<T>::values(b, values, Whole ? row_stride<T>(Width) : stride, step, n * 8, lane);
         if (Finite) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) b[i] = Engine<T>::finite_part(b[i]);

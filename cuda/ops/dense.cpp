@@ -45,9 +45,12 @@ std::optional<DenseGradients> differentiate_densely(const Tensor& grad_output, c
                                                     bool causal, double scale) {
   const Tensor q = detached(query), k = detached(key), v = detached(value);
   const std::optional<Backend> backend = choose(q, k, v, causal, scale);
-  // The flash backward asks for no more than output and log-sum-exp, whoever computed them.
   if (!backend || *backend == Backend::efficient) return std::nullopt;
-  return attend_backward(detached(grad_output), q, k, v, detached(output), detached(lse), causal, scale);
+  const Tensor grad = detached(grad_output), y = detached(output), l = detached(lse);
+  // They ask for no more than output and log-sum-exp, whoever computed them.
+  std::optional<DenseGradients> found;
+  if (*backend == Backend::cudnn) found = attend_backward(Backend::cudnn, grad, q, k, v, y, l, causal, scale);
+  return found ? std::move(found) : attend_backward(Backend::flash, grad, q, k, v, y, l, causal, scale);
 }
 
 }  // namespace attnrb::ops

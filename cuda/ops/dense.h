@@ -26,8 +26,9 @@ struct DenseGradients {
   Tensor query, key, value;
 };
 
-// The backward of the same, by the flash kernel, given any output and contiguous log-sum-exp: none where PyTorch would
-// choose neither flash nor cuDNN attention. It adds with atomics unless torch.use_deterministic_algorithms() says no.
+// The backward of the same, by the flash or cuDNN kernel, whichever PyTorch would choose, given any output and
+// contiguous log-sum-exp; by flash where cuDNN fails, and none where PyTorch would choose neither. They add with
+// atomics unless torch.use_deterministic_algorithms() says no.
 std::optional<DenseGradients> differentiate_densely(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                                     const Tensor& value, const Tensor& output, const Tensor& lse,
                                                     bool causal, double scale);

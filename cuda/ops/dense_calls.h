@@ -49,8 +49,9 @@ enum class Backend : int64_t { flash = 1, efficient = 2, cudnn = 3 };
 // (tests/cuda_host).
 std::optional<DenseAttention> attend(Backend backend, const Tensor& query, const Tensor& key, const Tensor& value,
                                      bool causal, double scale);
-std::optional<DenseGradients> attend_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
-                                              const Tensor& value, const Tensor& output, const Tensor& lse, bool causal,
-                                              double scale);
+// By flash or cuDNN.
+std::optional<DenseGradients> attend_backward(Backend backend, const Tensor& grad_output, const Tensor& query,
+                                              const Tensor& key, const Tensor& value, const Tensor& output,
+                                              const Tensor& lse, bool causal, double scale);
 
 }  // namespace attnrb::ops

@@ -140,7 +140,7 @@ TEST_P(Offsets, AttentionReadsNothingBehindItsOperands) {
   for (const DType dtype : {DType::bfloat16, DType::float16, DType::float32})
     for (const Role role : {Role::source, Role::rebalanced})
       for (const int64_t width : {8, 13, 16, 40})
-        for (const auto& [queries, keys] : {std::pair<int64_t, int64_t>{1, 7}, {1, 65}, {5, 31}, {66, 97}})
+        for (const auto& [queries, keys] : {std::pair<int64_t, int64_t>{1, 7}, {1, 65}, {5, 31}, {5, 63}, {66, 97}})
           EXPECT_TRUE(right_in_far_memory(*GetParam(), {1, 2, 1, queries, keys, width, width}, dtype, role, kNoAxis));
 }
 

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -305,11 +306,17 @@ const Kernels emulated_cuda_kernels = {"cuda",       attention<0>, received_atte
 const Kernels emulated_cuda_split_kernels = {
     "cuda", attention<1000>, received_attention<1000>, nullptr, outlier_mask, rebalance, nullptr};
 
-Status add_sparse_part(const AttentionProblem& given, const float* dense_lse, const int64_t (&lse_strides)[3]) {
+Status add_sparse_part(const AttentionProblem& given, const cuda::DensePart& given_dense) {
   Loan loan;
   const AttentionProblem problem = lend(given, loan);
-  loan.read(dense_lse, problem.shape.batch * lse_strides[0]);
-  cuda::SparsePlan plan = cuda::plan_sparse(problem, dense_lse, lse_strides, device(0));
+  const Shape& shape = problem.shape;
+  cuda::DensePart dense = given_dense;
+  loan.read(dense.lse, shape.batch * dense.lse_strides[0]);
+  if (given_dense.output.data == given.output)
+    dense.output.data = problem.output;
+  else
+    loan.read(dense.output, {shape.batch, shape.heads, shape.queries, shape.width}, element_size(problem.dtype));
+  cuda::SparsePlan plan = cuda::plan_sparse(problem, dense, device(0));
   const Zeros doubtful(plan.doubtful_numbers);
   const StatusMemory status;
   cuda::start_sparse(plan, doubtful.data(), status.data(), nullptr);
@@ -317,7 +324,8 @@ Status add_sparse_part(const AttentionProblem& given, const float* dense_lse, co
   return status.status();
 }
 
-Status add_sparse_gradient(const GradientProblem& given, const cuda::DenseGradientViews& given_dense) {
+Status add_sparse_gradient(const GradientProblem& given, const cuda::DenseGradientViews& given_dense,
+                           int32_t most_parts) {
   Loan loan;
   const GradientProblem problem = lend(given, loan);
   const Shape& shape = problem.shape;
@@ -327,6 +335,7 @@ Status add_sparse_gradient(const GradientProblem& given, const cuda::DenseGradie
   loan.read(dense.key, {shape.batch, shape.key_heads, shape.keys, shape.width}, bytes);
   loan.read(dense.value, {shape.batch, shape.key_heads, shape.keys, shape.value_width}, bytes);
   cuda::SparseGradientPlan plan = cuda::plan_sparse_gradient(problem, dense, device(0));
+  plan.parameters.most_parts = std::min(plan.parameters.most_parts, most_parts);
   const Managed workspace(plan.workspace_bytes);
   const Zeros zeros(plan.zero_numbers);
   const StatusMemory status;

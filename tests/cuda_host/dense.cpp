@@ -16,9 +16,9 @@ std::optional<DenseAttention> attend(Backend /*backend*/, const Tensor& query, c
   return DenseAttention{to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
-std::optional<DenseGradients> attend_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
-                                              const Tensor& value, const Tensor& output, const Tensor& lse, bool causal,
-                                              double scale) {
+std::optional<DenseGradients> attend_backward(Backend /*backend*/, const Tensor& grad_output, const Tensor& query,
+                                              const Tensor& key, const Tensor& value, const Tensor& output,
+                                              const Tensor& lse, bool causal, double scale) {
   std::array<StableIValue, 10> stack{
       from(grad_output), from(query),      from(key),    from(value),        from(output),
       from(lse),         from(kNoDropout), from(causal), from(std::nullopt), from(std::optional<double>(scale))};

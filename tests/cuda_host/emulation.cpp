@@ -127,11 +127,13 @@ struct Copy {
   void* shared;
   const void* global;
   bool valid;
+  int64_t group;
 };
 
 struct Fiber {
   Context context;
   std::vector<Copy> copies;
+  int64_t groups = 0;  // of copies that were committed
 };
 
 struct Warp {
@@ -240,17 +242,22 @@ void start_copy(void* shared, const void* global, bool valid) {
   if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0)
     fail("a copy from an address that is not aligned to 16 bytes");
   std::memset(shared, 0xff, 16);
-  running().copies.push_back({shared, global, valid});
+  running().copies.push_back({shared, global, valid, running().groups});
 }
 
-void finish_copies() {
-  for (const Copy& copy : running().copies) {
-    if (copy.valid)
-      std::memcpy(copy.shared, copy.global, 16);
+void commit_copies() { ++running().groups; }
+
+void finish_copies(int groups_left) {
+  std::vector<Copy>& copies = running().copies;
+  const int64_t end = running().groups - groups_left;
+  size_t done = 0;
+  for (; done < copies.size() && copies[done].group < end; ++done) {
+    if (copies[done].valid)
+      std::memcpy(copies[done].shared, copies[done].global, 16);
     else
-      std::memset(copy.shared, 0, 16);
+      std::memset(copies[done].shared, 0, 16);
   }
-  running().copies.clear();
+  copies.erase(copies.begin(), copies.begin() + std::ptrdiff_t(done));
 }
 
 void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, void (*body)(const void*), const void* argument) {

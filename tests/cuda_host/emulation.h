@@ -40,7 +40,8 @@ extern ATTNRB_EMULATION_LOCAL __thread Lane current;
 void warp_meet(const char* what, int line, void* argument, void (*operate)(void* const (&arguments)[32]));
 void block_meet(int line);
 void start_copy(void* shared, const void* global, bool valid);
-void finish_copies();
+void commit_copies();
+void finish_copies(int groups_left);  // of those that were committed
 
 // Stops the program: a kernel that breaks the rules has no result.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -93,8 +94,9 @@ inline void keep_loads_apart() {}
 inline int count_bits(uint64_t x) { return __builtin_popcountll(x); }
 
 inline void copy_async(void* shared, const void* global, bool valid) { emulation::start_copy(shared, global, valid); }
-inline void commit_copies() {}
-inline void wait_for_copies() { emulation::finish_copies(); }
+inline void commit_copies() { emulation::commit_copies(); }
+inline void wait_for_copies() { emulation::finish_copies(0); }
+inline void wait_for_copies_before_last() { emulation::finish_copies(1); }
 
 void load_matrices(uint32_t (&r)[4], const void* row, int line = __builtin_LINE());
 void load_matrices_transposed(uint32_t (&r)[4], const void* row, int line = __builtin_LINE());
@@ -120,6 +122,27 @@ template <class T>
 T narrow(float x) {
   return from_float<T>(x);
 }
+
+inline unsigned match_any(int32_t x, int line = __builtin_LINE()) {
+  struct Match {
+    int32_t mine;
+    unsigned same;
+  } match{x, 0};
+  emulation::warp_meet("match", line, &match, [](void* const(&lanes)[32]) {
+    for (void* to : lanes)
+      for (int lane = 0; lane < 32; ++lane)
+        if (static_cast<Match*>(lanes[lane])->mine == static_cast<Match*>(to)->mine)
+          static_cast<Match*>(to)->same |= 1u << lane;
+  });
+  return match.same;
+}
+// Fibers run one at a time.
+inline int32_t atomic_add(int32_t* at, int32_t x) {
+  const int32_t before = *at;
+  *at += x;
+  return before;
+}
+inline void atomic_or(uint32_t* at, uint32_t x) { *at |= x; }
 
 inline void report_status(int32_t* status, int32_t code) {
   if (status != nullptr && *status < code) *status = code;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,9 +54,14 @@ def main() -> int:
 
 def check(fault: Fault) -> None:
     """Whether the fault's place is still there, before an hour is spent on the others."""
-    count = (ROOT / "cuda" / fault.file).read_text(encoding="utf-8").count(fault.old)
+    count = len(place(fault).findall((ROOT / "cuda" / fault.file).read_text(encoding="utf-8")))
     if count != 1:
         raise SystemExit(f"{fault.name}: its place occurs {count} times in {fault.file}")
+
+
+def place(fault: Fault) -> re.Pattern[str]:
+    """Where the fault goes, however its lines are broken."""
+    return re.compile(r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", fault.old))))
 
 
 def attempt(fault: Fault, cases: int) -> bool:
@@ -64,7 +70,8 @@ def attempt(fault: Fault, cases: int) -> bool:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "cuda", folder / "cuda")
     source = folder / "cuda" / fault.file
-    source.write_text(source.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
+    text = place(fault).sub(lambda _: fault.new.strip(), source.read_text(encoding="utf-8"))
+    source.write_text(text, encoding="utf-8")
     found, how = run(build(fault, folder), cases)
     print(f"{'caught' if found else 'SURVIVED'}: {fault.name} ({how})", flush=True)
     shutil.rmtree(folder, ignore_errors=True)

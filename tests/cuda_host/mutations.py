@@ -14,14 +14,14 @@ FORWARD: list[Fault] = [
     Fault(
         "no barrier before the values are used",
         "kernels/attention.h",
-        "    wait_for_copies();\n    block_sync();\n    if (tile + 1 < last_tile) load_keys(tile + 1, 0);",
-        "    wait_for_copies();\n    if (tile + 1 < last_tile) load_keys(tile + 1, 0);",
+        "    wait_for_copies_before_last();\n    block_sync();\n",
+        "    wait_for_copies_before_last();\n",
     ),
     Fault(
         "no wait for the values",
         "kernels/attention.h",
-        "    wait_for_copies();\n    block_sync();\n    if (tile + 1 < last_tile) load_keys(tile + 1, 0);",
-        "    block_sync();\n    if (tile + 1 < last_tile) load_keys(tile + 1, 0);",
+        "    wait_for_copies_before_last();\n    block_sync();\n",
+        "    block_sync();\n",
     ),
     Fault(
         "no barrier in the second pass",
@@ -61,9 +61,31 @@ FORWARD: list[Fault] = [
     ),
     Fault(
         "a key beyond the last is read",
-        "kernels/attention.h",
+        "kernels/tile.h",
         "return r < left ? keys.row(first + r) : nullptr;",
         "return r <= left ? keys.row(first + r) : nullptr;",
+        "bfloat16.cu",
+    ),
+    Fault(
+        "a key beyond the last is copied",
+        "kernels/tile.h",
+        "const bool valid = held && row + i * kStep < left;",
+        "const bool valid = held && row + i * kStep <= left;",
+        "bfloat16.cu",
+    ),
+    Fault(
+        "a tile with a key too few counts as whole",
+        "kernels/tile.h",
+        "if (held && left >= Rows) {",
+        "if (held && left >= Rows - 1) {",
+        "bfloat16.cu",
+    ),
+    Fault(
+        "the next keys arrive where these are",
+        "kernels/attention.h",
+        "ahead() && keys_in == 0 ? kSecond : 0",
+        "0",
+        "bfloat16.cu",
     ),
     Fault(
         "the tail of a row is not cut",
@@ -74,8 +96,8 @@ FORWARD: list[Fault] = [
     Fault(
         "keys' fragments from the wrong lanes",
         "kernels/products.h",
-        "others + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * kUnit",
-        "others + (lane / 8 % 2 * 8 + lane % 8) * stride + lane / 16 * kUnit",
+        "others + (lane / 16 * 8 + lane % 8) * stride",
+        "others + (lane / 8 % 2 * 8 + lane % 8) * stride",
     ),
     Fault(
         "values' fragments from the wrong lanes",
@@ -122,21 +144,21 @@ FORWARD: list[Fault] = [
     ),
     Fault(
         "the query's own key counts",
-        "kernels/attention.h",
+        "kernels/row_outliers.h",
         " && first + 8 * n + column + e != own",
         "",
     ),
     Fault(
         "outliers of one lane overwrite another's",
-        "kernels/attention.h",
+        "kernels/row_outliers.h",
         "count_bits(all & ((uint64_t(1) << key) - 1))",
         "count_bits(mine & ((uint64_t(1) << key) - 1))",
     ),
     Fault(
         "what lies behind a row's outliers is left",
         "kernels/attention.h",
-        "for (int64_t c = count + lane % 4; c < capacity; c += 4) found[i][c] = -1;",
-        "for (int64_t c = count + 4; c < capacity; c += 4) found[i][c] = -1;",
+        "for (int64_t c = count + lane % 4; c < capacity; c += 4)",
+        "for (int64_t c = count + 4; c < capacity; c += 4)",
     ),
     Fault(
         "strengthened before it joined the row's sum",
@@ -165,8 +187,8 @@ FORWARD: list[Fault] = [
     Fault(
         "a NaN value reaches rows that do not see it",
         "kernels/values.h",
-        "if (!partial || all_finite()) {",
-        "if (true) {",
+        "if (partial && !all_finite()) {",
+        "if (false) {",
     ),
     Fault(
         "received attention counts rows behind the last",
@@ -237,8 +259,8 @@ FORWARD: list[Fault] = [
     Fault(
         "the second slice of wide values is the first",
         "kernels/attention.h",
-        "load_operand(p.value, p.value_columns, slice * Width, tile, 1)",
-        "load_operand(p.value, p.value_columns, 0, tile, 1)",
+        "load_operand(p.value, p.value_columns, slice * Width, tile, 1, {value_stride(), 0})",
+        "load_operand(p.value, p.value_columns, 0, tile, 1, {value_stride(), 0})",
     ),
     Fault(
         "the last warp's column sums are left out",
@@ -328,15 +350,15 @@ FORWARD: list[Fault] = [
     Fault(
         "the last outliers of a row are not strengthened",
         "kernels/correction.h",
-        "for (int32_t first = 0; first < count; first += kItems * kFlight) {",
-        "for (int32_t first = 0; first + kItems * kFlight <= count; first += kItems * kFlight) {",
+        "if (any(first < list.count)) add<2>(list, first, keys, values, q, held, reference, sums, mass);",
+        "",
         "sparse.cu",
     ),
     Fault(
         "outliers of half the groups of lanes are lost",
         "kernels/correction.h",
-        "for (int mask = Lanes; mask < 32; mask *= 2) {",
-        "for (int mask = Lanes; mask < 16; mask *= 2) {",
+        "row = first_row + thread_index() % 32 / Lanes;",
+        "row = first_row;",
         "sparse.cu",
     ),
     Fault(

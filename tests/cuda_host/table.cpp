@@ -1,5 +1,6 @@
 #include "table.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "gradient.h"
@@ -12,7 +13,8 @@ namespace {
 cuda::Device device(int multiprocessors) {
   cuda::Device device;
   device.multiprocessors = multiprocessors;
-  device.shared_bytes = 99 * 1024;  // of capability 8.6, the least
+  // Of capability 8.6, the least, and of 9.0, the most: with a third buffer for keys (Note: [Two stages]).
+  device.shared_bytes = (multiprocessors == 0 ? 99 : 227) * 1024;
   device.capability = 86;
   return device;
 }
@@ -66,16 +68,17 @@ const Kernels emulated_cuda_kernels = {"cuda",       attention<0>, received_atte
 const Kernels emulated_cuda_split_kernels = {
     "cuda", attention<1000>, received_attention<1000>, nullptr, outlier_mask, rebalance, nullptr};
 
-Status add_sparse_part(const AttentionProblem& problem, const float* dense_lse, const int64_t (&lse_strides)[3]) {
-  cuda::SparsePlan plan = cuda::plan_sparse(problem, dense_lse, lse_strides, device(0));
+Status add_sparse_part(const AttentionProblem& problem, const cuda::DensePart& dense) {
+  cuda::SparsePlan plan = cuda::plan_sparse(problem, dense, device(0));
   std::vector<int32_t> doubtful(size_t(plan.doubtful_numbers), 0);
   int32_t status = int32_t(Status::ok);
   cuda::start_sparse(plan, doubtful.data(), &status, nullptr);
   return Status(status);
 }
 
-Status add_sparse_gradient(const GradientProblem& problem, const cuda::DenseGradientViews& dense) {
+Status add_sparse_gradient(const GradientProblem& problem, const cuda::DenseGradientViews& dense, int32_t most_parts) {
   cuda::SparseGradientPlan plan = cuda::plan_sparse_gradient(problem, dense, device(0));
+  plan.parameters.most_parts = std::min(plan.parameters.most_parts, most_parts);
   Workspace workspace(plan.workspace_bytes);
   std::vector<int32_t> zeros(size_t(plan.zero_numbers), 0);
   int32_t status = int32_t(Status::ok);

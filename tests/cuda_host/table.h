@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/kernels.h"
+#include "sparse.h"
 #include "sparse_gradient.h"
 
 namespace attnrb {
@@ -9,9 +10,11 @@ namespace attnrb {
 // A device with so few multiprocessors that keys are never split, and one with so many that they always are.
 extern const Kernels emulated_cuda_kernels, emulated_cuda_split_kernels;
 
-// What is added to a dense kernel of another library, which left the output of `problem` and this log-sum-exp; and to a
-// dense backward, which left these gradients.
-Status add_sparse_part(const AttentionProblem& problem, const float* dense_lse, const int64_t (&lse_strides)[3]);
-Status add_sparse_gradient(const GradientProblem& problem, const cuda::DenseGradientViews& dense);
+// What is added to a dense kernel of another library, which left this output and log-sum-exp; and to a dense backward,
+// which left these gradients.
+Status add_sparse_part(const AttentionProblem& problem, const cuda::DensePart& dense);
+// `most_parts`: of long keys, at most.
+Status add_sparse_gradient(const GradientProblem& problem, const cuda::DenseGradientViews& dense,
+                           int32_t most_parts = cuda::kMostParts);
 
 }  // namespace attnrb

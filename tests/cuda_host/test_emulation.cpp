@@ -33,6 +33,11 @@ void copy_and_forget(const Nothing&) {
   alignas(16) static const uint64_t source[2] = {};
   copy_async(shared_memory(), source, true);
 }
+void copy_and_wait_without_a_commit(const Nothing&) {
+  alignas(16) static const uint64_t source[2] = {};
+  copy_async(shared_memory(), source, true);
+  wait_for_copies();
+}
 
 TEST(EmulationDeathTest, StopsKernelsThatBreakTheRules) {
   EXPECT_DEATH((launch<stop_half_a_warp>(1, 32, 64, nullptr, Nothing())), "divergent warp: 16 of 32 lanes");
@@ -42,6 +47,7 @@ TEST(EmulationDeathTest, StopsKernelsThatBreakTheRules) {
   EXPECT_DEATH((launch<write_before_the_begin>(1, 32, 64, nullptr, Nothing())), "before its begin");
   EXPECT_DEATH((launch<copy_past_the_end>(1, 32, 64, nullptr, Nothing())), "outside shared memory");
   EXPECT_DEATH((launch<copy_and_forget>(1, 32, 64, nullptr, Nothing())), "never waited for");
+  EXPECT_DEATH((launch<copy_and_wait_without_a_commit>(1, 32, 64, nullptr, Nothing())), "never waited for");
 }
 
 struct Counts {
@@ -86,6 +92,47 @@ TEST(Emulation, HidesCopiesUntilTheyAreWaitedFor) {
   bool hidden = true;
   launch<read_before_and_after_the_wait>(2, 64, 64 * 16, nullptr, CopyCheck{source, &hidden});
   EXPECT_TRUE(hidden);
+}
+
+void wait_for_all_but_the_last(const CopyCheck& check) {
+  float* shared = reinterpret_cast<float*>(shared_memory()) + 8 * thread_index();
+  copy_async(shared, check.source, true);
+  commit_copies();
+  copy_async(shared + 4, check.source, true);
+  commit_copies();
+  wait_for_copies_before_last();
+  if (shared[3] != check.source[3] || shared[4] == shared[4]) *check.hidden = false;
+  // A group may be empty.
+  commit_copies();
+  wait_for_copies_before_last();
+  if (shared[4] != check.source[0]) *check.hidden = false;
+}
+
+TEST(Emulation, WaitsForGroupsOfCopiesInTheirOrder) {
+  alignas(16) const float source[4] = {1, 2, 3, 4};
+  bool hidden = true;
+  launch<wait_for_all_but_the_last>(2, 64, 64 * 32, nullptr, CopyCheck{source, &hidden});
+  EXPECT_TRUE(hidden);
+}
+
+struct Tally {
+  int32_t* counts;
+  unsigned* same;
+};
+
+void count_remainders(const Tally& tally) {
+  const int remainder = thread_index() % 5;
+  const unsigned same = match_any(remainder);
+  if (block_index() == 0 && thread_index() < 32) tally.same[thread_index()] = same;
+  atomic_add(tally.counts + remainder, 1);
+}
+
+TEST(Emulation, MatchesLanesAndAddsUp) {
+  int32_t counts[5] = {};
+  unsigned same[32];
+  launch<count_remainders>(3, 64, 64, nullptr, Tally{counts, same});
+  for (int remainder = 0; remainder < 5; ++remainder) EXPECT_EQ(counts[remainder], 3 * (remainder < 4 ? 13 : 12));
+  for (int lane = 0; lane < 32; ++lane) EXPECT_EQ(same[lane], (lane % 5 < 2 ? 0x42108421u : 0x2108421u) << lane % 5);
 }
 
 // One product of 16 x 16 by 16 x 8 float16 numbers through ldmatrix and mma, as the kernels chain them.

@@ -91,12 +91,12 @@ struct SparseGradientCase {
     return problem;
   }
 
-  Status run() {
+  Status run(int32_t most_parts = cuda::kMostParts) {
     const GradientProblem whole = problem(found);
     EXPECT_TRUE(cuda::sparse_suits(whole));
     const cuda::DenseGradientViews views{dense.query.view(), dense.key.view(), dense.value.view()};
     EXPECT_TRUE(cuda::dense_suits(whole, views));
-    return add_sparse_gradient(whole, views);
+    return add_sparse_gradient(whole, views, most_parts);
   }
 
   // The dense part errs by what any backward of these weights may: P_ij in the place of w_ij P_ij, which is no more
@@ -210,6 +210,37 @@ TEST(SparseGradient, BrokenOutliersSpoilWhatTheirRowReaches) {
     EXPECT_FALSE(std::isnan(gradient.found.query.at(0, 1, 69, d)));
     EXPECT_TRUE(std::isnan(gradient.found.key.at(0, 0, 70, d)));
     EXPECT_FALSE(std::isnan(gradient.found.key.at(0, 0, 71, d)));
+  }
+}
+
+TEST(SparseGradient, ALongKeyIsAddedInParts) {
+  // Two keys have more rows than a part, one of them more than two parts, and one has as many as fit one.
+  Random random(11);
+  AttentionCase attention = simple_case({1, 8, 1, 150, 150, 24, 24}, DType::bfloat16);
+  add_outliers(attention, random, 4);
+  attention.counts.clear();
+  for (int64_t row = 0; row < attention.rows(); ++row) {
+    const int64_t head = row / 150, query = row % 150;
+    std::vector<int32_t> slots = {0};
+    if (head < 4) slots.push_back(2);
+    if (head > 3 && query >= 22) slots.push_back(3);
+    if (query > 20) slots.push_back(int32_t(random.integer(4, query)));
+    attention.counts.push_back(int32_t(slots.size()));
+    slots.resize(4, -1);
+    std::copy(slots.begin(), slots.end(), attention.indices.begin() + 4 * row);
+  }
+  attention.gain.assign(8, 0.5f);
+  SparseGradientCase gradient(std::move(attention), random);
+  const GradientTruth truth = gradient_truth(gradient.problem(gradient.found));
+  ASSERT_EQ(gradient.run(), Status::ok);
+  EXPECT_TRUE(gradient.matches("query", gradient.found.query, gradient.dense.query, truth.query));
+  EXPECT_TRUE(gradient.matches("key", gradient.found.key, gradient.dense.key, truth.key));
+  EXPECT_TRUE(gradient.matches("value", gradient.found.value, gradient.dense.value, truth.value));
+  // Whoever adds the parts: a block for each, or, where there is room for none or for those of one key, the key's own.
+  const std::vector<unsigned char> bytes = gradient.found.bytes();
+  for (const int32_t most_parts : {cuda::kMostParts, 3, 0}) {
+    ASSERT_EQ(gradient.run(most_parts), Status::ok);
+    EXPECT_TRUE(bytes == gradient.found.bytes()) << most_parts;
   }
 }
 
