@@ -41,13 +41,13 @@ import torch
 from attnrb import functional
 
 def run(keys):
-    query, key = torch.randn(1, 4, keys, 256, requires_grad=True), torch.randn(1, 2, keys, 256)
+    query, key = torch.randn(1, 2, keys, 256, requires_grad=True), torch.randn(1, 1, keys, 256)
     functional.attention(query, key, key, emit=0.01).output.sum().backward()
     functional.received_attention(query.detach(), key)
     return peak()
 
-run(1024)  # blocks of 4 million weights come in here
-print(*map(run, (1024, 2048, 4096)))
+run(2048)  # blocks of 4 million weights come in here
+print(*map(run, (2048, 4096, 8192)))
 """
 
 _OP_TESTS = ("accuracy_attention", "accuracy_weights", "accuracy_not_finite", "attention_accuracy", "training_accuracy")
