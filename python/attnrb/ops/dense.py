@@ -288,10 +288,8 @@ def outlier_rows(chosen: Tensor, threshold: float, slots: Tensor) -> Outliers:
     """A mask ``[B, H, M, N]`` over keys at ``slots [N]`` as rows of ascending slots (Note: [Outlier capacity])."""
     keys = chosen.shape[3]
     # torch 2.10 traces no sym_min of two plain numbers; a compiler makes one of min where a length is a symbol.
-    if type(keys) is int:
-        capacity = min(_capacity(threshold), keys)
-    else:
-        capacity = torch.sym_min(_capacity(threshold), keys)  # type: ignore[no-untyped-call]
+    most = _capacity(threshold)
+    capacity = min(most, keys) if type(keys) is int else torch.sym_min(most, keys)  # type: ignore[no-untyped-call]
     last = torch.iinfo(torch.int32).max
     # More than the capacity only where rounding pushed a row's sum above 1.
     indices = torch.where(chosen, slots, last).sort(-1).values[..., :capacity]
