@@ -8,10 +8,14 @@ from pathlib import Path
 
 # The programs below begin with this.
 _PEAK = """
-import resource, sys
+import pathlib, resource, sys
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # On Linux ru_maxrss begins with that of the process that started this one, which may be larger.
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 """
 
 

@@ -96,6 +96,8 @@ def test_oldest_versions_are_those_that_are_allowed(tool: Any) -> None:
     text = (REPOSITORY / "pyproject.toml").read_text("utf-8")
     for requirements in tool("matrix").ROWS.values():
         for requirement in requirements:
+            if "==" not in requirement:
+                continue  # what another needs beside it
             name, version = requirement.split("==")
             allowed = re.findall(rf'"{re.escape(name)}>=(\d[\d.]*\d)', text)
             assert allowed, name
