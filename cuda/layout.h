@@ -38,6 +38,9 @@ inline RowLayout row_layout(int64_t columns, int64_t size) {
   return {int32_t(whole ? columns : columns + 16 / size), whole ? 7 : 0};
 }
 
+// Of a group that takes a row of 16-bit elements, a unit of 16 bytes each.
+inline int lanes_of_row(int64_t width) { return width <= 64 ? 8 : width <= 128 ? 16 : 32; }
+
 inline void check_capability(const Device& device) {
   if (device.capability < 80)
     refuse("query: expected on a device of compute capability 8.0 or newer, got one of ", device.capability / 10, ".",

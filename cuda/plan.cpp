@@ -144,7 +144,6 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   p.ahead = common && (blocks_that_fit(plan.shared_bytes + third, device) >= 2 || third == 0);
   if (p.ahead) {
     plan.shared_bytes += third;
-    if (p.kept != 0) p.kept += int32_t(third);
     if (p.of_sequence != 0) p.of_sequence += int32_t(third);
   }
 

@@ -20,15 +20,12 @@ constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max(), kMostBytes = 
 
 int64_t row_bytes(const View& view, DType dtype) { return view.strides[2] * element_size(dtype); }
 
-// A unit of 16 bytes of a row each.
-int correction_lanes(int64_t width) { return width <= 64 ? 8 : width <= 128 ? 16 : 32; }
-
 template <class T>
 void start(const SparsePlan& plan, void* stream) {
   // What is found is found by the weights before they are strengthened.
   if (plan.select_blocks > 0)
     launch<select_kernel<T>>(plan.select_blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
-  const int lanes = correction_lanes(plan.parameters.rows.query.width);
+  const int lanes = lanes_of_row(plan.parameters.rows.query.width);
   if (lanes == 8)
     launch<correction_kernel<T, 8>>(plan.correction_blocks, kThreads, 0, stream, plan.parameters);
   else if (lanes == 16)
@@ -83,7 +80,7 @@ SparsePlan plan_sparse(const AttentionProblem& problem, const DensePart& dense, 
   plan.doubtful_numbers = heads * (p.row_tiles + p.rows);
   plan.again = plan_attention(problem, device, true, gain_stride, false);
   if (problem.edit.indices != nullptr)
-    plan.correction_blocks = check_blocks(heads * divide_up(p.rows, kThreads / correction_lanes(shape.width)));
+    plan.correction_blocks = check_blocks(heads * divide_up(p.rows, kThreads / lanes_of_row(shape.width)));
   if (problem.emit.indices == nullptr) return plan;
   p.threshold_log2 = float(std::log2(problem.emit.threshold));
   p.columns = int32_t(round_up(shape.width, 16));

@@ -13,9 +13,6 @@ namespace {
 
 constexpr int64_t kWidest = 192;
 
-// Lanes of a group, a unit of 16 bytes of a row each.
-int lanes(int64_t width) { return width <= 64 ? 8 : width <= 128 ? 16 : 32; }
-
 int64_t key_tiles(const Shape& shape) { return divide_up(shape.keys, kTileRows); }
 
 // Both of what the caller lends, in the order of their pointers.
@@ -36,7 +33,7 @@ void carve(SparseGradientPlan& plan, void* workspace, int32_t* zeros) {
   if (plan.most_long_keys > 0) {
     s.long_keys = carver.take<int32_t>(plan.most_long_keys);
     s.first_parts = carver.take<int32_t>(keys);
-    s.part_sums = carver.take<float>(2 * s.most_parts * 8 * lanes(shape.width));
+    s.part_sums = carver.take<float>(2 * s.most_parts * 8 * lanes_of_row(shape.width));
     s.bits = carver.take<uint32_t>(s.sorters * divide_up(rows, 32));
   }
   plan.workspace_bytes = carver.taken();
@@ -92,9 +89,9 @@ void start(const SparseGradientParameters& s, void* stream) {
     launch<index_rows_kernel<true>>(blocks, kThreads, 0, stream, s);
     launch<index_order_kernel<kThreads>>(s.sorters, kThreads, kThreads * int64_t(sizeof(int32_t)), stream, s);
   }
-  if (lanes(shape.width) == 8)
+  if (lanes_of_row(shape.width) == 8)
     start_parts<T, 8>(s, stream);
-  else if (lanes(shape.width) == 16)
+  else if (lanes_of_row(shape.width) == 16)
     start_parts<T, 16>(s, stream);
   else
     start_parts<T, 32>(s, stream);

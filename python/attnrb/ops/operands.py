@@ -246,9 +246,9 @@ def records_gradient(*inputs: Tensor | None) -> bool:
 
 def given(edit: EditArguments, emit: float | None, visibility: VisibilityArguments, scores: Scores) -> dict[str, Any]:
     """The options that are not at their defaults: each that is passed costs a call a quarter of a microsecond."""
-    found: dict[str, Any] = {} if emit is None else {"emit": emit}
     if not _IDENTITY_IS_TRACED and torch.compiler.is_compiling():
         return {"emit": emit, **edit._asdict(), **visibility._asdict(), **scores._asdict()}
+    found: dict[str, Any] = {} if emit is None else {"emit": emit}
     for options, nothing in ((edit, NO_EDIT), (visibility, DEFAULT_VISIBILITY), (scores, DEFAULT_SCORES)):
         if options is not nothing:
             for name, option, default in zip(options._fields, options, nothing, strict=True):
