@@ -29,7 +29,7 @@ struct AmxEngine : RowGroups<AmxEngine<T>> {
   static constexpr int block_keys = 256;
   static constexpr int key_granule = 32;
   static constexpr bool starts_fresh = true;
-  static constexpr int row_group = 16;
+  using Group = RowGroup;
 
   explicit AmxEngine(const Shape& shape)
       : width(shape.width),
@@ -155,8 +155,46 @@ struct AmxEngine : RowGroups<AmxEngine<T>> {
     at[0] = from_float<bfloat16>(scaled);
     if (two_planes<T>) at[probability_plane] = from_float<bfloat16>(scaled - to_float(at[0]));
   }
+  // Of 16 rows, whose probabilities begin here: those in `rows` multiply that of one key, their lane of `keys`, by
+  // their lane of `factor`. Returns by how much they grew. A pair of probabilities is a lane of 32 bits.
+  static ATTNRB_INLINE Vec scale_probabilities(Probability* probabilities, __m512i keys, __mmask16 rows, Vec factor) {
+    const __m512i of_row = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+    const __m512i place = _mm512_add_epi32(_mm512_add_epi32(of_row, _mm512_and_si512(keys, _mm512_set1_epi32(15))),
+                                           _mm512_slli_epi32(_mm512_srli_epi32(keys, 5), 9));
+    const __mmask16 second = _mm512_test_epi32_mask(keys, _mm512_set1_epi32(16));
+    int* const high = reinterpret_cast<int*>(probabilities);
+    const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), rows, place, high, 4);
+    Vec before = half_of(pairs, second);
+    if constexpr (two_planes<T>) {
+      int* const low = reinterpret_cast<int*>(probabilities + probability_plane);
+      const __m512i rest = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), rows, place, low, 4);
+      before = before + half_of(rest, second);
+      const Vec scaled = before * factor;
+      const __m512i rounded = put_half(pairs, second, scaled);
+      const Vec kept = half_of(rounded, second);
+      const __m512i rounded_rest = put_half(rest, second, scaled - kept);
+      _mm512_mask_i32scatter_epi32(high, rows, place, rounded, 4);
+      _mm512_mask_i32scatter_epi32(low, rows, place, rounded_rest, 4);
+      return Vec::select(rows, kept + half_of(rounded_rest, second) - before, Vec::zero());
+    } else {
+      const __m512i rounded = put_half(pairs, second, before * factor);
+      _mm512_mask_i32scatter_epi32(high, rows, place, rounded, 4);
+      return Vec::select(rows, half_of(rounded, second) - before, Vec::zero());
+    }
+  }
 
  private:
+  static ATTNRB_INLINE Vec half_of(__m512i pairs, __mmask16 second) {
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
+    return {_mm512_castsi512_ps(_mm512_mask_and_epi32(_mm512_slli_epi32(pairs, 16), second, pairs, high))};
+  }
+  static ATTNRB_INLINE __m512i put_half(__m512i pairs, __mmask16 second, Vec x) {
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000u)), low = _mm512_set1_epi32(0xffff);
+    const __m512i half = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x.v));
+    return _mm512_or_si512(_mm512_and_si512(pairs, _mm512_mask_blend_epi32(second, high, low)),
+                           _mm512_mask_slli_epi32(half, second, half, 16));
+  }
+
   static ATTNRB_INLINE int64_t probability_place(int64_t key) {
     return key / 32 * kBlockElements + key % 16 * 2 + key / 16 % 2;
   }

@@ -42,10 +42,10 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-ATTNRB_INLINE void start_tiles() {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-}
+// GCC 12 believes that loading it reads eight bytes: of an object on the stack it may write the rest later, or never.
+inline constexpr TileConfig kTileConfig;
+
+ATTNRB_INLINE void start_tiles() { _tile_loadconfig(&kTileConfig); }
 ATTNRB_INLINE void stop_tiles() { _tile_release(); }
 
 // See Note: [Operands before tiles].

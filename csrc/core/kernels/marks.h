@@ -21,6 +21,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "../problem.h"
@@ -54,12 +55,16 @@ class MarkRules {
   explicit MarkRules(const AttentionProblem& problem)
       : problem_(problem),
         threshold_log2_(float(std::log2(problem.emit.threshold))),
-        threshold_(float(problem.emit.threshold)) {}
+        threshold_(float(problem.emit.threshold)),
+        room_(int32_t(candidate_capacity(0)) - Vec::width) {}
 
   bool emits() const { return problem_.emit.indices != nullptr; }
   bool edits() const { return problem_.edit.indices != nullptr; }
   // Whether outliers have sums of their own.
   bool parts() const { return edits() && problem_.edit.rule == Rule::rest; }
+  // Whether a row is divided by what its outliers gained as well.
+  bool adds_mass() const { return edits() && problem_.edit.rule == Rule::row; }
+  int64_t key_offset() const { return problem_.visibility.key_offset; }
 
   // Candidates per row: the running test keeps at most 1.07/threshold of them, and one block more may come at once.
   int64_t candidate_capacity(int64_t block_keys) const {
@@ -105,7 +110,7 @@ class MarkRules {
       const float before = Engine::load_probability(probabilities, j);
       Engine::scale_probability(probabilities, j, factor);
       // What the output really gained: rounded probabilities must not be divided by exact ones.
-      if (problem_.edit.rule == Rule::row) marks.mass += Engine::load_probability(probabilities, j) - before;
+      if (adds_mass()) marks.mass += Engine::load_probability(probabilities, j) - before;
     });
   }
 
@@ -155,6 +160,14 @@ class MarkRules {
     return max + (float(bit_cast<int32_t>(threshold_ * mass)) * kMantissa - 127.0f) - 1e-4f;
   }
 
+  // The same for a register of rows.
+  template <class V>
+  ATTNRB_INLINE V running_threshold(V max, V mass) const {
+    constexpr float kMantissa = 1.0f / (1 << 23);
+    const V log2 = V::bits_as_number(V::set(threshold_) * mass) * V::set(kMantissa) - V::set(127.0f);
+    return max + log2 - V::set(1e-4f);
+  }
+
   // `largest` of the block's scores, in base 2.
   template <class Places>
   void collect(Candidates& found, const float* scores, int64_t key, int64_t count, float to_log2, float max, float mass,
@@ -165,20 +178,21 @@ class MarkRules {
 
   // Blindly: without a branch on what is found, where a wrong guess costs more than stores.
   template <class Places, bool Blindly>
-  void collect_above(Candidates& found, const float* scores, int64_t key, int64_t count, float to_log2,
-                     float threshold) const {
+  ATTNRB_INLINE void collect_above(Candidates& found, const float* scores, int64_t key, int64_t count, float to_log2,
+                                   float threshold) const {
     const Vec by = Vec::set(to_log2), bound = Vec::set(threshold);
+    float* const to = found.scores;
+    int32_t* const positions = found.positions;
     int32_t kept = found.count;
     for (int64_t j = 0; j < count; j += Vec::width) {
       const Vec score = Vec::load(scores + Places::place(j)) * by;
       const typename Vec::Mask above = Vec::greater(score, bound);
       if (Blindly || Vec::bits(above) != 0)
-        kept += Vec::compress(above, score, int32_t(key + j), found.scores + kept, found.positions + kept);
+        kept += Vec::compress(above, score, int32_t(key + j), to + kept, positions + kept);
     }
     // Rounding may let a few more pass than the bound says (see Note: [Outlier capacity]): the slack takes them, and
     // the buffer is cut back so that the next block fits again.
-    const int32_t room = int32_t(candidate_capacity(0)) - Vec::width;
-    found.count = kept > room ? cut_back(found, kept, threshold, room) : kept;
+    found.count = kept > room_ ? cut_back(found, kept, threshold) : kept;
   }
 
   // Writes the row's outliers: ascending slots, then -1. `own` is the position of its own key.
@@ -190,15 +204,21 @@ class MarkRules {
     int64_t kept = 0;
     for (int64_t c = 0; c < count; c += Vec::width) {
       const int n = int(smaller(count - c, int64_t(Vec::width)));
-      // Lanes behind the last are zeros, and may pass.
-      uint32_t above = Vec::bits(Vec::greater(Vec::load(scores + c, n), Vec::set(threshold))) & ((1u << n) - 1u);
-      for (; above != 0 && kept < emit.capacity; above &= above - 1) {
-        const int32_t position = positions[c + __builtin_ctz(above)];
-        if (position != own) out[kept++] = int32_t(position + problem_.visibility.key_offset);
+      const auto keep = [&](int32_t* to) {
+        // Lanes behind the last are zeros, and may pass.
+        const auto above = Vec::both(Vec::greater(Vec::load(scores + c, n), Vec::set(threshold)), Vec::first(n));
+        return Vec::compress_indices(above, positions + c, int32_t(own), int32_t(problem_.visibility.key_offset), to);
+      };
+      if (kept + Vec::width <= emit.capacity) {
+        kept += keep(out + kept);
+        continue;
       }
+      int32_t last[Vec::width];
+      const int64_t fit = smaller(int64_t(keep(last)), emit.capacity - kept);
+      for (int64_t i = 0; i < fit; ++i) out[kept++] = last[i];
     }
     emit.counts[index] = int32_t(kept);
-    for (; kept < emit.capacity; ++kept) out[kept] = -1;
+    std::memset(out + kept, 0xff, size_t(emit.capacity - kept) * sizeof(int32_t));
   }
 
  private:
@@ -226,10 +246,10 @@ class MarkRules {
     marks.unsorted |= unsorted;
   }
 
-  static int32_t cut_back(Candidates& found, int32_t count, float threshold, int32_t room) {
+  int32_t cut_back(Candidates& found, int32_t count, float threshold) const {
     int32_t kept = 0;
     for (int32_t c = 0; c < count; ++c)
-      if (found.scores[c] > threshold && kept < room) {
+      if (found.scores[c] > threshold && kept < room_) {
         found.scores[kept] = found.scores[c];
         found.positions[kept++] = found.positions[c];
       }
@@ -238,6 +258,7 @@ class MarkRules {
 
   const AttentionProblem& problem_;
   const float threshold_log2_, threshold_;
+  const int32_t room_;  // for candidates of a row, before those of the next block
 };
 
 }  // namespace ATTNRB_ISA

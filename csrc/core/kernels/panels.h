@@ -82,13 +82,18 @@ void multiply_panel(const typename Product::Element* a, int64_t a_stride, int64_
   }
 }
 
+// Where every row is absorbed by itself.
+struct NoGroup {
+  static constexpr int kRows = 1;
+};
+
 // What engines share whose scores and probabilities lie row by row and are absorbed one row at a time.
 struct RowByRow {
   static constexpr int strip = 24;       // query rows multiplied at a time: scores stay in the first-level cache
   static constexpr int block_rows = 96;  // query rows that share one walk over the keys
   static constexpr int block_keys = 256;
   static constexpr bool starts_fresh = false;  // whether sums need not be zeros before the first block
-  static constexpr int row_group = 1;          // rows absorbed at once
+  using Group = NoGroup;                       // of rows that are absorbed at once
   static int64_t rows_at_once(int64_t /*queries*/, int64_t /*keys*/) { return block_rows; }
 
   // Where rows of a strip begin, at the key `first`.

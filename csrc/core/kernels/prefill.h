@@ -1,6 +1,8 @@
 // Attention of many queries: keys and values are packed once per key head, then blocks of query rows walk over them.
 #pragma once
 
+#include <new>
+
 #include "driver.h"
 #include "rows.h"
 #include "sequences.h"
@@ -19,6 +21,8 @@ class Prefill : Driver<Prefill<Engine>> {
   using Input = typename Engine::Input;
   using Probability = typename Engine::Probability;
   using Places = typename Engine::Places;
+  using Group = typename Engine::Group;
+  static constexpr bool kGrouped = Group::kRows > 1;
   static_assert(Engine::block_keys <= kMostBlockKeys, "outliers of a block are lifted into arrays of this length");
 
  public:
@@ -114,6 +118,7 @@ class Prefill : Driver<Prefill<Engine>> {
     float* sums;
     float* marked;  // sums of outliers, where they have their own
     Row* rows;
+    Group* groups;    // of rows
     BiasBlock* bias;  // of each head
     float* bias_values;
     float* candidate_scores;
@@ -130,6 +135,7 @@ class Prefill : Driver<Prefill<Engine>> {
     worker.sums = carver.take<float>(Engine::block_rows * engine_.value_columns);
     worker.marked = carver.take<float>(rules_.marks.parts() ? Engine::block_rows * engine_.value_columns : 0);
     worker.rows = carver.take<Row>(Engine::block_rows);
+    worker.groups = carver.take<Group>(kGrouped ? Engine::block_rows / Group::kRows : 0);
     worker.bias = carver.take<BiasBlock>(most_heads_);
     worker.bias_values = carver.take<float>(rules_.bias.any() ? most_heads_ * Engine::block_keys : 0);
     const int64_t candidates = Engine::block_rows * rules_.marks.candidate_capacity(Engine::block_keys);
@@ -207,64 +213,110 @@ class Prefill : Driver<Prefill<Engine>> {
     engine_.pack_values(packed, EvenRows<Input>{copy, shape_.value_width}, 1, count);
   }
 
-  void attend(const Sequence& sequence, int64_t worker_index, int64_t task) {
-    // Heads of one key head follow each other and share its packed keys; within it, long (late) queries come first.
+  // Queries of one head, or all queries of several, whose rows follow each other.
+  struct RowBlock {
+    int64_t batch, key_head, first_head, heads, first_query, queries;
+    int64_t rows() const { return heads * queries; }
+
+    // Calls each(row, head, query) for the rows [first, last).
+    template <class Each>
+    ATTNRB_INLINE void each_row(int64_t first, int64_t last, Each&& each) const {
+      int64_t head = first_head + first / queries, query = first_query + first % queries;
+      for (int64_t r = first; r < last; ++r) {
+        each(r, head, query);
+        if (++query < first_query + queries) continue;
+        query = first_query;
+        ++head;
+      }
+    }
+  };
+
+  // Heads of one key head follow each other and share its packed keys; within it, long (late) queries come first.
+  RowBlock row_block(const Sequence& sequence, int64_t task) const {
     const int64_t own = task - (sequence.attending_end - sequence.attending(shape_.key_heads));
     const int64_t head_block = own % sequence.head_blocks,
                   query_block = sequence.query_blocks - 1 - own / sequence.head_blocks % sequence.query_blocks;
-    const int64_t key_head = own / sequence.head_blocks / sequence.query_blocks, batch = sequence.batch;
-    const int64_t group = shape_.heads / shape_.key_heads, first_head = head_block * sequence.heads_per_block;
-    const int64_t heads = smaller(group - first_head, sequence.heads_per_block);
-    const int64_t passed = query_block * sequence.queries_per_block, first_query = sequence.first_query + passed;
-    const int64_t queries = smaller(sequence.queries - passed, sequence.queries_per_block);
-    const int64_t row_count = heads * queries;
+    const int64_t group = shape_.heads / shape_.key_heads, passed = query_block * sequence.queries_per_block;
+    RowBlock block;
+    block.batch = sequence.batch;
+    block.key_head = own / sequence.head_blocks / sequence.query_blocks;
+    block.first_head = block.key_head * group + head_block * sequence.heads_per_block;
+    block.heads = smaller(group - head_block * sequence.heads_per_block, sequence.heads_per_block);
+    block.first_query = sequence.first_query + passed;
+    block.queries = smaller(sequence.queries - passed, sequence.queries_per_block);
+    return block;
+  }
 
+  void attend(const Sequence& sequence, int64_t worker_index, int64_t task) {
     const Worker worker = this->worker(worker_index);
-    const auto head_of = [&](int64_t r) { return key_head * group + first_head + r / queries; };
-    const auto query_of = [&](int64_t r) { return first_query + r % queries; };
-
+    const RowBlock of = row_block(sequence, task);
     const FlushSubnormals flush;
     engine_.start_worker();
-    const int64_t padded_rows = round_up(row_count, Engine::strip);
-    const int64_t candidate_capacity = rules_.marks.candidate_capacity(Engine::block_keys);
-    for (int64_t r = 0; r < row_count; ++r) rules_.marks.prefetch(batch, head_of(r), query_of(r));
-    for (int64_t r = 0; r < padded_rows; ++r) {
-      const Input* query = r >= row_count ? nullptr : row_of<Input>(problem_.query, batch, head_of(r), query_of(r));
-      engine_.pack_query_row(worker.queries, r, query, problem_.query.strides[3], rules_.query_factor());
-    }
-    for (int64_t r = 0; r < padded_rows; ++r) {
-      Row& row = worker.rows[r] = Row();
-      if (r >= row_count) continue;
-      note(rules_.start(row, batch, head_of(r), query_of(r), worker.bias + r / queries));
-      if (rules_.marks.emits()) {
-        row.found.scores = worker.candidate_scores + r * candidate_capacity;
-        row.found.positions = worker.candidates + r * candidate_capacity;
-      }
-    }
+    start_rows(worker, of);
+    const int64_t rows = of.rows();
     bool fresh[Engine::block_rows / Engine::strip];
-    for (int64_t r = 0; r < padded_rows; r += Engine::strip) {
+    for (int64_t r = 0; r < rows; r += Engine::strip) {
       fresh[r / Engine::strip] = true;
       if (!Engine::starts_fresh) clear_sums(worker, r);
     }
     if (rules_.marks.parts())
-      for (int64_t i = 0; i < padded_rows * engine_.value_columns; ++i) worker.marked[i] = 0.0f;
+      for (int64_t i = 0; i < round_up(rows, Engine::strip) * engine_.value_columns; ++i) worker.marked[i] = 0.0f;
 
+    const auto finish = [&](int64_t r) {
+      if (Engine::starts_fresh && fresh[r / Engine::strip]) clear_sums(worker, r);
+      finish_strip(worker, of, r);
+    };
     const Interval seen =
-        visible_interval(problem_.visibility, batch, first_query, first_query + queries, sequence.keys);
+        visible_interval(problem_.visibility, of.batch, of.first_query, of.first_query + of.queries, sequence.keys);
+    if (seen.low >= seen.high)
+      for (int64_t r = 0; r < rows; r += Engine::strip) finish(r);
     for (int64_t block = seen.low / Engine::block_keys; block * Engine::block_keys < seen.high; ++block) {
       if (rules_.bias.any())
-        for (int64_t h = 0; h < heads; ++h)
-          worker.bias[h] = rules_.bias.block(batch, head_of(h * queries), block * Engine::block_keys,
+        for (int64_t h = 0; h < of.heads; ++h)
+          worker.bias[h] = rules_.bias.block(of.batch, of.first_head + h, block * Engine::block_keys,
                                              Engine::block_keys, worker.bias_values + h * Engine::block_keys);
-      for (int64_t r = 0; r < row_count; r += Engine::strip)
-        attend_strip(worker, sequence, key_head, block, r, smaller(row_count - r, int64_t(Engine::strip)),
+      const bool last = (block + 1) * Engine::block_keys >= seen.high;
+      for (int64_t r = 0; r < rows; r += Engine::strip) {
+        attend_strip(worker, sequence, of.key_head, block, r, smaller(rows - r, int64_t(Engine::strip)),
                      fresh[r / Engine::strip]);
+        if (last) finish(r);
+      }
     }
-    for (int64_t r = 0; r < row_count; r += Engine::strip)
-      if (Engine::starts_fresh && fresh[r / Engine::strip]) clear_sums(worker, r);
-
-    for (int64_t r = 0; r < row_count; ++r) finish(worker, r, batch, head_of(r), query_of(r));
     engine_.stop_worker();
+  }
+
+  void start_rows(const Worker& worker, const RowBlock& of) {
+    const int64_t rows = of.rows(), padded_rows = round_up(rows, Engine::strip);
+    const int64_t query_stride = problem_.query.strides[3];
+    of.each_row(0, rows, [&](int64_t, int64_t head, int64_t query) { rules_.marks.prefetch(of.batch, head, query); });
+    of.each_row(0, rows, [&](int64_t r, int64_t head, int64_t query) {
+      const Input* row = row_of<Input>(problem_.query, of.batch, head, query);
+      if (query + kAhead < of.first_query + of.queries) prefetch_row(row + kAhead * problem_.query.strides[2]);
+      engine_.pack_query_row(worker.queries, r, row, query_stride, rules_.query_factor());
+    });
+    const int64_t candidate_capacity = rules_.marks.candidate_capacity(Engine::block_keys);
+    of.each_row(0, rows, [&](int64_t r, int64_t head, int64_t query) {
+      // In place: a copy would read what was just written in parts.
+      Row& row = *new (&worker.rows[r]) Row();
+      note(rules_.start(row, of.batch, head, query, worker.bias + (head - of.first_head)));
+      if (rules_.marks.emits()) {
+        row.found.scores = worker.candidate_scores + r * candidate_capacity;
+        row.found.positions = worker.candidates + r * candidate_capacity;
+      }
+    });
+    for (int64_t r = rows; r < padded_rows; ++r) {
+      new (&worker.rows[r]) Row();
+      engine_.pack_query_row(worker.queries, r, nullptr, query_stride, rules_.query_factor());
+    }
+    if constexpr (kGrouped)
+      for (int64_t r = 0; r + Group::kRows <= rows; r += Group::kRows)
+        worker.groups[r / Group::kRows].load(worker.rows + r, problem_.visibility.key_offset);
+  }
+
+  // A row of queries is asked for so many rows before its turn: blocks begin anywhere, where nothing foresees them.
+  static constexpr int64_t kAhead = 16;
+  ATTNRB_INLINE void prefetch_row(const Input* row) const {
+    for (int64_t d = 0; d < shape_.width; d += 64 / int64_t(sizeof(Input))) __builtin_prefetch(row + d);
   }
 
   // Of the strip that `row` begins.
@@ -317,15 +369,15 @@ class Prefill : Driver<Prefill<Engine>> {
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = worker.scores + Engine::score_row(r, first);
       Probability* probabilities = worker.probabilities + Engine::probability_row(r, first);
-      if constexpr (Engine::row_group > 1)
-        if (rows - r >= Engine::row_group) {
+      if constexpr (kGrouped)
+        if (rows - r >= Group::kRows) {
           Engine::absorb_group(
-              rules_, row + r, of, scores, probabilities,
+              rules_, worker.groups[(first_row + r) / Group::kRows], row + r, of, scores, probabilities,
               [&](int64_t each, float factor) { rescale(worker, first_row + r + each, factor); },
               [&](int64_t each, int64_t j, float weight) {
                 take(worker, first_row + r + each, of.key + j, weight, batch, key_head);
               });
-          r += Engine::row_group - 1;
+          r += Group::kRows - 1;
           continue;
         }
       if (rules_.whole(row[r], of))
@@ -353,6 +405,16 @@ class Prefill : Driver<Prefill<Engine>> {
       const float value = to_float(row[d * problem_.value.column_stride()]);
       if (!is_finite(value)) sums[Places::place(d)] += weight * value;
     }
+  }
+
+  // The strip that `first_row` begins has met all its keys.
+  void finish_strip(const Worker& worker, const RowBlock& of, int64_t first_row) {
+    const int64_t end = smaller(first_row + Engine::strip, of.rows());
+    if constexpr (kGrouped)
+      for (int64_t r = first_row; r + Group::kRows <= end; r += Group::kRows)
+        worker.groups[r / Group::kRows].store(worker.rows + r);
+    of.each_row(first_row, end,
+                [&](int64_t r, int64_t head, int64_t query) { finish(worker, r, of.batch, head, query); });
   }
 
   void finish(const Worker& worker, int64_t r, int64_t batch, int64_t head, int64_t query) {

@@ -142,6 +142,16 @@ struct Vec {
     return count;
   }
 
+  static ATTNRB_INLINE int compress_indices(Mask m, const int32_t* from, int32_t except, int32_t add, int32_t* to) {
+    const uint32_t chosen = bits(m);
+    int count = 0;
+    for (int i = 0; i < width; ++i) {
+      to[count] = from[i] + add;
+      count += int(chosen >> i & 1u) & int(from[i] != except);
+    }
+    return count;
+  }
+
  private:
   static ATTNRB_INLINE void deal(__m256i pairs, Vec& even, Vec& odd) {
     even = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};

@@ -65,6 +65,8 @@ struct Vec {
     return {_mm512_castsi512_ps(
         _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xca))};
   }
+  // The bits of each lane, taken as an integer.
+  static ATTNRB_INLINE Vec bits_as_number(Vec x) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(x.v))}; }
   static ATTNRB_INLINE Vec scale_exponent(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
   ATTNRB_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
@@ -148,6 +150,14 @@ struct Vec {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     _mm512_storeu_ps(values, _mm512_maskz_compress_ps(m, x.v));
     _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(lanes, _mm512_set1_epi32(base))));
+    return __builtin_popcount(m);
+  }
+
+  // Of 16 indices those of the chosen lanes, but for `except`, each plus `add`.
+  static ATTNRB_INLINE int compress_indices(Mask m, const int32_t* from, int32_t except, int32_t add, int32_t* to) {
+    const __m512i indices = _mm512_loadu_si512(from);
+    m = _mm512_mask_cmpneq_epi32_mask(m, indices, _mm512_set1_epi32(except));
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(indices, _mm512_set1_epi32(add))));
     return __builtin_popcount(m);
   }
 

@@ -120,6 +120,16 @@ struct Vec {
     return count;
   }
 
+  static ATTNRB_INLINE int compress_indices(Mask m, const int32_t* from, int32_t except, int32_t add, int32_t* to) {
+    const uint32_t chosen = bits(m);
+    int count = 0;
+    for (int i = 0; i < width; ++i) {
+      to[count] = from[i] + add;
+      count += int(chosen >> i & 1u) & int(from[i] != except);
+    }
+    return count;
+  }
+
   // The first two lanes of each, and the last two.
   static ATTNRB_INLINE float32x4_t low_halves(float32x4_t a, float32x4_t b) {
     return vreinterpretq_f32_f64(vzip1q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));

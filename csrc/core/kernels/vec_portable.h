@@ -6,7 +6,7 @@
 //   + - * /, fma (a*b+c), fma_pair (a0*b0+a1*b1+c, with few roundings in a row), fms (a*b-c), max (a NaN in b
 //   survives), abs, round, copy_sign, scale_exponent (x * 2^n); sum, max (over lanes), sums (of `width` vectors),
 //   transpose (of as many); first, none, both, from_bytes, greater, greater_equal, select, bits; compress (the selected
-//   lanes, packed).
+//   lanes, packed); compress_indices (the same of indices in memory, but for one of them, each plus a number).
 #pragma once
 
 #include "../types.h"
@@ -130,6 +130,16 @@ struct Vec {
       values[count] = x.v[i];
       indices[count] = base + i;
       count += m[i] & 1;
+    }
+    return count;
+  }
+
+  static ATTNRB_INLINE int compress_indices(Mask m, const int32_t* from, int32_t except, int32_t add, int32_t* to) {
+    const uint32_t chosen = bits(m);
+    int count = 0;
+    for (int i = 0; i < width; ++i) {
+      to[count] = from[i] + add;
+      count += int(chosen >> i & 1u) & int(from[i] != except);
     }
     return count;
   }
