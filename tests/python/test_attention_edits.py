@@ -150,7 +150,10 @@ def test_row_is_a_bias_of_the_logarithm(shape: str, dtype: torch.dtype) -> None:
     log_gain[..., 5:17] = math.log(4.0)
     biased = functional.attention(*tensors, edit=Edit(key_bias=log_gain), emit=0.05)
     torch.testing.assert_close(gained.output, biased.output, **close(dtype))
-    torch.testing.assert_close(gained.lse, biased.lse, rtol=0, atol=1e-5)
+    # It counts what the output gained, and some instruction sets weigh bfloat16 values by bfloat16 weights: a rounding
+    # of the gained mass moves the logarithm by half a unit in the last place at most.
+    allowed = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(gained.lse, biased.lse, rtol=0, atol=allowed)
     plain = functional.attention(*tensors, emit=0.05)
     assert torch.equal(gained.outliers.indices, plain.outliers.indices), (
         "outliers are found by weights without the gain"

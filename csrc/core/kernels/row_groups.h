@@ -141,7 +141,10 @@ class RowGroups {
     for (int r = 0; r < kRows; ++r)
       rules.template finish_scores<Places>(rows[r], scores + Engine::score_row(r, 0), of.key, of.count, of.held,
                                            of.partial);
-    if (!lifts && absorb<true>(rules, group, rows, of, scores, probabilities, rescale)) return;
+    if (!lifts) {
+      absorb<true>(rules, group, rows, of, scores, probabilities, rescale);
+      return;
+    }
     group.store(rows);
     for (int r = 0; r < kRows; ++r)
       rules.template absorb_scores<Engine, true, false>(
@@ -151,9 +154,8 @@ class RowGroups {
   }
 
  private:
-  // False, with nothing done, where a row sees keys but no number above minus infinity.
   template <bool Partial, class Probability, class Rescale>
-  static ATTNRB_INLINE bool absorb(const RowRules& rules, RowGroup& group, Row* rows, const BlockOfRow& of,
+  static ATTNRB_INLINE void absorb(const RowRules& rules, RowGroup& group, Row* rows, const BlockOfRow& of,
                                    float* scores, Probability* probabilities, Rescale&& rescale) {
     const Vec nothing = Vec::set(-kInfinity), to_log2 = Vec::load(group.to_log2);
     Vec largest = nothing, largest_of[kParts];
@@ -164,10 +166,12 @@ class RowGroups {
       }
     else
       largest = row_maxima(scores, 0, of.count) * to_log2;
-    const uint32_t blank = Partial ? Vec::bits(Vec::greater_equal(nothing, largest)) : 0;
-    if (Partial && blank != 0)
-      for (int r = 0; r < kRows; ++r)
-        if ((blank >> r & 1) && rules.sees_any(rows[r], of.key, of.held)) return false;
+    // A maximum does not tell "sees none of these keys" from "sees only NaN", which must not end as zeros.
+    uint32_t blank = Partial ? Vec::bits(Vec::greater_equal(nothing, largest)) : 0;
+    for (uint32_t each = blank; each != 0; each &= each - 1) {
+      const int r = __builtin_ctz(each);
+      if (rules.sees_any(rows[r], of.key, of.held)) blank &= ~(1u << r);
+    }
 
     Vec m = Vec::load(group.max), l = Vec::load(group.sum);
     const uint32_t first = Vec::bits(Vec::greater_equal(nothing, m));
@@ -203,7 +207,6 @@ class RowGroups {
     group.seen |= ~blank & ((1u << kRows) - 1u);
     if (rules.marks.emits()) collect(rules, group, rows, of, scores, largest_of, blank);
     group.template strengthen<Engine>(rows, probabilities, of.key, of.end(), rules.marks.adds_mass());
-    return true;
   }
 
   static ATTNRB_INLINE typename Vec::Mask mask(uint32_t rows) { return typename Vec::Mask(rows); }
