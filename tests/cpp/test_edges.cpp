@@ -14,6 +14,7 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr DType kDTypes[] = {DType::float32, DType::bfloat16, DType::float16};
 
 Shape make_shape(int64_t batch, int64_t heads, int64_t key_heads, int64_t queries, int64_t keys, int64_t width) {
   return {batch, heads, key_heads, queries, keys, width, width};
@@ -82,6 +83,43 @@ TEST_P(Edges, LargeScoresDoNotOverflow) {
     int64_t ties = 0;
     EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
   }
+}
+
+// The largest score so far is exceeded by far, or by little, in a later block of keys that all rows see.
+TEST_P(Edges, ScoresMayRiseFromBlockToBlock) {
+  for (const DType dtype : kDTypes)
+    for (const Role role : {Role::source, Role::rebalanced})
+      for (const double rise : {1.0, 20.0, 400.0}) {
+        AttentionCase attention = simple_case(make_shape(1, 2, 1, 40, 1100, 8), dtype);
+        attention.role = role;
+        Random random(11);
+        if (role == Role::rebalanced) add_outliers(attention, random, 9);
+        // One component of every query is 1: of the keys it says by how much a block's scores lie above the first's.
+        for (int64_t h = 0; h < 2; ++h)
+          for (int64_t i = 0; i < 40; ++i) attention.query.set(0, h, i, 0, i % 3 == 0 ? 0.0 : 1.0);
+        for (int64_t j = 0; j < 1100; ++j) attention.key.set(0, 0, j, 0, rise * double(j / 256));
+        attention.scoring.scale = 1.0f;
+        const AttentionTruth truth = attention_truth(attention.problem());
+        run_attention(kernels(), attention, 2);
+        int64_t ties = 0;
+        EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe() << ", rise " << rise;
+      }
+}
+
+TEST_P(Edges, RowsWithASinkMaySeeWholeBlocksOnly) {
+  for (const DType dtype : kDTypes)
+    for (const Role role : {Role::source, Role::rebalanced}) {
+      AttentionCase attention = simple_case(make_shape(1, 2, 1, 40, 512, 8), dtype);
+      attention.role = role;
+      Random random(12);
+      if (role == Role::rebalanced) add_outliers(attention, random, 9);
+      attention.visibility.causal = false;
+      attention.sinks = {0.5f, -1.0f};
+      const AttentionTruth truth = attention_truth(attention.problem());
+      run_attention(kernels(), attention, 2);
+      int64_t ties = 0;
+      EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
+    }
 }
 
 TEST_P(Edges, SubnormalFloat16ValuesAreKept) {
@@ -282,36 +320,38 @@ TEST_P(Edges, BrokenOutlierRowsAreReported) {
                          {{1, 2, 3}, -1, Status::outlier_count},
                          {{1, 2, 0}, 2, Status::ok},
                          {{-1, -1, -1}, 0, Status::ok}};
-  for (const int64_t queries : {1, 30})
-    for (const float gain : {0.5f, 0.0f})
-      for (const Broken& broken : rows) {
-        AttentionCase attention = simple_case(make_shape(1, 2, 2, queries, 600, 16));
-        attention.role = Role::rebalanced;
-        attention.capacity = 3;
-        attention.gain = {gain, gain};
-        attention.indices.assign(size_t(attention.rows() * 3), -1);
-        attention.counts.assign(size_t(attention.rows()), 0);
-        std::copy(broken.slots.begin(), broken.slots.end(), attention.indices.end() - 3);
-        attention.counts.back() = broken.count;
-        EXPECT_EQ(run_attention(kernels(), attention, 2).status, broken.expected)
-            << "slots from " << broken.slots[0] << ", gain " << gain << ", " << queries << " queries";
-      }
+  for (const DType dtype : kDTypes)
+    for (const int64_t queries : {1, 30, 32})  // the last row alone, behind rows that are absorbed at once, among them
+      for (const float gain : {0.5f, 0.0f})
+        for (const Broken& broken : rows) {
+          AttentionCase attention = simple_case(make_shape(1, 2, 2, queries, 600, 16), dtype);
+          attention.role = Role::rebalanced;
+          attention.capacity = 3;
+          attention.gain = {gain, gain};
+          attention.indices.assign(size_t(attention.rows() * 3), -1);
+          attention.counts.assign(size_t(attention.rows()), 0);
+          std::copy(broken.slots.begin(), broken.slots.end(), attention.indices.end() - 3);
+          attention.counts.back() = broken.count;
+          EXPECT_EQ(run_attention(kernels(), attention, 2).status, broken.expected)
+              << "slots from " << broken.slots[0] << ", gain " << gain << ", " << queries << " queries";
+        }
 }
 
 TEST_P(Edges, EvenWeightsOnTheThresholdFillTheRowAtMost) {
   // A hundred equal weights, each the threshold as far as float32 can tell: any may fall either way, none may overflow.
-  for (const int64_t queries : {1, 20}) {
-    AttentionCase attention = simple_case(make_shape(1, 1, 1, queries, 100, 4));
-    attention.role = Role::source;
-    attention.visibility.causal = false;
-    attention.visibility.query_offset = 500;
-    attention.scoring.scale = 0.0f;
-    const AttentionTruth truth = attention_truth(attention.problem());
-    run_attention(kernels(), attention, 1);
-    int64_t ties = 0;
-    EXPECT_TRUE(matches(kernels(), attention, truth, &ties));
-    EXPECT_EQ(ties, 100 * queries);
-  }
+  for (const DType dtype : kDTypes)
+    for (const int64_t queries : {1, 20}) {
+      AttentionCase attention = simple_case(make_shape(1, 1, 1, queries, 100, 4), dtype);
+      attention.role = Role::source;
+      attention.visibility.causal = false;
+      attention.visibility.query_offset = 500;
+      attention.scoring.scale = 0.0f;
+      const AttentionTruth truth = attention_truth(attention.problem());
+      run_attention(kernels(), attention, 1);
+      int64_t ties = 0;
+      EXPECT_TRUE(matches(kernels(), attention, truth, &ties));
+      EXPECT_EQ(ties, 100 * queries);
+    }
 }
 
 TEST_P(Edges, WideRowsAreExact) {

@@ -122,6 +122,7 @@ class alignas(64) RowGroup {
 template <class Engine>
 class RowGroups {
   static constexpr int kRows = RowGroup::kRows, kStep = 2 * Vec::width;
+  static constexpr uint32_t kAll = (1u << kRows) - 1u;
   static constexpr int64_t kPart = 64, kParts = kMostBlockKeys / kPart;  // keys of a block that are searched at once
 
  public:
@@ -158,6 +159,20 @@ class RowGroups {
   static ATTNRB_INLINE void absorb(const RowRules& rules, RowGroup& group, Row* rows, const BlockOfRow& of,
                                    float* scores, Probability* probabilities, Rescale&& rescale) {
     const Vec nothing = Vec::set(-kInfinity), to_log2 = Vec::load(group.to_log2);
+    Vec slack = Vec::set(8.0f);  // by which a maximum may lie above the reference
+    if (!Partial && !rules.marks.emits() && Vec::bits(Vec::greater_equal(nothing, Vec::load(group.max))) == 0) {
+      // Where the sum of a row is at most 2^8 so is each of its weights, and its maximum need not be known. A row of
+      // more gets a reference that spares it this in the next block.
+      const Vec sums = add_rows<Partial>(group, of, group.max, scores, probabilities);
+      const auto small = Vec::greater_equal(Vec::set(256.0f), sums);
+      if (Vec::bits(small) == kAll) {
+        (Vec::load(group.sum) + sums).store(group.sum);
+        group.seen = kAll;
+        group.template strengthen<Engine>(rows, probabilities, of.key, of.end(), rules.marks.adds_mass());
+        return;
+      }
+      slack = Vec::select(small, slack, Vec::zero());
+    }
     Vec largest = nothing, largest_of[kParts];
     if (rules.marks.emits())
       for (int64_t part = 0; part * kPart < of.count; ++part) {
@@ -175,7 +190,7 @@ class RowGroups {
 
     Vec m = Vec::load(group.max), l = Vec::load(group.sum);
     const uint32_t first = Vec::bits(Vec::greater_equal(nothing, m));
-    const uint32_t grown = (Vec::bits(Vec::greater(largest, m + Vec::set(8.0f))) | first) & ~blank;
+    const uint32_t grown = (Vec::bits(Vec::greater(largest, m + slack)) | first) & ~blank;
     if (grown != 0) {
       const Vec by = exp2<6>(Vec::max(Vec::set(-200.0f), m - largest));
       // A sink of minus infinity adds nothing.
@@ -195,18 +210,25 @@ class RowGroups {
     // A row without any of these keys gets zeros for any reference.
     alignas(64) float reference[kRows];
     Vec::select(mask(blank), Vec::zero(), m).store(reference);
+    l = l + add_rows<Partial>(group, of, reference, scores, probabilities);
+    m.store(group.max);
+    l.store(group.sum);
+    group.seen |= ~blank & kAll;
+    if (rules.marks.emits()) collect(rules, group, rows, of, scores, largest_of, blank);
+    group.template strengthen<Engine>(rows, probabilities, of.key, of.end(), rules.marks.adds_mass());
+  }
+
+  // Weights of 16 rows, relative to the references, and their sums.
+  template <bool Partial, class Probability>
+  static ATTNRB_INLINE Vec add_rows(const RowGroup& group, const BlockOfRow& of, const float* reference,
+                                    const float* scores, Probability* probabilities) {
     Vec sums[kRows];
     for (int r = 0; r < kRows; ++r)
       sums[r] = add_row<Partial>(scores + Engine::score_row(r, 0), of.count, group.to_log2[r], reference[r],
                                  [&](int64_t j, Vec a, Vec b) {
                                    Engine::store_probabilities(probabilities + Engine::probability_row(r, 0), j, a, b);
                                  });
-    l = l + Vec::sums(sums);
-    m.store(group.max);
-    l.store(group.sum);
-    group.seen |= ~blank & ((1u << kRows) - 1u);
-    if (rules.marks.emits()) collect(rules, group, rows, of, scores, largest_of, blank);
-    group.template strengthen<Engine>(rows, probabilities, of.key, of.end(), rules.marks.adds_mass());
+    return Vec::sums(sums);
   }
 
   static ATTNRB_INLINE typename Vec::Mask mask(uint32_t rows) { return typename Vec::Mask(rows); }
