@@ -129,40 +129,74 @@ struct AmxGradientEngine {
     explicit Weights(float* memory)
         : weights(elements(memory)), gradients(weights + planes * plane), rows(gradients + planes * plane) {}
 
+    // Two rows of 32 keys: [row][half of the keys].
+    using TwoRows = Vec[2][2];
+
     // Of the strip from `row` on, which begins at p and ds.
     void convert(const float* p, const float* ds, int64_t row, int64_t first, int64_t last) const {
+      for (int64_t r = 0; r < strip; r += 2)
+        for (int64_t j = first; j < last; j += 32) {
+          TwoRows two_p, two_ds;
+          for (int each = 0; each < 2; ++each)
+            for (int half = 0; half < 2; ++half) {
+              const int64_t at = TilePlaces::row(r + each) + TilePlaces::place(j) + half * kTileSums;
+              two_p[each][half] = short_nan(Vec::load(p + at));
+              two_ds[each][half] = short_nan(Vec::load(ds + at));
+            }
+          store(row / strip, r, j, two_p, two_ds);
+        }
+    }
+
+    // Rows r and r + 1 of a strip, from key j on; a NaN is short (bf16_pairs.h).
+    ATTNRB_INLINE void store(int64_t strip_number, int64_t r, int64_t j, const TwoRows& p, const TwoRows& ds) const {
+      const int64_t down = down_block(strip_number, j / 32) + r * 16,
+                    along = along_block(strip_number, j / 32) + r * 32;
+      for (int half = 0; half < 2; ++half) {
+        store_pairs(weights + down + half * kTileElements, p[0][half], p[1][half]);
+        store_pairs(gradients + down + half * kTileElements, ds[0][half], ds[1][half]);
+      }
       for_planes<T>([&](auto which) {
         constexpr int kPlane = decltype(which)::value;
-        for (int64_t r = 0; r < strip; r += 2) {
-          const int64_t even = TilePlaces::row(r), odd = TilePlaces::row(r + 1);
-          for (int64_t j = first; j < last; j += 32) {
-            const int64_t at = TilePlaces::place(j);
-            const int64_t down = kPlane * plane + (j / 32 * (block_rows / 32) + row / 32) * kBlockElements + r * 16;
-            const int64_t along = kPlane * plane + (row / 32 * (block_keys / 32) + j / 32) * kBlockElements + r * 32;
-            for (int half = 0; half < 2; ++half) {
-              const int64_t from = at + half * kTileSums;
-              store_pairs<kPlane>(weights + down + half * kTileElements, p + even + from, p + odd + from);
-              store_pairs<kPlane>(gradients + down + half * kTileElements, ds + even + from, ds + odd + from);
-            }
-            store_row<kPlane>(rows + along, ds + even + at);
-            store_row<kPlane>(rows + along + 32, ds + odd + at);
-          }
+        for (int each = 0; each < 2; ++each)
+          _mm512_storeu_si512(rows + kPlane * plane + along + each * 32, split<kPlane>(ds[each][0], ds[each][1]));
+      });
+    }
+
+    // Puts the first `count` of 16 weights and gradients over what rows r of a strip hold for the keys j.
+    void replace(int64_t strip_number, __m512i r, __m512i j, int count, Vec weight, Vec gradient) const {
+      alignas(64) int32_t row[16], key[16];
+      _mm512_store_si512(row, r);
+      _mm512_store_si512(key, j);
+      for_planes<T>([&](auto which) {
+        constexpr int kPlane = decltype(which)::value;
+        bfloat16 p[16], ds[16];
+        weight.store(p);
+        gradient.store(ds);
+        for (int i = 0; i < count; ++i) {
+          const int64_t down = kPlane * plane + down_block(strip_number, key[i] / 32) +
+                               key[i] / 16 % 2 * kTileElements + row[i] / 2 * 32 + key[i] % 16 * 2 + row[i] % 2;
+          weights[down] = p[i];
+          gradients[down] = ds[i];
+          rows[kPlane * plane + along_block(strip_number, key[i] / 32) + row[i] * 32 + key[i] % 32] = ds[i];
         }
+        weight = weight - Vec::load(p);
+        gradient = gradient - Vec::load(ds);
       });
     }
 
     bfloat16 *weights, *gradients, *rows;
 
    private:
-    // 32 keys of a row.
-    template <int Plane>
-    static ATTNRB_INLINE void store_row(bfloat16* out, const float* in) {
-      _mm512_storeu_si512(out, split<Plane>(Vec::load(in), Vec::load(in + kTileSums)));
+    static constexpr int64_t down_block(int64_t strip_number, int64_t step) {
+      return (step * (block_rows / 32) + strip_number) * kBlockElements;
     }
-    // Lane i becomes (even[i], odd[i]).
-    template <int Plane>
-    static ATTNRB_INLINE void store_pairs(bfloat16* out, const float* even, const float* odd) {
-      _mm512_storeu_si512(out, alternate(split<Plane>(Vec::load(even), Vec::load(odd))));
+    static constexpr int64_t along_block(int64_t strip_number, int64_t step) {
+      return (strip_number * (block_keys / 32) + step) * kBlockElements;
+    }
+    static ATTNRB_INLINE void store_pairs(bfloat16* out, Vec even, Vec odd) {
+      _mm512_storeu_si512(out, round_alternate(even, odd));
+      if constexpr (two_planes<T>)
+        _mm512_storeu_si512(out + plane, round_alternate(even - round_float(even), odd - round_float(odd)));
     }
   };
 
@@ -184,6 +218,7 @@ struct GradientProducts<AmxGradientEngine<T>> {
   using Engine = AmxGradientEngine<T>;
   using Weights = typename Engine::Weights;
   using Blocks = TileBlocks<two_planes<T>>;
+  using StreamedBlocks = TileBlocks<two_planes<T>, true>;
   static constexpr int64_t kRows = Engine::block_rows, kKeys = Engine::block_keys;
   static constexpr int64_t kStrips = kRows / 32, kKeySteps = kKeys / 32;
 

@@ -21,6 +21,7 @@
 
 #include "gradient_operands.h"
 #include "gradient_scores.h"
+#include "gradient_strips.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
@@ -49,6 +50,7 @@ class Gradient : Driver<Gradient<Engine>> {
         rules_(rows_),
         data_(problem, rules_),
         scores_(problem, rules_, data_),
+        in_strips_(problem, rules_, data_),
         group_(shape_.heads / shape_.key_heads),
         row_blocks_((shape_.queries + kRows - 1) / kRows),
         key_blocks_((shape_.keys + kKeys - 1) / kKeys),
@@ -65,11 +67,6 @@ class Gradient : Driver<Gradient<Engine>> {
     this->reserve_shared([&](Carver& carver) { carve_shared(carver, at_once); });
     this->reserve_workers();
 
-    for_each_task(pool_, heads * row_blocks_, [&](int64_t, int64_t task) {
-      const int64_t first = task % row_blocks_ * kRows, head = task / row_blocks_;
-      note(data_.prepare(head / shape_.heads, head % shape_.heads, first, row_end(first)));
-    });
-    if (this->status() != Status::ok) return this->status();
     if (received())
       for_each_task(pool_, heads, [&](int64_t index, int64_t task) {
         data_.share(task / shape_.heads, task % shape_.heads, this->worker(index).all_bias);
@@ -77,9 +74,12 @@ class Gradient : Driver<Gradient<Engine>> {
     for (int64_t first = 0; first < units; first += at_once) {
       const int64_t count = smaller(units - first, at_once), row_tasks = count * group_ * row_blocks_;
       for_each_task(pool_, row_tasks, [&](int64_t index, int64_t task) {
+        const RowBlock of = rows_of(first, task);
+        note(data_.prepare(of.batch, of.head, of.first, row_end(of.first)));
         clear(task);
-        if constexpr (Engine::packs_rows_once) pack_rows(this->worker(index), rows_of(first, task), task);
+        if constexpr (Engine::packs_rows_once) pack_rows(this->worker(index), of, task);
       });
+      if (this->status() != Status::ok) return this->status();
       if (received() || data_.parts()) {
         walk<Pass::deltas>(first, count);
         for (int64_t i = 0; i < row_tasks; ++i) turns_[i].store(0, std::memory_order_relaxed);
@@ -343,38 +343,37 @@ class Gradient : Driver<Gradient<Engine>> {
     const RowOperands operands = Engine::packs_rows_once ? packed_.of_block(all_rows_, task) : worker.operands;
     const int64_t strips = (rows + kStrip - 1) / kStrip;
     const int64_t first_row = (block.batch * shape_.heads + head) * shape_.queries + first_query;
-    bool finite = block.finite;
-    for (int64_t r = 0; r < strips * kStrip; ++r) {
-      Row& row = worker.rows[r] = Row();
-      worker.queries[r] = worker.outputs[r] = nullptr;
-      worker.deltas[r] = 0.0f;
-      worker.rests[r] = RestSums();
-      if (r >= rows || !data_.active(first_row + r)) continue;
-      rules_.start(row, block.batch, head, first_query + r, worker.bias);
-      scores_.prefetch(block.batch, head, first_query + r);
-      worker.queries[r] = row_of<Input>(problem_.query, block.batch, head, first_query + r);
-      if (!received()) worker.outputs[r] = row_of<Input>(problem_.grad_output, block.batch, head, first_query + r);
-      finite = finite && data_.finite(first_row + r);
-    }
     KeyRange ranges[kStrips];
     bool any = false, partial = false;
     for (int64_t s = 0; s < strips; ++s) {
-      ranges[s] = strip_range(worker, worker.rows + s * kStrip, block);
+      ranges[s] = strip_range(worker, first_row + s * kStrip, smaller(rows - s * kStrip, kStrip), block);
       any = any || !ranges[s].empty();
       partial = partial || ranges[s].partial;
     }
-    const bool careful = partial && !finite;
+    const bool careful = partial && !(block.finite && data_.finite(first_row, first_row + rows));
+    const bool in_strips = pass == Pass::gradients && !careful && in_strips_.fit();
+    if (!in_strips) start_rows(worker, block, head, first_query, rows);
     const typename Engine::Weights weights(worker.weights);
     if (any) {
       if (rules_.bias.any())
         for (int64_t j = 0; j < kKeys; ++j) worker.bias_sums[j] = 0.0f;
       for (int64_t first = 0; first < strips; first += kStripsAtOnce) {
         const int64_t end = smaller(first + kStripsAtOnce, strips), at = careful ? first : first % kStripsAtOnce;
+        if (in_strips)
+          in_strips_.prefetch(block.batch, head, first_query + first * kStrip,
+                              smaller(rows - first * kStrip, kStripsAtOnce * kStrip));
         multiply_rows(worker, operands, ranges + first, first, end - first, at * kStrip * kKeys);
         for (int64_t s = first; s < end; ++s) {
           if (ranges[s].empty()) continue;
           float *scores = worker.scores + (at + s - first) * kStrip * kKeys,
                 *products = worker.products + (at + s - first) * kStrip * kKeys;
+          if (in_strips) {
+            gain += in_strips_.differentiate(
+                {block.batch, head, first_query + s * kStrip, first_row + s * kStrip,
+                 smaller(rows - s * kStrip, kStrip), s, block.key, ranges[s], scores, products},
+                weights);
+            continue;
+          }
           for (int64_t r = 0; r < kStrip; ++r)
             differentiate<pass>(worker, block, s * kStrip + r, head, first_query, first_row, ranges[s],
                                 scores + Engine::score_row(r), products + Engine::score_row(r), gain);
@@ -439,15 +438,33 @@ class Gradient : Driver<Gradient<Engine>> {
     }
   }
 
-  KeyRange strip_range(const Worker& worker, const Row* rows, const Block& block) const {
+  // What each row of a tile starts with.
+  void start_rows(const Worker& worker, const Block& block, int64_t head, int64_t first_query, int64_t rows) const {
+    const int64_t first_row = (block.batch * shape_.heads + head) * shape_.queries + first_query;
+    for (int64_t r = 0; r < round_up(rows, kStrip); ++r) {
+      Row& row = worker.rows[r] = Row();
+      worker.queries[r] = worker.outputs[r] = nullptr;
+      worker.deltas[r] = 0.0f;
+      worker.rests[r] = RestSums();
+      if (r >= rows || !data_.active(first_row + r)) continue;
+      rules_.start(row, block.batch, head, first_query + r, worker.bias);
+      scores_.prefetch(block.batch, head, first_query + r);
+      worker.queries[r] = row_of<Input>(problem_.query, block.batch, head, first_query + r);
+      if (!received()) worker.outputs[r] = row_of<Input>(problem_.grad_output, block.batch, head, first_query + r);
+    }
+  }
+
+  // Of `rows` rows; those that a strip lacks see nothing.
+  KeyRange strip_range(const Worker& worker, int64_t first_row, int64_t rows, const Block& block) const {
     KeyRange range;
-    int64_t low = shape_.keys, high = 0, all_low = 0, all_high = shape_.keys;
-    for (int64_t r = 0; r < kStrip; ++r) {
-      all_low = rows[r].low > all_low ? rows[r].low : all_low;
-      all_high = rows[r].high < all_high ? rows[r].high : all_high;
-      if (rows[r].low >= rows[r].high) continue;
-      low = rows[r].low < low ? rows[r].low : low;
-      high = rows[r].high > high ? rows[r].high : high;
+    int64_t low = shape_.keys, high = 0, all_low = 0, all_high = rows < kStrip ? 0 : shape_.keys;
+    for (int64_t row = first_row; row < first_row + rows; ++row) {
+      const int64_t row_low = data_.lows[row], row_high = data_.highs[row];
+      all_low = larger(row_low, all_low);
+      all_high = smaller(row_high, all_high);
+      if (row_low >= row_high) continue;
+      low = smaller(row_low, low);
+      high = larger(row_high, high);
     }
     if (low >= high || high <= block.key || low >= block.key + block.count) return range;
     range.first = low > block.key ? (low - block.key) / Engine::key_granule * Engine::key_granule : 0;
@@ -558,6 +575,7 @@ class Gradient : Driver<Gradient<Engine>> {
   const RowRules rules_;
   GradientRows<Input> data_;
   const GradientScores<Engine> scores_;
+  const GradientStrips<Engine> in_strips_;
   const int64_t group_, row_blocks_, key_blocks_, query_columns_, value_columns_, sum_rows_;
   const PackedGradientRows<Engine> packed_;
   RowOperands all_rows_{};  // where they are packed once

@@ -32,9 +32,10 @@ class GradientRows {
   GradientRows(const GradientProblem& problem, const RowRules& rules)
       : problem_(problem), shape_(problem.shape), rules_(rules) {}
 
-  float* references = nullptr;  // [rows, 2]: LSE * log2(e), and what one float cannot hold of it
-  float* deltas = nullptr;      // [rows]
-  uint8_t* flags = nullptr;     // [rows]
+  float* references = nullptr;                // [rows, 2]: LSE * log2(e), and what one float cannot hold of it
+  float* deltas = nullptr;                    // [rows]
+  uint8_t* flags = nullptr;                   // [rows]
+  int32_t *lows = nullptr, *highs = nullptr;  // [rows]: between which keys each sees any; none where it has no part
   float* shares = nullptr;      // [B, H, N], of received_attention: the gradient of each weight in a column
   RestSums* rests = nullptr;    // [rows], under rule rest, and
   SharedRow* shared = nullptr;  // [rows]
@@ -47,13 +48,20 @@ class GradientRows {
     references = carver.take<float>(2 * rows);
     deltas = carver.take<float>(rows);
     flags = carver.take<uint8_t>(rows);
+    lows = carver.take<int32_t>(rows);
+    highs = carver.take<int32_t>(rows);
     shares = carver.take<float>(received() ? heads * shape_.keys : 0);
     rests = carver.take<RestSums>(parts() ? rows : 0);
     shared = carver.take<SharedRow>(parts() ? rows : 0);
   }
 
   bool active(int64_t row) const { return flags[row] & kActive; }
-  bool finite(int64_t row) const { return flags[row] & kFinite; }
+  // True of a row without a part, whatever it holds.
+  bool finite(int64_t first, int64_t end) const {
+    uint8_t all = kFinite;
+    for (int64_t row = first; row < end; ++row) all &= flags[row];
+    return all != 0;
+  }
 
   // A row that sees nothing, or whose output nothing depends on, has no part in any gradient: whatever it holds, NaN
   // included, is not read again.
@@ -79,7 +87,10 @@ class GradientRows {
       references[2 * row] = float(reference);
       references[2 * row + 1] = active ? float(reference - double(references[2 * row])) : 0.0f;
       deltas[row] = delta;
-      flags[row] = uint8_t((active ? kActive : 0) | (finite ? kFinite : 0));
+      flags[row] = uint8_t((active ? kActive : 0) | (finite || !active ? kFinite : 0));
+      const Interval seen = visible_interval(problem_.visibility, batch, query, shape_.keys_of(batch));
+      lows[row] = active ? int32_t(seen.low) : 0;
+      highs[row] = active ? int32_t(seen.high) : 0;
       if (parts()) rests[row] = RestSums();
     }
     return Status::ok;
