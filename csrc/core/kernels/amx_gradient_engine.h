@@ -16,6 +16,8 @@
 // sums of rows are [strip][32 components], those of keys [32 keys][32 components], transposed.
 #pragma once
 
+#include <algorithm>
+
 #include "amx_tiles.h"
 #include "gradient_products.h"
 
@@ -149,8 +151,8 @@ struct AmxGradientEngine {
 
     // Rows r and r + 1 of a strip, from key j on; a NaN is short (bf16_pairs.h).
     ATTNRB_INLINE void store(int64_t strip_number, int64_t r, int64_t j, const TwoRows& p, const TwoRows& ds) const {
-      const int64_t down = down_block(strip_number, j / 32) + r * 16,
-                    along = along_block(strip_number, j / 32) + r * 32;
+      const int64_t down = (j / 32 * (block_rows / 32) + strip_number) * kBlockElements + r * 16;
+      const int64_t along = (strip_number * (block_keys / 32) + j / 32) * kBlockElements + r * 32;
       for (int half = 0; half < 2; ++half) {
         store_pairs(weights + down + half * kTileElements, p[0][half], p[1][half]);
         store_pairs(gradients + down + half * kTileElements, ds[0][half], ds[1][half]);
@@ -162,37 +164,9 @@ struct AmxGradientEngine {
       });
     }
 
-    // Puts the first `count` of 16 weights and gradients over what rows r of a strip hold for the keys j.
-    void replace(int64_t strip_number, __m512i r, __m512i j, int count, Vec weight, Vec gradient) const {
-      alignas(64) int32_t row[16], key[16];
-      _mm512_store_si512(row, r);
-      _mm512_store_si512(key, j);
-      for_planes<T>([&](auto which) {
-        constexpr int kPlane = decltype(which)::value;
-        bfloat16 p[16], ds[16];
-        weight.store(p);
-        gradient.store(ds);
-        for (int i = 0; i < count; ++i) {
-          const int64_t down = kPlane * plane + down_block(strip_number, key[i] / 32) +
-                               key[i] / 16 % 2 * kTileElements + row[i] / 2 * 32 + key[i] % 16 * 2 + row[i] % 2;
-          weights[down] = p[i];
-          gradients[down] = ds[i];
-          rows[kPlane * plane + along_block(strip_number, key[i] / 32) + row[i] * 32 + key[i] % 32] = ds[i];
-        }
-        weight = weight - Vec::load(p);
-        gradient = gradient - Vec::load(ds);
-      });
-    }
-
     bfloat16 *weights, *gradients, *rows;
 
    private:
-    static constexpr int64_t down_block(int64_t strip_number, int64_t step) {
-      return (step * (block_rows / 32) + strip_number) * kBlockElements;
-    }
-    static constexpr int64_t along_block(int64_t strip_number, int64_t step) {
-      return (strip_number * (block_keys / 32) + step) * kBlockElements;
-    }
     static ATTNRB_INLINE void store_pairs(bfloat16* out, Vec even, Vec odd) {
       _mm512_storeu_si512(out, round_alternate(even, odd));
       if constexpr (two_planes<T>)
@@ -217,8 +191,8 @@ template <class T>
 struct GradientProducts<AmxGradientEngine<T>> {
   using Engine = AmxGradientEngine<T>;
   using Weights = typename Engine::Weights;
-  using Blocks = TileBlocks<two_planes<T>>;
-  using StreamedBlocks = TileBlocks<two_planes<T>, true>;
+  // Left sides are met again and again while the right ones go by.
+  using Blocks = TileBlocks<two_planes<T>, true>;
   static constexpr int64_t kRows = Engine::block_rows, kKeys = Engine::block_keys;
   static constexpr int64_t kStrips = kRows / 32, kKeySteps = kKeys / 32;
 
@@ -245,20 +219,13 @@ struct GradientProducts<AmxGradientEngine<T>> {
     multiply_down(Engine::elements(down), weights.gradients, columns, ranges, strips, sums);
   }
 
+  // Fresh: sums begin with what is added.
   static void add_rows(const float* /*ds*/, const Weights& weights, const float* along, int64_t columns,
-                       const KeyRange* ranges, int64_t rows, float* sums) {
-    Blocks blocks;
-    settle_operands();
-    for (int64_t s = 0; s * 32 < rows; ++s) {
-      const int64_t first = ranges[s].first / 32, steps = ranges[s].last / 32 - first;
-      if (ranges[s].empty()) continue;
-      const TileOperand left{weights.rows + (s * kKeySteps + first) * kBlockElements, Weights::plane};
-      for (int64_t d = 0; d < columns; d += 32)
-        blocks.template multiply<true>(
-            left, {Engine::elements(along) + (d / 32 * kKeySteps + first) * kBlockElements, kKeys * columns}, steps,
-            sums + Engine::row_place(32 * s, d, columns));
-    }
-    blocks.flush();
+                       const KeyRange* ranges, int64_t rows, float* sums, bool fresh) {
+    if (fresh)
+      multiply_strips<false>(weights, along, columns, ranges, rows, sums);
+    else
+      multiply_strips<true>(weights, along, columns, ranges, rows, sums);
   }
 
   static void write_rows(T* out, int64_t stride, int64_t count, const float* sums, int64_t columns, int64_t width,
@@ -284,20 +251,49 @@ struct GradientProducts<AmxGradientEngine<T>> {
   }
 
  private:
+  template <bool Add>
+  static void multiply_strips(const Weights& weights, const float* along, int64_t columns, const KeyRange* ranges,
+                              int64_t rows, float* sums) {
+    Blocks blocks;
+    settle_operands();
+    for (int64_t s = 0; s * 32 < rows; ++s) {
+      float* const strip = sums + Engine::row_place(32 * s, 0, columns);
+      const int64_t first = ranges[s].first / 32, steps = ranges[s].last / 32 - first;
+      if (ranges[s].empty()) {
+        if (!Add) std::fill_n(strip, 32 * columns, 0.0f);
+        continue;
+      }
+      const TileOperand left{weights.rows + (s * kKeySteps + first) * kBlockElements, Weights::plane};
+      for (int64_t d = 0; d < columns; d += 32) {
+        float* const block = strip + TilePlaces::place(d);
+        if (Add && 32 * (s + 1) < rows) prefetch_block(block + 32 * columns);
+        blocks.template multiply<Add>(
+            left, {Engine::elements(along) + (d / 32 * kKeySteps + first) * kBlockElements, kKeys * columns}, steps,
+            block);
+      }
+    }
+    blocks.flush();
+  }
+
+  // Sums of rows lie in the last cache or behind, where they were left many tiles ago.
+  static ATTNRB_INLINE void prefetch_block(const float* sums) {
+    for (int64_t i = 0; i < kBlockSums; i += 16) __builtin_prefetch(sums + i, 1, 2);
+  }
+
   // sums of keys, transposed, += rows packed down times pairs of rows: for 32 keys over the strips that hold them.
   static void multiply_down(const bfloat16* down, const bfloat16* pairs, int64_t columns, const KeyRange* ranges,
                             int64_t strips, float* sums) {
     Blocks blocks;
     settle_operands();
-    for (int64_t j = 0; j < kKeys; j += 32)
-      for (int64_t s = 0, end = 0; s < strips; s = end + 1) {
-        for (end = s; end < strips && ranges[end].first <= j && j < ranges[end].last;) ++end;
-        if (end == s) continue;
-        const TileOperand right{pairs + (j / 32 * kStrips + s) * kBlockElements, Weights::plane};
-        for (int64_t d = 0; d < columns; d += 32)
-          blocks.template multiply<true>({down + (d / 32 * kStrips + s) * kBlockElements, kRows * columns}, right,
-                                         end - s, sums + Engine::key_place(j, d, columns));
-      }
+    for (int64_t d = 0; d < columns; d += 32)
+      for (int64_t j = 0; j < kKeys; j += 32)
+        for (int64_t s = 0, end = 0; s < strips; s = end + 1) {
+          for (end = s; end < strips && ranges[end].first <= j && j < ranges[end].last;) ++end;
+          if (end == s) continue;
+          blocks.template multiply<true>({down + (d / 32 * kStrips + s) * kBlockElements, kRows * columns},
+                                         {pairs + (j / 32 * kStrips + s) * kBlockElements, Weights::plane}, end - s,
+                                         sums + Engine::key_place(j, d, columns));
+        }
     blocks.flush();
   }
 

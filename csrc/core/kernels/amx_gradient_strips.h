@@ -24,9 +24,13 @@ class GradientStrips<AmxGradientEngine<T>> {
   GradientStrips(const GradientProblem& problem, const RowRules& rules, const GradientRows<T>& data)
       : problem_(problem), data_(data), to_log2_(short_nan(rules.score_factor() * kLog2E)) {}
 
-  bool fit() const {
-    return !data_.received() && !data_.parts() && problem_.edit.key_bias == nullptr &&
-           problem_.visibility.mask == nullptr && !(problem_.scoring.softcap > 0);
+  bool fit(int64_t head) const {
+    // A gain of -1 or less has no logarithm, and one close to it no accurate one; nor has a scale of nothing an
+    // inverse.
+    constexpr float kLeastStrength = 1e-3f, kLeastFactor = 1e-30f;
+    const bool strengthens = problem_.edit.indices == nullptr || 1.0f + problem_.edit.gain[head] >= kLeastStrength;
+    return strengthens && to_log2_ >= kLeastFactor && !data_.received() && !data_.parts() &&
+           problem_.edit.key_bias == nullptr && problem_.visibility.mask == nullptr && !(problem_.scoring.softcap > 0);
   }
 
   // Asks for what differentiate() is going to read of `count` rows' outliers: they lie far apart, in a table of which
@@ -45,12 +49,13 @@ class GradientStrips<AmxGradientEngine<T>> {
   double differentiate(const TileStrip& strip, const Weights& weights) const {
     StripRows rows;
     load(strip, rows);
+    const double gain = problem_.edit.indices != nullptr ? strengthen(strip, rows) : 0.0;
     for (int64_t r = 0; r < kStrip; r += 2)
       if (strip.range.partial)
         differentiate_pair<true>(strip, rows, r, weights);
       else
         differentiate_pair<false>(strip, rows, r, weights);
-    return problem_.edit.indices != nullptr ? strengthen(strip, rows, weights) : 0.0;
+    return gain;
   }
 
  private:
@@ -126,11 +131,18 @@ class GradientStrips<AmxGradientEngine<T>> {
   static constexpr int kKeyBits = 8;
   static_assert(Engine::block_keys == 1 << kKeyBits, "a key of a tile has so many bits");
 
-  // Finds the outliers that the strip's rows see, and replaces their weights and gradients.
-  double strengthen(const TileStrip& strip, const StripRows& rows, const Weights& weights) const {
+  // What strengthening adds to a score, and of delta to a gradient of a weight.
+  struct Strength {
+    Vec score, delta;
+  };
+
+  // Finds the outliers that the strip's rows see, and strengthens them.
+  double strengthen(const TileStrip& strip, const StripRows& rows) const {
     const Edit& edit = problem_.edit;
     const int64_t base = strip.key + problem_.visibility.key_offset;
     if (base > std::numeric_limits<int32_t>::max()) return 0.0;  // slots are not that large
+    const float strength = 1.0f + edit.gain[strip.head];
+    const Strength added{Vec::set(std::log2(strength) / to_log2_), Vec::set(1.0f - 1.0f / strength)};
     alignas(64) int32_t found[32];
     int count = 0;
     __m512d sum = _mm512_setzero_pd();
@@ -147,14 +159,14 @@ class GradientStrips<AmxGradientEngine<T>> {
         _mm512_storeu_si512(found + count, _mm512_maskz_compress_epi32(here, _mm512_add_epi32(some, to_code)));
         count += __builtin_popcount(here);
         if (count >= 16) {
-          sum = strengthen_some(strip, rows, weights, found, 16, sum);
+          sum = strengthen_some(strip, rows, added, found, 16, sum);
           count -= 16;
           _mm512_store_si512(found, _mm512_load_si512(found + 16));
         }
         if (c + 16 < listed && slots[c + 15] >= base + last) break;
       }
     }
-    if (count > 0) sum = strengthen_some(strip, rows, weights, found, count, sum);
+    if (count > 0) sum = strengthen_some(strip, rows, added, found, count, sum);
     return _mm512_reduce_add_pd(sum);
   }
 
@@ -172,23 +184,20 @@ class GradientStrips<AmxGradientEngine<T>> {
   }
 
   // Returns `sum` and these outliers' share of the gain's gradient, P dW or P (dW - delta).
-  ATTNRB_INLINE __m512d strengthen_some(const TileStrip& strip, const StripRows& rows, const Weights& weights,
+  ATTNRB_INLINE __m512d strengthen_some(const TileStrip& strip, const StripRows& rows, const Strength& added,
                                         const int32_t* found, int count, __m512d sum) const {
     const __mmask16 live = Vec::first(count);
     const __m512i codes = _mm512_maskz_load_epi32(live, found);
     const __m512i r = _mm512_srli_epi32(codes, kKeyBits);
-    const __m512i j = _mm512_and_si512(codes, _mm512_set1_epi32((1 << kKeyBits) - 1));
-    const __m512i place = score_places(r, j);
-    const Vec delta = gather(rows.deltas, r), upstream = gather(strip.products, place);
-    const Vec weight =
-        this->weight<true>(gather(strip.scores, place), gather(rows.references, r), gather(rows.rests, r));
-
-    // Rule none strengthens dW, rule row dW - delta.
-    const Vec own = problem_.edit.rule == Rule::row ? delta : Vec::zero(), moved = upstream - own;
-    const Vec factor = Vec::set(1.0f + problem_.edit.gain[strip.head]);
-    weights.replace(strip.number, r, j, count, weight * factor, weight * Vec::fms(moved, factor, delta - own));
-
-    const Vec seen = Vec::select(live, weight, Vec::zero()), by = Vec::select(live, moved, Vec::zero());
+    const __m512i place = score_places(r, _mm512_and_si512(codes, _mm512_set1_epi32((1 << kKeyBits) - 1)));
+    const bool row_rule = problem_.edit.rule == Rule::row;
+    const Vec delta = gather(rows.deltas, r), score = gather(strip.scores, place), dw = gather(strip.products, place);
+    const Vec stronger = score + added.score;
+    _mm512_mask_i32scatter_ps(strip.scores, live, place, stronger.v, 4);
+    if (!row_rule) _mm512_mask_i32scatter_ps(strip.products, live, place, Vec::fma(delta, added.delta, dw).v, 4);
+    if (problem_.grad_gain == nullptr) return sum;
+    const Vec p = weight<true>(score, gather(rows.references, r), gather(rows.rests, r));
+    const Vec seen = Vec::select(live, p, Vec::zero()), by = Vec::select(live, row_rule ? dw - delta : dw, Vec::zero());
     sum = _mm512_fmadd_pd(low_half(seen), low_half(by), sum);
     return _mm512_fmadd_pd(high_half(seen), high_half(by), sum);
   }

@@ -76,8 +76,13 @@ class Gradient : Driver<Gradient<Engine>> {
       for_each_task(pool_, row_tasks, [&](int64_t index, int64_t task) {
         const RowBlock of = rows_of(first, task);
         note(data_.prepare(of.batch, of.head, of.first, row_end(of.first)));
-        clear(task);
+        new (&turns_[task]) std::atomic<int32_t>(0);
         if constexpr (Engine::packs_rows_once) pack_rows(this->worker(index), of, task);
+        const Interval turns = turns_of(of.batch, of.first);
+        if (turns.low >= turns.high) {
+          clear(task);
+          write_query_gradient(of, task);
+        }
       });
       if (this->status() != Status::ok) return this->status();
       if (received() || data_.parts()) {
@@ -90,7 +95,6 @@ class Gradient : Driver<Gradient<Engine>> {
           data_.settle(of.batch, of.head, of.first, row_end(of.first));
         });
       walk<Pass::gradients>(first, count);
-      for_each_task(pool_, row_tasks, [&](int64_t, int64_t task) { write_query_gradient(rows_of(first, task), task); });
     }
     if (problem_.grad_sinks != nullptr)
       for_each_task(pool_, shape_.heads, [&](int64_t, int64_t head) { write_sink_gradient(head); });
@@ -197,11 +201,16 @@ class Gradient : Driver<Gradient<Engine>> {
     return sums_ + (task / row_blocks_ * sum_rows_ + task % row_blocks_ * kRows) * query_columns_;
   }
 
-  void clear(int64_t task) {
-    new (&turns_[task]) std::atomic<int32_t>(0);
+  void clear(int64_t task) const {
     float* const sums = row_sums(task);
     const int64_t rows = smaller(sum_rows_ - task % row_blocks_ * kRows, kRows);
     for (int64_t i = 0; i < rows * query_columns_; ++i) sums[i] = 0.0f;
+  }
+
+  // Blocks of keys that have a turn at the sums of the rows from `first` on: see Note: [Turns].
+  Interval turns_of(int64_t batch, int64_t first) const {
+    const Interval seen = visible_interval(problem_.visibility, batch, first, row_end(first), shape_.keys);
+    return {seen.low / kKeys, (seen.high + kKeys - 1) / kKeys};
   }
 
   // Operands of a block of rows, for all blocks of keys: rows that have no part in any gradient are zeros.
@@ -260,10 +269,9 @@ class Gradient : Driver<Gradient<Engine>> {
       for (int64_t j = 0; j < kKeys; ++j) worker.bias_totals[j] = 0.0;
       for (int64_t row_block = row_blocks_ - 1; row_block >= 0; --row_block) {
         const int64_t first = row_block * kRows, left = shape_.queries - first, rows = left < kRows ? left : kRows;
-        const Interval seen = visible_interval(problem_.visibility, block.batch, first, first + rows, shape_.keys);
-        if (block.key >= seen.high || block.key + block.count <= seen.low) continue;
-        tile<pass>(worker, block, head, first, rows, first_task + g * row_blocks_ + row_block,
-                   int32_t(block.index - seen.low / kKeys), gain);
+        const Interval turns = turns_of(block.batch, first);
+        if (block.index < turns.low || block.index >= turns.high) continue;
+        tile<pass>(worker, block, head, first, rows, first_task + g * row_blocks_ + row_block, turns, gain);
       }
       if (pass == Pass::gradients && edits())
         gains_[(block.index * shape_.batch + block.batch) * shape_.heads + head] = gain;
@@ -337,8 +345,9 @@ class Gradient : Driver<Gradient<Engine>> {
 
   template <Pass pass>
   void tile(const Worker& worker, const Block& block, int64_t head, int64_t first_query, int64_t rows, int64_t task,
-            int32_t my_turn, double& gain) {
+            const Interval& turns, double& gain) {
     std::atomic<int32_t>& turn = turns_[task];
+    const int32_t my_turn = int32_t(block.index - turns.low);
     float* const query_sums = row_sums(task);
     const RowOperands operands = Engine::packs_rows_once ? packed_.of_block(all_rows_, task) : worker.operands;
     const int64_t strips = (rows + kStrip - 1) / kStrip;
@@ -351,7 +360,7 @@ class Gradient : Driver<Gradient<Engine>> {
       partial = partial || ranges[s].partial;
     }
     const bool careful = partial && !(block.finite && data_.finite(first_row, first_row + rows));
-    const bool in_strips = pass == Pass::gradients && !careful && in_strips_.fit();
+    const bool in_strips = pass == Pass::gradients && !careful && in_strips_.fit(head);
     if (!in_strips) start_rows(worker, block, head, first_query, rows);
     const typename Engine::Weights weights(worker.weights);
     if (any) {
@@ -400,11 +409,15 @@ class Gradient : Driver<Gradient<Engine>> {
       for (int64_t j = 0; j < kKeys; ++j) worker.bias_totals[j] += double(worker.bias_sums[j]);
     wait_for(turn, my_turn);  // see Note: [Turns]
     if (any && pass == Pass::deltas) add_deltas(worker, first_row, rows);
-    if (any && pass == Pass::gradients) {
-      if (careful)
-        multiply_visible(worker, block, rows, ranges, query_sums);
-      else
-        Products::add_rows(worker.products, weights, worker.keys_along, query_columns_, ranges, rows, query_sums);
+    if (pass == Pass::gradients) {
+      const bool fresh = my_turn == 0;
+      if (any && !careful)
+        Products::add_rows(worker.products, weights, worker.keys_along, query_columns_, ranges, rows, query_sums,
+                           fresh);
+      else if (fresh)
+        clear(task);
+      if (any && careful) multiply_visible(worker, block, rows, ranges, query_sums);
+      if (block.index + 1 == turns.high) write_query_gradient({block.batch, head, first_query}, task);
     }
     turn.store(my_turn + 1, std::memory_order_release);
   }

@@ -69,6 +69,7 @@ class GradientRows {
     const FlushSubnormals flush;
     for (int64_t query = first; query < end; ++query) {
       const int64_t row = (batch * shape_.heads + head) * shape_.queries + query;
+      ask_for(batch, head, smaller(query + kAhead, end - 1));
       if (problem_.edit.indices != nullptr) {
         const Status status = check_outliers(batch, head, query);
         if (status != Status::ok) return status;
@@ -144,6 +145,19 @@ class GradientRows {
 
  private:
   bool counts_singly(const BiasBlock& bias) const { return problem_.visibility.mask != nullptr || bias.removes; }
+
+  // Rows that follow each other in memory cross a page every few, where the processor does not look ahead by itself.
+  static constexpr int64_t kAhead = 12;
+  void ask_for(int64_t batch, int64_t head, int64_t row) const {
+    const auto ask = [&](const View& view, int64_t width) {
+      const char* at = reinterpret_cast<const char*>(row_of<Input>(view, batch, head, row));
+      for (int64_t byte = 0; byte < width * int64_t(sizeof(Input)); byte += 64) __builtin_prefetch(at + byte);
+    };
+    ask(problem_.query, shape_.width);
+    if (received()) return;
+    ask(problem_.grad_output, shape_.value_width);
+    ask(problem_.output, shape_.value_width);
+  }
 
   static bool row_is_finite(const View& view, int64_t batch, int64_t head, int64_t row, int64_t width) {
     return all_finite(row_of<Input>(view, batch, head, row), 0, view.strides[3], 1, width);

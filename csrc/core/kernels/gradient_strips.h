@@ -16,7 +16,7 @@ struct TileStrip {
   int64_t number;      // of the strip in its tile
   int64_t key;         // position of the tile's first key
   KeyRange range;
-  const float *scores, *products;
+  float *scores, *products;
 };
 
 // This is of engines that take rows one by one (gradient_scores.h).
@@ -24,8 +24,8 @@ template <class Engine>
 struct GradientStrips {
   GradientStrips(const GradientProblem&, const RowRules&, const GradientRows<typename Engine::Input>&) {}
 
-  // Whether all strips of the problem can be taken in one go.
-  static constexpr bool fit() { return false; }
+  // Whether strips of a head can be taken in one go.
+  static constexpr bool fit(int64_t) { return false; }
   void prefetch(int64_t, int64_t, int64_t, int64_t) const {}
   double differentiate(const TileStrip&, const typename Engine::Weights&) const { return 0.0; }
 };
