@@ -33,16 +33,30 @@ class GradientStrips<AmxGradientEngine<T>> {
            problem_.edit.key_bias == nullptr && problem_.visibility.mask == nullptr && !(problem_.scoring.softcap > 0);
   }
 
-  // Asks for what differentiate() is going to read of `count` rows' outliers: they lie far apart, in a table of which
-  // little is filled.
-  void prefetch(int64_t batch, int64_t head, int64_t query, int64_t count) const {
+  // A row's list lies far from the next one's, in a table of which little is filled, and each block of keys reads all
+  // of them: so the first sixteen outliers of every row stand once more, side by side.
+  void carve(Carver& carver) {
+    const Shape& shape = problem_.shape;
+    const int64_t rows = problem_.edit.indices != nullptr ? shape.batch * shape.heads * shape.queries : 0;
+    copies_ = carver.take<int32_t>(16 * rows);
+  }
+
+  // Of sound lists.
+  void copy_lists(int64_t batch, int64_t head, int64_t first, int64_t end) const {
     const Edit& edit = problem_.edit;
     if (edit.indices == nullptr) return;
-    for (int64_t r = 0; r < count; ++r) {
-      const int32_t* slots = edit.indices + list_of(batch, head, query + r) * edit.capacity;
-      __builtin_prefetch(slots);
-      __builtin_prefetch(slots + 15);
+    int32_t* copy = copies_ + 16 * ((batch * problem_.shape.heads + head) * problem_.shape.queries + first);
+    for (int64_t query = first; query < end; ++query, copy += 16) {
+      const int64_t list = list_of(batch, head, query);
+      _mm512_store_si512(copy,
+                         _mm512_maskz_loadu_epi32(Vec::first(edit.counts[list]), edit.indices + list * edit.capacity));
     }
+  }
+
+  // Asks for what differentiate() is going to read of `count` rows' outliers.
+  void prefetch(int64_t row, int64_t count) const {
+    if (problem_.edit.indices == nullptr) return;
+    for (int64_t r = row; r < row + count; ++r) __builtin_prefetch(copies_ + 16 * r);
   }
 
   // Returns the strip's share of the gain's gradient.
@@ -146,23 +160,25 @@ class GradientStrips<AmxGradientEngine<T>> {
     alignas(64) int32_t found[32];
     int count = 0;
     __m512d sum = _mm512_setzero_pd();
+    const __m512i from = _mm512_set1_epi32(int32_t(base));
     for (int64_t r = 0; r < strip.rows; ++r) {
       const int64_t list = list_of(strip.batch, strip.head, strip.query + r);
       const int32_t *slots = edit.indices + list * edit.capacity, listed = edit.counts[list];
       const int32_t first = rows.first[r], last = rows.last[r];
       const __m512i to_code = _mm512_set1_epi32(int32_t(r << kKeyBits) - int32_t(base));
-      for (int32_t c = first_vector(slots, listed, base + first); c < listed; c += 16) {
-        const __mmask16 held = Vec::first(listed - c);
-        const __m512i some = _mm512_maskz_loadu_epi32(held, slots + c);
-        const __mmask16 here =
-            held & in_interval(_mm512_sub_epi32(some, _mm512_set1_epi32(int32_t(base))), first, last);
+      const auto take = [&](__m512i some, int held) {
+        const __mmask16 here = Vec::first(held) & in_interval(_mm512_sub_epi32(some, from), first, last);
         _mm512_storeu_si512(found + count, _mm512_maskz_compress_epi32(here, _mm512_add_epi32(some, to_code)));
         count += __builtin_popcount(here);
-        if (count >= 16) {
-          sum = strengthen_some(strip, rows, added, found, 16, sum);
-          count -= 16;
-          _mm512_store_si512(found, _mm512_load_si512(found + 16));
-        }
+        if (count < 16) return;
+        sum = strengthen_some(strip, rows, added, found, 16, sum);
+        count -= 16;
+        _mm512_store_si512(found, _mm512_load_si512(found + 16));
+      };
+      take(_mm512_load_si512(copies_ + 16 * (strip.row + r)), listed);
+      if (listed <= 16) continue;
+      for (int32_t c = larger(16, first_vector(slots, listed, base + first)); c < listed; c += 16) {
+        take(_mm512_maskz_loadu_epi32(Vec::first(listed - c), slots + c), listed - c);
         if (c + 16 < listed && slots[c + 15] >= base + last) break;
       }
     }
@@ -209,6 +225,7 @@ class GradientStrips<AmxGradientEngine<T>> {
   const GradientProblem& problem_;
   const GradientRows<T>& data_;
   const float to_log2_;
+  int32_t* copies_ = nullptr;  // [rows, 16]
 };
 
 }  // namespace ATTNRB_ISA

@@ -75,7 +75,9 @@ class Gradient : Driver<Gradient<Engine>> {
       const int64_t count = smaller(units - first, at_once), row_tasks = count * group_ * row_blocks_;
       for_each_task(pool_, row_tasks, [&](int64_t index, int64_t task) {
         const RowBlock of = rows_of(first, task);
-        note(data_.prepare(of.batch, of.head, of.first, row_end(of.first)));
+        const Status status = data_.prepare(of.batch, of.head, of.first, row_end(of.first));
+        note(status);
+        if (status == Status::ok) in_strips_.copy_lists(of.batch, of.head, of.first, row_end(of.first));
         new (&turns_[task]) std::atomic<int32_t>(0);
         if constexpr (Engine::packs_rows_once) pack_rows(this->worker(index), of, task);
         const Interval turns = turns_of(of.batch, of.first);
@@ -163,6 +165,7 @@ class Gradient : Driver<Gradient<Engine>> {
     turns_ = carver.take<std::atomic<int32_t>>(units * group_ * row_blocks_);
     if constexpr (Engine::packs_rows_once) all_rows_ = packed_.take(carver, units * group_ * row_blocks_);
     data_.carve(carver);
+    in_strips_.carve(carver);
     gains_ = carver.take<double>(edits() ? key_blocks_ * heads : 0);
     biases_ = carver.take<double>(problem_.grad_bias != nullptr ? heads * shape_.keys : 0);
   }
@@ -368,9 +371,8 @@ class Gradient : Driver<Gradient<Engine>> {
         for (int64_t j = 0; j < kKeys; ++j) worker.bias_sums[j] = 0.0f;
       for (int64_t first = 0; first < strips; first += kStripsAtOnce) {
         const int64_t end = smaller(first + kStripsAtOnce, strips), at = careful ? first : first % kStripsAtOnce;
-        if (in_strips)
-          in_strips_.prefetch(block.batch, head, first_query + first * kStrip,
-                              smaller(rows - first * kStrip, kStripsAtOnce * kStrip));
+        if (in_strips && end < strips)
+          in_strips_.prefetch(first_row + end * kStrip, smaller(rows - end * kStrip, kStrip));
         multiply_rows(worker, operands, ranges + first, first, end - first, at * kStrip * kKeys);
         for (int64_t s = first; s < end; ++s) {
           if (ranges[s].empty()) continue;
@@ -588,7 +590,7 @@ class Gradient : Driver<Gradient<Engine>> {
   const RowRules rules_;
   GradientRows<Input> data_;
   const GradientScores<Engine> scores_;
-  const GradientStrips<Engine> in_strips_;
+  GradientStrips<Engine> in_strips_;
   const int64_t group_, row_blocks_, key_blocks_, query_columns_, value_columns_, sum_rows_;
   const PackedGradientRows<Engine> packed_;
   RowOperands all_rows_{};  // where they are packed once

@@ -26,7 +26,9 @@ struct GradientStrips {
 
   // Whether strips of a head can be taken in one go.
   static constexpr bool fit(int64_t) { return false; }
-  void prefetch(int64_t, int64_t, int64_t, int64_t) const {}
+  void carve(Carver&) {}
+  void copy_lists(int64_t, int64_t, int64_t, int64_t) const {}
+  void prefetch(int64_t, int64_t) const {}
   double differentiate(const TileStrip&, const typename Engine::Weights&) const { return 0.0; }
 };
 
