@@ -3,9 +3,12 @@
 // Note: [Gradients in one go]
 // Nearly all tiles are of rows without softcap, bias or boolean mask, under rule none or row, and hold numbers: what is
 // hidden is hidden by an interval. Two rows of those go at once from the registers that hold P and dS to the three
-// operands that the last products read, and no float of either is ever stored. Outliers come after: scores and
-// gradients of weights still stand as the products left them, so all outliers of a strip are computed anew, sixteen at
-// a time whatever their rows, and put over what the operands hold.
+// operands that the last products read, and no float of either is ever stored.
+//
+// Outliers come before, as changes of what they are made of. With s = 1 + gain the strengthened weight of one is
+// w P = 2^(t + log2 s - LSE), and its gradient of a score
+//   rule row   w P (dW - delta)        rule none   P (s dW - delta) = w P ((dW + c) - delta),   c = delta (1 - 1/s)
+// so log2 s joins its score, and c its dW: for all outliers of a strip sixteen at a time, whatever their rows.
 #pragma once
 
 #include "amx_gradient_engine.h"

@@ -11,7 +11,8 @@
 // A task is a block of keys of one key head: it owns their dK and dV, and walks over the rows of all heads that share
 // them. A block of rows of dQ gets a contribution from each of its blocks of keys, in the order of the keys: a task
 // waits until those before have added theirs. Results then do not depend on the number of threads, no product is
-// computed twice, and threads rarely wait, since all walk over the rows in the same direction.
+// computed twice, and threads rarely wait, since all walk over the rows in the same direction. The first turn writes
+// what the others add to, and the last one rounds the sums while they are at hand.
 //
 // A key bias moves with dt, the gradient of a score behind softcap and bias: a task adds it up for each of its heads,
 // in float64 over the tiles, and what broadcasting asks for is added at the end, in one order.
@@ -81,7 +82,7 @@ class Gradient : Driver<Gradient<Engine>> {
         new (&turns_[task]) std::atomic<int32_t>(0);
         if constexpr (Engine::packs_rows_once) pack_rows(this->worker(index), of, task);
         const Interval turns = turns_of(of.batch, of.first);
-        if (turns.low >= turns.high) {
+        if (turns.low >= turns.high) {  // these rows see nothing
           clear(task);
           write_query_gradient(of, task);
         }

@@ -146,7 +146,7 @@ class GradientRows {
  private:
   bool counts_singly(const BiasBlock& bias) const { return problem_.visibility.mask != nullptr || bias.removes; }
 
-  // Rows that follow each other in memory cross a page every few, where the processor does not look ahead by itself.
+  // Asks for what prepare() is going to read: rows cross into a new page every few, where processors do not look ahead.
   static constexpr int64_t kAhead = 12;
   void ask_for(int64_t batch, int64_t head, int64_t row) const {
     const auto ask = [&](const View& view, int64_t width) {
