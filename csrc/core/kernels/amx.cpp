@@ -2,7 +2,7 @@
 #include "vec_avx512.h"
 
 #include "amx_engine.h"
-#include "amx_gradient_engine.h"
+#include "amx_gradient_strips.h"
 #include "table.h"
 
 namespace attnrb {

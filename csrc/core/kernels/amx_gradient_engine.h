@@ -16,6 +16,8 @@
 // sums of rows are [strip][32 components], those of keys [32 keys][32 components], transposed.
 #pragma once
 
+#include <algorithm>
+
 #include "amx_tiles.h"
 #include "gradient_products.h"
 
@@ -129,40 +131,46 @@ struct AmxGradientEngine {
     explicit Weights(float* memory)
         : weights(elements(memory)), gradients(weights + planes * plane), rows(gradients + planes * plane) {}
 
+    // Two rows of 32 keys: [row][half of the keys].
+    using TwoRows = Vec[2][2];
+
     // Of the strip from `row` on, which begins at p and ds.
     void convert(const float* p, const float* ds, int64_t row, int64_t first, int64_t last) const {
+      for (int64_t r = 0; r < strip; r += 2)
+        for (int64_t j = first; j < last; j += 32) {
+          TwoRows two_p, two_ds;
+          for (int each = 0; each < 2; ++each)
+            for (int half = 0; half < 2; ++half) {
+              const int64_t at = TilePlaces::row(r + each) + TilePlaces::place(j) + half * kTileSums;
+              two_p[each][half] = short_nan(Vec::load(p + at));
+              two_ds[each][half] = short_nan(Vec::load(ds + at));
+            }
+          store(row / strip, r, j, two_p, two_ds);
+        }
+    }
+
+    // Rows r and r + 1 of a strip, from key j on; a NaN is short (bf16_pairs.h).
+    ATTNRB_INLINE void store(int64_t strip_number, int64_t r, int64_t j, const TwoRows& p, const TwoRows& ds) const {
+      const int64_t down = (j / 32 * (block_rows / 32) + strip_number) * kBlockElements + r * 16;
+      const int64_t along = (strip_number * (block_keys / 32) + j / 32) * kBlockElements + r * 32;
+      for (int half = 0; half < 2; ++half) {
+        store_pairs(weights + down + half * kTileElements, p[0][half], p[1][half]);
+        store_pairs(gradients + down + half * kTileElements, ds[0][half], ds[1][half]);
+      }
       for_planes<T>([&](auto which) {
         constexpr int kPlane = decltype(which)::value;
-        for (int64_t r = 0; r < strip; r += 2) {
-          const int64_t even = TilePlaces::row(r), odd = TilePlaces::row(r + 1);
-          for (int64_t j = first; j < last; j += 32) {
-            const int64_t at = TilePlaces::place(j);
-            const int64_t down = kPlane * plane + (j / 32 * (block_rows / 32) + row / 32) * kBlockElements + r * 16;
-            const int64_t along = kPlane * plane + (row / 32 * (block_keys / 32) + j / 32) * kBlockElements + r * 32;
-            for (int half = 0; half < 2; ++half) {
-              const int64_t from = at + half * kTileSums;
-              store_pairs<kPlane>(weights + down + half * kTileElements, p + even + from, p + odd + from);
-              store_pairs<kPlane>(gradients + down + half * kTileElements, ds + even + from, ds + odd + from);
-            }
-            store_row<kPlane>(rows + along, ds + even + at);
-            store_row<kPlane>(rows + along + 32, ds + odd + at);
-          }
-        }
+        for (int each = 0; each < 2; ++each)
+          _mm512_storeu_si512(rows + kPlane * plane + along + each * 32, split<kPlane>(ds[each][0], ds[each][1]));
       });
     }
 
     bfloat16 *weights, *gradients, *rows;
 
    private:
-    // 32 keys of a row.
-    template <int Plane>
-    static ATTNRB_INLINE void store_row(bfloat16* out, const float* in) {
-      _mm512_storeu_si512(out, split<Plane>(Vec::load(in), Vec::load(in + kTileSums)));
-    }
-    // Lane i becomes (even[i], odd[i]).
-    template <int Plane>
-    static ATTNRB_INLINE void store_pairs(bfloat16* out, const float* even, const float* odd) {
-      _mm512_storeu_si512(out, alternate(split<Plane>(Vec::load(even), Vec::load(odd))));
+    static ATTNRB_INLINE void store_pairs(bfloat16* out, Vec even, Vec odd) {
+      _mm512_storeu_si512(out, round_alternate(even, odd));
+      if constexpr (two_planes<T>)
+        _mm512_storeu_si512(out + plane, round_alternate(even - round_float(even), odd - round_float(odd)));
     }
   };
 
@@ -183,7 +191,8 @@ template <class T>
 struct GradientProducts<AmxGradientEngine<T>> {
   using Engine = AmxGradientEngine<T>;
   using Weights = typename Engine::Weights;
-  using Blocks = TileBlocks<two_planes<T>>;
+  // Left sides are met again and again while the right ones go by.
+  using Blocks = TileBlocks<two_planes<T>, true>;
   static constexpr int64_t kRows = Engine::block_rows, kKeys = Engine::block_keys;
   static constexpr int64_t kStrips = kRows / 32, kKeySteps = kKeys / 32;
 
@@ -210,20 +219,13 @@ struct GradientProducts<AmxGradientEngine<T>> {
     multiply_down(Engine::elements(down), weights.gradients, columns, ranges, strips, sums);
   }
 
+  // Fresh: sums begin with what is added.
   static void add_rows(const float* /*ds*/, const Weights& weights, const float* along, int64_t columns,
-                       const KeyRange* ranges, int64_t rows, float* sums) {
-    Blocks blocks;
-    settle_operands();
-    for (int64_t s = 0; s * 32 < rows; ++s) {
-      const int64_t first = ranges[s].first / 32, steps = ranges[s].last / 32 - first;
-      if (ranges[s].empty()) continue;
-      const TileOperand left{weights.rows + (s * kKeySteps + first) * kBlockElements, Weights::plane};
-      for (int64_t d = 0; d < columns; d += 32)
-        blocks.template multiply<true>(
-            left, {Engine::elements(along) + (d / 32 * kKeySteps + first) * kBlockElements, kKeys * columns}, steps,
-            sums + Engine::row_place(32 * s, d, columns));
-    }
-    blocks.flush();
+                       const KeyRange* ranges, int64_t rows, float* sums, bool fresh) {
+    if (fresh)
+      multiply_strips<false>(weights, along, columns, ranges, rows, sums);
+    else
+      multiply_strips<true>(weights, along, columns, ranges, rows, sums);
   }
 
   static void write_rows(T* out, int64_t stride, int64_t count, const float* sums, int64_t columns, int64_t width,
@@ -249,20 +251,49 @@ struct GradientProducts<AmxGradientEngine<T>> {
   }
 
  private:
+  template <bool Add>
+  static void multiply_strips(const Weights& weights, const float* along, int64_t columns, const KeyRange* ranges,
+                              int64_t rows, float* sums) {
+    Blocks blocks;
+    settle_operands();
+    for (int64_t s = 0; s * 32 < rows; ++s) {
+      float* const strip = sums + Engine::row_place(32 * s, 0, columns);
+      const int64_t first = ranges[s].first / 32, steps = ranges[s].last / 32 - first;
+      if (ranges[s].empty()) {
+        if (!Add) std::fill_n(strip, 32 * columns, 0.0f);
+        continue;
+      }
+      const TileOperand left{weights.rows + (s * kKeySteps + first) * kBlockElements, Weights::plane};
+      for (int64_t d = 0; d < columns; d += 32) {
+        float* const block = strip + TilePlaces::place(d);
+        if (Add && 32 * (s + 1) < rows) prefetch_block(block + 32 * columns);
+        blocks.template multiply<Add>(
+            left, {Engine::elements(along) + (d / 32 * kKeySteps + first) * kBlockElements, kKeys * columns}, steps,
+            block);
+      }
+    }
+    blocks.flush();
+  }
+
+  // Sums of rows lie in the last cache or behind, where they were left many tiles ago.
+  static ATTNRB_INLINE void prefetch_block(const float* sums) {
+    for (int64_t i = 0; i < kBlockSums; i += 16) __builtin_prefetch(sums + i, 1, 2);
+  }
+
   // sums of keys, transposed, += rows packed down times pairs of rows: for 32 keys over the strips that hold them.
   static void multiply_down(const bfloat16* down, const bfloat16* pairs, int64_t columns, const KeyRange* ranges,
                             int64_t strips, float* sums) {
     Blocks blocks;
     settle_operands();
-    for (int64_t j = 0; j < kKeys; j += 32)
-      for (int64_t s = 0, end = 0; s < strips; s = end + 1) {
-        for (end = s; end < strips && ranges[end].first <= j && j < ranges[end].last;) ++end;
-        if (end == s) continue;
-        const TileOperand right{pairs + (j / 32 * kStrips + s) * kBlockElements, Weights::plane};
-        for (int64_t d = 0; d < columns; d += 32)
-          blocks.template multiply<true>({down + (d / 32 * kStrips + s) * kBlockElements, kRows * columns}, right,
-                                         end - s, sums + Engine::key_place(j, d, columns));
-      }
+    for (int64_t d = 0; d < columns; d += 32)
+      for (int64_t j = 0; j < kKeys; j += 32)
+        for (int64_t s = 0, end = 0; s < strips; s = end + 1) {
+          for (end = s; end < strips && ranges[end].first <= j && j < ranges[end].last;) ++end;
+          if (end == s) continue;
+          blocks.template multiply<true>({down + (d / 32 * kStrips + s) * kBlockElements, kRows * columns},
+                                         {pairs + (j / 32 * kStrips + s) * kBlockElements, Weights::plane}, end - s,
+                                         sums + Engine::key_place(j, d, columns));
+        }
     blocks.flush();
   }
 

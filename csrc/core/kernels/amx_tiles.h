@@ -230,6 +230,17 @@ ATTNRB_INLINE void for_planes(Each&& each) {
   if constexpr (two_planes<T>) each(std::integral_constant<int, 1>());
 }
 
+// TilePlaces of rows of a strip and keys.
+ATTNRB_INLINE __m512i score_places(__m512i r, __m512i j) {
+  const auto part = [](__m512i x, int from, int mask, int to) {
+    return _mm512_slli_epi32(_mm512_and_si512(_mm512_srli_epi32(x, unsigned(from)), _mm512_set1_epi32(mask)),
+                             unsigned(to));
+  };
+  const __m512i row = _mm512_or_si512(part(r, 4, 1, 9), part(r, 0, 15, 4));
+  return _mm512_or_si512(_mm512_or_si512(row, part(j, 0, 15, 0)),
+                         _mm512_or_si512(part(j, 4, 1, 8), part(j, 5, -1, 10)));
+}
+
 ATTNRB_INLINE void store_tile(bfloat16* tile, const Vec* rows) {
   for (int i = 0; i < 16; ++i) rows[i].store(reinterpret_cast<float*>(tile) + 16 * i);
 }

@@ -11,7 +11,8 @@
 // A task is a block of keys of one key head: it owns their dK and dV, and walks over the rows of all heads that share
 // them. A block of rows of dQ gets a contribution from each of its blocks of keys, in the order of the keys: a task
 // waits until those before have added theirs. Results then do not depend on the number of threads, no product is
-// computed twice, and threads rarely wait, since all walk over the rows in the same direction.
+// computed twice, and threads rarely wait, since all walk over the rows in the same direction. The first turn writes
+// what the others add to, and the last one rounds the sums while they are at hand.
 //
 // A key bias moves with dt, the gradient of a score behind softcap and bias: a task adds it up for each of its heads,
 // in float64 over the tiles, and what broadcasting asks for is added at the end, in one order.
@@ -21,6 +22,7 @@
 
 #include "gradient_operands.h"
 #include "gradient_scores.h"
+#include "gradient_strips.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
@@ -49,6 +51,7 @@ class Gradient : Driver<Gradient<Engine>> {
         rules_(rows_),
         data_(problem, rules_),
         scores_(problem, rules_, data_),
+        in_strips_(problem, rules_, data_),
         group_(shape_.heads / shape_.key_heads),
         row_blocks_((shape_.queries + kRows - 1) / kRows),
         key_blocks_((shape_.keys + kKeys - 1) / kKeys),
@@ -65,11 +68,6 @@ class Gradient : Driver<Gradient<Engine>> {
     this->reserve_shared([&](Carver& carver) { carve_shared(carver, at_once); });
     this->reserve_workers();
 
-    for_each_task(pool_, heads * row_blocks_, [&](int64_t, int64_t task) {
-      const int64_t first = task % row_blocks_ * kRows, head = task / row_blocks_;
-      note(data_.prepare(head / shape_.heads, head % shape_.heads, first, row_end(first)));
-    });
-    if (this->status() != Status::ok) return this->status();
     if (received())
       for_each_task(pool_, heads, [&](int64_t index, int64_t task) {
         data_.share(task / shape_.heads, task % shape_.heads, this->worker(index).all_bias);
@@ -77,9 +75,19 @@ class Gradient : Driver<Gradient<Engine>> {
     for (int64_t first = 0; first < units; first += at_once) {
       const int64_t count = smaller(units - first, at_once), row_tasks = count * group_ * row_blocks_;
       for_each_task(pool_, row_tasks, [&](int64_t index, int64_t task) {
-        clear(task);
-        if constexpr (Engine::packs_rows_once) pack_rows(this->worker(index), rows_of(first, task), task);
+        const RowBlock of = rows_of(first, task);
+        const Status status = data_.prepare(of.batch, of.head, of.first, row_end(of.first));
+        note(status);
+        if (status == Status::ok) in_strips_.copy_lists(of.batch, of.head, of.first, row_end(of.first));
+        new (&turns_[task]) std::atomic<int32_t>(0);
+        if constexpr (Engine::packs_rows_once) pack_rows(this->worker(index), of, task);
+        const Interval turns = turns_of(of.batch, of.first);
+        if (turns.low >= turns.high) {  // these rows see nothing
+          clear(task);
+          write_query_gradient(of, task);
+        }
       });
+      if (this->status() != Status::ok) return this->status();
       if (received() || data_.parts()) {
         walk<Pass::deltas>(first, count);
         for (int64_t i = 0; i < row_tasks; ++i) turns_[i].store(0, std::memory_order_relaxed);
@@ -90,7 +98,6 @@ class Gradient : Driver<Gradient<Engine>> {
           data_.settle(of.batch, of.head, of.first, row_end(of.first));
         });
       walk<Pass::gradients>(first, count);
-      for_each_task(pool_, row_tasks, [&](int64_t, int64_t task) { write_query_gradient(rows_of(first, task), task); });
     }
     if (problem_.grad_sinks != nullptr)
       for_each_task(pool_, shape_.heads, [&](int64_t, int64_t head) { write_sink_gradient(head); });
@@ -159,6 +166,7 @@ class Gradient : Driver<Gradient<Engine>> {
     turns_ = carver.take<std::atomic<int32_t>>(units * group_ * row_blocks_);
     if constexpr (Engine::packs_rows_once) all_rows_ = packed_.take(carver, units * group_ * row_blocks_);
     data_.carve(carver);
+    in_strips_.carve(carver);
     gains_ = carver.take<double>(edits() ? key_blocks_ * heads : 0);
     biases_ = carver.take<double>(problem_.grad_bias != nullptr ? heads * shape_.keys : 0);
   }
@@ -197,11 +205,16 @@ class Gradient : Driver<Gradient<Engine>> {
     return sums_ + (task / row_blocks_ * sum_rows_ + task % row_blocks_ * kRows) * query_columns_;
   }
 
-  void clear(int64_t task) {
-    new (&turns_[task]) std::atomic<int32_t>(0);
+  void clear(int64_t task) const {
     float* const sums = row_sums(task);
     const int64_t rows = smaller(sum_rows_ - task % row_blocks_ * kRows, kRows);
     for (int64_t i = 0; i < rows * query_columns_; ++i) sums[i] = 0.0f;
+  }
+
+  // Blocks of keys that have a turn at the sums of the rows from `first` on: see Note: [Turns].
+  Interval turns_of(int64_t batch, int64_t first) const {
+    const Interval seen = visible_interval(problem_.visibility, batch, first, row_end(first), shape_.keys);
+    return {seen.low / kKeys, (seen.high + kKeys - 1) / kKeys};
   }
 
   // Operands of a block of rows, for all blocks of keys: rows that have no part in any gradient are zeros.
@@ -260,10 +273,9 @@ class Gradient : Driver<Gradient<Engine>> {
       for (int64_t j = 0; j < kKeys; ++j) worker.bias_totals[j] = 0.0;
       for (int64_t row_block = row_blocks_ - 1; row_block >= 0; --row_block) {
         const int64_t first = row_block * kRows, left = shape_.queries - first, rows = left < kRows ? left : kRows;
-        const Interval seen = visible_interval(problem_.visibility, block.batch, first, first + rows, shape_.keys);
-        if (block.key >= seen.high || block.key + block.count <= seen.low) continue;
-        tile<pass>(worker, block, head, first, rows, first_task + g * row_blocks_ + row_block,
-                   int32_t(block.index - seen.low / kKeys), gain);
+        const Interval turns = turns_of(block.batch, first);
+        if (block.index < turns.low || block.index >= turns.high) continue;
+        tile<pass>(worker, block, head, first, rows, first_task + g * row_blocks_ + row_block, turns, gain);
       }
       if (pass == Pass::gradients && edits())
         gains_[(block.index * shape_.batch + block.batch) * shape_.heads + head] = gain;
@@ -337,44 +349,43 @@ class Gradient : Driver<Gradient<Engine>> {
 
   template <Pass pass>
   void tile(const Worker& worker, const Block& block, int64_t head, int64_t first_query, int64_t rows, int64_t task,
-            int32_t my_turn, double& gain) {
+            const Interval& turns, double& gain) {
     std::atomic<int32_t>& turn = turns_[task];
+    const int32_t my_turn = int32_t(block.index - turns.low);
     float* const query_sums = row_sums(task);
     const RowOperands operands = Engine::packs_rows_once ? packed_.of_block(all_rows_, task) : worker.operands;
     const int64_t strips = (rows + kStrip - 1) / kStrip;
     const int64_t first_row = (block.batch * shape_.heads + head) * shape_.queries + first_query;
-    bool finite = block.finite;
-    for (int64_t r = 0; r < strips * kStrip; ++r) {
-      Row& row = worker.rows[r] = Row();
-      worker.queries[r] = worker.outputs[r] = nullptr;
-      worker.deltas[r] = 0.0f;
-      worker.rests[r] = RestSums();
-      if (r >= rows || !data_.active(first_row + r)) continue;
-      rules_.start(row, block.batch, head, first_query + r, worker.bias);
-      scores_.prefetch(block.batch, head, first_query + r);
-      worker.queries[r] = row_of<Input>(problem_.query, block.batch, head, first_query + r);
-      if (!received()) worker.outputs[r] = row_of<Input>(problem_.grad_output, block.batch, head, first_query + r);
-      finite = finite && data_.finite(first_row + r);
-    }
     KeyRange ranges[kStrips];
     bool any = false, partial = false;
     for (int64_t s = 0; s < strips; ++s) {
-      ranges[s] = strip_range(worker, worker.rows + s * kStrip, block);
+      ranges[s] = strip_range(worker, first_row + s * kStrip, smaller(rows - s * kStrip, kStrip), block);
       any = any || !ranges[s].empty();
       partial = partial || ranges[s].partial;
     }
-    const bool careful = partial && !finite;
+    const bool careful = partial && !(block.finite && data_.finite(first_row, first_row + rows));
+    const bool in_strips = pass == Pass::gradients && !careful && in_strips_.fit(head);
+    if (!in_strips) start_rows(worker, block, head, first_query, rows);
     const typename Engine::Weights weights(worker.weights);
     if (any) {
       if (rules_.bias.any())
         for (int64_t j = 0; j < kKeys; ++j) worker.bias_sums[j] = 0.0f;
       for (int64_t first = 0; first < strips; first += kStripsAtOnce) {
         const int64_t end = smaller(first + kStripsAtOnce, strips), at = careful ? first : first % kStripsAtOnce;
+        if (in_strips && end < strips)
+          in_strips_.prefetch(first_row + end * kStrip, smaller(rows - end * kStrip, kStrip));
         multiply_rows(worker, operands, ranges + first, first, end - first, at * kStrip * kKeys);
         for (int64_t s = first; s < end; ++s) {
           if (ranges[s].empty()) continue;
           float *scores = worker.scores + (at + s - first) * kStrip * kKeys,
                 *products = worker.products + (at + s - first) * kStrip * kKeys;
+          if (in_strips) {
+            gain += in_strips_.differentiate(
+                {block.batch, head, first_query + s * kStrip, first_row + s * kStrip,
+                 smaller(rows - s * kStrip, kStrip), s, block.key, ranges[s], scores, products},
+                weights);
+            continue;
+          }
           for (int64_t r = 0; r < kStrip; ++r)
             differentiate<pass>(worker, block, s * kStrip + r, head, first_query, first_row, ranges[s],
                                 scores + Engine::score_row(r), products + Engine::score_row(r), gain);
@@ -401,11 +412,15 @@ class Gradient : Driver<Gradient<Engine>> {
       for (int64_t j = 0; j < kKeys; ++j) worker.bias_totals[j] += double(worker.bias_sums[j]);
     wait_for(turn, my_turn);  // see Note: [Turns]
     if (any && pass == Pass::deltas) add_deltas(worker, first_row, rows);
-    if (any && pass == Pass::gradients) {
-      if (careful)
-        multiply_visible(worker, block, rows, ranges, query_sums);
-      else
-        Products::add_rows(worker.products, weights, worker.keys_along, query_columns_, ranges, rows, query_sums);
+    if (pass == Pass::gradients) {
+      const bool fresh = my_turn == 0;
+      if (any && !careful)
+        Products::add_rows(worker.products, weights, worker.keys_along, query_columns_, ranges, rows, query_sums,
+                           fresh);
+      else if (fresh)
+        clear(task);
+      if (any && careful) multiply_visible(worker, block, rows, ranges, query_sums);
+      if (block.index + 1 == turns.high) write_query_gradient({block.batch, head, first_query}, task);
     }
     turn.store(my_turn + 1, std::memory_order_release);
   }
@@ -439,15 +454,33 @@ class Gradient : Driver<Gradient<Engine>> {
     }
   }
 
-  KeyRange strip_range(const Worker& worker, const Row* rows, const Block& block) const {
+  // What each row of a tile starts with.
+  void start_rows(const Worker& worker, const Block& block, int64_t head, int64_t first_query, int64_t rows) const {
+    const int64_t first_row = (block.batch * shape_.heads + head) * shape_.queries + first_query;
+    for (int64_t r = 0; r < round_up(rows, kStrip); ++r) {
+      Row& row = worker.rows[r] = Row();
+      worker.queries[r] = worker.outputs[r] = nullptr;
+      worker.deltas[r] = 0.0f;
+      worker.rests[r] = RestSums();
+      if (r >= rows || !data_.active(first_row + r)) continue;
+      rules_.start(row, block.batch, head, first_query + r, worker.bias);
+      scores_.prefetch(block.batch, head, first_query + r);
+      worker.queries[r] = row_of<Input>(problem_.query, block.batch, head, first_query + r);
+      if (!received()) worker.outputs[r] = row_of<Input>(problem_.grad_output, block.batch, head, first_query + r);
+    }
+  }
+
+  // Of `rows` rows; those that a strip lacks see nothing.
+  KeyRange strip_range(const Worker& worker, int64_t first_row, int64_t rows, const Block& block) const {
     KeyRange range;
-    int64_t low = shape_.keys, high = 0, all_low = 0, all_high = shape_.keys;
-    for (int64_t r = 0; r < kStrip; ++r) {
-      all_low = rows[r].low > all_low ? rows[r].low : all_low;
-      all_high = rows[r].high < all_high ? rows[r].high : all_high;
-      if (rows[r].low >= rows[r].high) continue;
-      low = rows[r].low < low ? rows[r].low : low;
-      high = rows[r].high > high ? rows[r].high : high;
+    int64_t low = shape_.keys, high = 0, all_low = 0, all_high = rows < kStrip ? 0 : shape_.keys;
+    for (int64_t row = first_row; row < first_row + rows; ++row) {
+      const int64_t row_low = data_.lows[row], row_high = data_.highs[row];
+      all_low = larger(row_low, all_low);
+      all_high = smaller(row_high, all_high);
+      if (row_low >= row_high) continue;
+      low = smaller(row_low, low);
+      high = larger(row_high, high);
     }
     if (low >= high || high <= block.key || low >= block.key + block.count) return range;
     range.first = low > block.key ? (low - block.key) / Engine::key_granule * Engine::key_granule : 0;
@@ -558,6 +591,7 @@ class Gradient : Driver<Gradient<Engine>> {
   const RowRules rules_;
   GradientRows<Input> data_;
   const GradientScores<Engine> scores_;
+  GradientStrips<Engine> in_strips_;
   const int64_t group_, row_blocks_, key_blocks_, query_columns_, value_columns_, sum_rows_;
   const PackedGradientRows<Engine> packed_;
   RowOperands all_rows_{};  // where they are packed once

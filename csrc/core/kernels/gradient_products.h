@@ -65,9 +65,10 @@ struct GradientProducts {
     write_keys(out, stride, count, sums, columns, width, factor);
   }
 
-  // sums[rows, columns] += score gradients times keys packed along.
+  // sums[rows, columns] += score gradients times keys packed along; fresh ones begin with nothing.
   static void add_rows(const float* gradients, const Weights& weights, const float* along, int64_t columns,
-                       const KeyRange* ranges, int64_t rows, float* sums) {
+                       const KeyRange* ranges, int64_t rows, float* sums, bool fresh) {
+    for (int64_t i = 0; fresh && i < rows * columns; ++i) sums[i] = 0.0f;
     for (int64_t column = 0; column < columns; column += kPanel, along += Engine::lanes(kKeys) * kPanel)
       for (int64_t r = 0; r < rows; r += Blocking::rows) {
         const KeyRange& range = ranges[r / kStrip];

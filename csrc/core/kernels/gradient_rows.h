@@ -32,9 +32,10 @@ class GradientRows {
   GradientRows(const GradientProblem& problem, const RowRules& rules)
       : problem_(problem), shape_(problem.shape), rules_(rules) {}
 
-  float* references = nullptr;  // [rows, 2]: LSE * log2(e), and what one float cannot hold of it
-  float* deltas = nullptr;      // [rows]
-  uint8_t* flags = nullptr;     // [rows]
+  float* references = nullptr;                // [rows, 2]: LSE * log2(e), and what one float cannot hold of it
+  float* deltas = nullptr;                    // [rows]
+  uint8_t* flags = nullptr;                   // [rows]
+  int32_t *lows = nullptr, *highs = nullptr;  // [rows]: between which keys each sees any; none where it has no part
   float* shares = nullptr;      // [B, H, N], of received_attention: the gradient of each weight in a column
   RestSums* rests = nullptr;    // [rows], under rule rest, and
   SharedRow* shared = nullptr;  // [rows]
@@ -47,13 +48,20 @@ class GradientRows {
     references = carver.take<float>(2 * rows);
     deltas = carver.take<float>(rows);
     flags = carver.take<uint8_t>(rows);
+    lows = carver.take<int32_t>(rows);
+    highs = carver.take<int32_t>(rows);
     shares = carver.take<float>(received() ? heads * shape_.keys : 0);
     rests = carver.take<RestSums>(parts() ? rows : 0);
     shared = carver.take<SharedRow>(parts() ? rows : 0);
   }
 
   bool active(int64_t row) const { return flags[row] & kActive; }
-  bool finite(int64_t row) const { return flags[row] & kFinite; }
+  // True of a row without a part, whatever it holds.
+  bool finite(int64_t first, int64_t end) const {
+    uint8_t all = kFinite;
+    for (int64_t row = first; row < end; ++row) all &= flags[row];
+    return all != 0;
+  }
 
   // A row that sees nothing, or whose output nothing depends on, has no part in any gradient: whatever it holds, NaN
   // included, is not read again.
@@ -61,6 +69,7 @@ class GradientRows {
     const FlushSubnormals flush;
     for (int64_t query = first; query < end; ++query) {
       const int64_t row = (batch * shape_.heads + head) * shape_.queries + query;
+      ask_for(batch, head, smaller(query + kAhead, end - 1));
       if (problem_.edit.indices != nullptr) {
         const Status status = check_outliers(batch, head, query);
         if (status != Status::ok) return status;
@@ -79,7 +88,10 @@ class GradientRows {
       references[2 * row] = float(reference);
       references[2 * row + 1] = active ? float(reference - double(references[2 * row])) : 0.0f;
       deltas[row] = delta;
-      flags[row] = uint8_t((active ? kActive : 0) | (finite ? kFinite : 0));
+      flags[row] = uint8_t((active ? kActive : 0) | (finite || !active ? kFinite : 0));
+      const Interval seen = visible_interval(problem_.visibility, batch, query, shape_.keys_of(batch));
+      lows[row] = active ? int32_t(seen.low) : 0;
+      highs[row] = active ? int32_t(seen.high) : 0;
       if (parts()) rests[row] = RestSums();
     }
     return Status::ok;
@@ -133,6 +145,19 @@ class GradientRows {
 
  private:
   bool counts_singly(const BiasBlock& bias) const { return problem_.visibility.mask != nullptr || bias.removes; }
+
+  // Asks for what prepare() is going to read: rows cross into a new page every few, where processors do not look ahead.
+  static constexpr int64_t kAhead = 12;
+  void ask_for(int64_t batch, int64_t head, int64_t row) const {
+    const auto ask = [&](const View& view, int64_t width) {
+      const char* at = reinterpret_cast<const char*>(row_of<Input>(view, batch, head, row));
+      for (int64_t byte = 0; byte < width * int64_t(sizeof(Input)); byte += 64) __builtin_prefetch(at + byte);
+    };
+    ask(problem_.query, shape_.width);
+    if (received()) return;
+    ask(problem_.grad_output, shape_.value_width);
+    ask(problem_.output, shape_.value_width);
+  }
 
   static bool row_is_finite(const View& view, int64_t batch, int64_t head, int64_t row, int64_t width) {
     return all_finite(row_of<Input>(view, batch, head, row), 0, view.strides[3], 1, width);
