@@ -47,11 +47,16 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["ATTNRB_CPU"] = options.cpu
         os.environ["ATEN_CPU_CAPABILITY"] = _TORCH_CAPABILITY[options.cpu]
 
+    from attnrb.ops import library
     from bars import CASES
     from contenders import WrongResultError, smaller
     from report import HEADER, lines, verdict
 
-    cases = [case for case in CASES if not options.case or any(part in case.name for part in options.case)]
+    cases = [
+        case.on(library.instruction_set())
+        for case in CASES
+        if not options.case or any(part in case.name for part in options.case)
+    ]
     if not cases:
         print(f"no case is called like that; there are: {', '.join(case.name for case in CASES)}", file=sys.stderr)
         return 2
