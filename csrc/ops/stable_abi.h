@@ -18,6 +18,7 @@
 
 #include "core/thread_pool.h"
 #include "core/types.h"
+#include "ops/huge_pages.h"
 
 namespace attnrb::ops {
 
@@ -133,7 +134,14 @@ Tensor empty_strided(const std::array<int64_t, rank>& sizes, const std::array<in
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(rank), sizes.data(), strides.data(), dtype, like.device_type,
                                                   like.device_index, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  constexpr int64_t kManyElements = int64_t(1) << 20;
+  if (like.device_type == aoti_torch_device_type_cpu() && tensor.numel() >= kManyElements) {
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+    ask_for_huge_pages(tensor.data_ptr(), bytes);
+  }
+  return tensor;
 }
 
 template <size_t rank>

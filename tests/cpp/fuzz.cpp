@@ -373,11 +373,10 @@ int run(int argc, char** argv) {
   for (const auto& [label, count] : fuzz.counts)
     out += (out.back() == '{' ? "" : ", ") + quoted(label) + ": " + std::to_string(count);
   out += "}, \"tables\": [";
-  for (const char* const* name = available_kernels(); *name != nullptr; ++name)
-    out += (out.back() == '[' ? "" : ", ") + quoted(*name);
-  if (tested_kernels().size() > 0 && std::strcmp(tested_kernels().back()->name, "amx") == 0 &&
-      find_kernels("amx") == nullptr)
-    out += ", \"amx on emulated tiles\"";
+  for (const Kernels* kernels : tested_kernels()) {
+    const bool own = find_kernels(kernels->name) == kernels;
+    out += (out.back() == '[' ? "" : ", ") + quoted(std::string(kernels->name) + (own ? "" : " on emulated tiles"));
+  }
   out += "], \"fault_count\": " + std::to_string(fuzz.faults) + ", \"faults\": [";
   for (const std::string& line : fuzz.shown) out += (out.back() == '[' ? "" : ", ") + quoted(line);
   std::printf("%s]}\n", out.c_str());

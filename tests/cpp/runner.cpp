@@ -30,7 +30,13 @@ bool splits_keys(const Kernels& /*kernels*/) { return false; }
 
 std::vector<const Kernels*> tested_kernels() {
   std::vector<const Kernels*> tables;
-  for (const char* const* name = available_kernels(); *name != nullptr; ++name) tables.push_back(find_kernels(*name));
+  for (const char* const* name = available_kernels(); *name != nullptr; ++name) {
+#if defined(__SANITIZE_ADDRESS__)
+    // Its memory is not watched (cmake/Core.cmake), that of emulated tiles is: both at once would be a false alarm.
+    if (std::strcmp(*name, "amx") == 0) continue;
+#endif
+    tables.push_back(find_kernels(*name));
+  }
 #if defined(ATTNRB_TEST_EMULATED_AMX)
   if (find_kernels("avx512") != nullptr && __builtin_cpu_supports("avx512bf16"))
     tables.push_back(&emulated_amx_kernels);

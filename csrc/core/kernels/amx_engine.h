@@ -142,6 +142,7 @@ struct AmxEngine : RowGroups<AmxEngine<T>> {
       _mm512_storeu_si512(row, alternate(split<0>(a, b)));
       _mm512_storeu_si512(row + probability_plane, alternate(split<1>(a, b)));
     } else {
+      // A NaN may become a number, but the row's sum, which divides it, stays NaN.
       _mm512_storeu_si512(row, round_alternate(a, b));
     }
   }
@@ -197,16 +198,6 @@ struct AmxEngine : RowGroups<AmxEngine<T>> {
 
   static ATTNRB_INLINE int64_t probability_place(int64_t key) {
     return key / 32 * kBlockElements + key % 16 * 2 + key / 16 % 2;
-  }
-
-  // Lane i becomes (a[i], b[i]), rounded to nearest and halves upwards: integer operations, which are cheaper than a
-  // conversion and a permutation. Of a NaN they may make a number, but the row's sum, which divides it, stays NaN.
-  static ATTNRB_INLINE __m512i round_alternate(Vec a, Vec b) {
-    const __m512i half = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32(int(0xffff0000u));
-    const __m512i first = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(a.v), half), 16);
-    const __m512i second = _mm512_add_epi32(_mm512_castps_si512(b.v), half);
-    constexpr int kFirstOrBothOthers = 0xf8;
-    return _mm512_ternarylogic_epi32(first, second, high, kFirstOrBothOthers);
   }
 
   template <bool TwoRows>
