@@ -5,6 +5,8 @@
 #include <new>
 #include <utility>
 
+#include "huge_pages.h"
+
 namespace attnrb {
 
 namespace {
@@ -40,6 +42,7 @@ void* AlignedBuffer::reserve(size_t bytes) {
   capacity_ = 0;
   data_ = std::aligned_alloc(kAlignment, wanted);
   if (data_ == nullptr) throw std::bad_alloc();
+  ask_for_huge_pages(data_, int64_t(wanted));
   capacity_ = wanted;
   return data_;
 }

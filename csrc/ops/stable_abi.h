@@ -16,9 +16,9 @@
 #include <string>
 #include <utility>
 
+#include "core/huge_pages.h"
 #include "core/thread_pool.h"
 #include "core/types.h"
-#include "ops/huge_pages.h"
 
 namespace attnrb::ops {
 

@@ -1,4 +1,4 @@
-// Large results in huge pages, where the system leaves that to programs.
+// Large memory in huge pages, where the system leaves that to programs.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace attnrb::ops {
+namespace attnrb {
 
 // Memory that was just taken from the system arrives page by page, as it is first written: 4 KB at a time that is a
 // tenth of source_attention's time. Asks for 2 MB at a time. What lies outside whole huge pages is left alone, and a
@@ -24,4 +24,4 @@ inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-}  // namespace attnrb::ops
+}  // namespace attnrb
