@@ -146,7 +146,7 @@ struct Vec {
     const uint32_t chosen = bits(m);
     int count = 0;
     for (int i = 0; i < width; ++i) {
-      to[count] = from[i] + add;
+      to[count] = int32_t(uint32_t(from[i]) + uint32_t(add));  // lanes that are not chosen hold anything
       count += int(chosen >> i & 1u) & int(from[i] != except);
     }
     return count;
