@@ -201,13 +201,14 @@ class MarkRules {
     const Emit& emit = problem_.emit;
     int32_t* out = emit.indices + index * emit.capacity;
     const float threshold = max + std::log2(mass) + threshold_log2_;
+    const int32_t except = own == int32_t(own) ? int32_t(own) : -1;
     int64_t kept = 0;
     for (int64_t c = 0; c < count; c += Vec::width) {
       const int n = int(smaller(count - c, int64_t(Vec::width)));
       const auto keep = [&](int32_t* to) {
         // Lanes behind the last are zeros, and may pass.
         const auto above = Vec::both(Vec::greater(Vec::load(scores + c, n), Vec::set(threshold)), Vec::first(n));
-        return Vec::compress_indices(above, positions + c, int32_t(own), int32_t(problem_.visibility.key_offset), to);
+        return Vec::compress_indices(above, positions + c, except, int32_t(problem_.visibility.key_offset), to);
       };
       if (kept + Vec::width <= emit.capacity) {
         kept += keep(out + kept);
