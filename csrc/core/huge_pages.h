@@ -10,7 +10,7 @@
 namespace attnrb {
 
 // Memory that was just taken from the system arrives page by page, as it is first written: 4 KB at a time that is a
-// tenth of source_attention's time. Asks for 2 MB at a time. What lies outside whole huge pages is left alone, and a
+// fifth of source_attention's time. Asks for 2 MB at a time. What lies outside whole huge pages is left alone, and a
 // system that refuses only goes on as before.
 inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)

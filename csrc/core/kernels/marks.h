@@ -23,6 +23,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../problem.h"
 #include "math.h"
@@ -155,17 +156,17 @@ class MarkRules {
   }
 
   // See Note: [One-pass outliers]. Of the largest weights so far, in base 2, and the `mass` of the row so far.
-  ATTNRB_INLINE float running_threshold(float max, float mass) const {
+  // Of one row, or of a register of rows.
+  template <class Number>
+  ATTNRB_INLINE Number running_threshold(Number max, Number mass) const {
     constexpr float kMantissa = 1.0f / (1 << 23);
-    return max + (float(bit_cast<int32_t>(threshold_ * mass)) * kMantissa - 127.0f) - 1e-4f;
-  }
-
-  // The same for a register of rows.
-  template <class V>
-  ATTNRB_INLINE V running_threshold(V max, V mass) const {
-    constexpr float kMantissa = 1.0f / (1 << 23);
-    const V log2 = V::bits_as_number(V::set(threshold_) * mass) * V::set(kMantissa) - V::set(127.0f);
-    return max + log2 - V::set(1e-4f);
+    const auto set = [](float x) {
+      if constexpr (std::is_same<Number, float>::value)
+        return x;
+      else
+        return Number::set(x);
+    };
+    return max + (bits_as_number(set(threshold_) * mass) * set(kMantissa) - set(127.0f)) - set(1e-4f);
   }
 
   // `largest` of the block's scores, in base 2.

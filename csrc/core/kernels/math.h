@@ -11,6 +11,9 @@ constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// The bits of a number, taken as an integer.
+ATTNRB_INLINE float bits_as_number(float x) { return float(bit_cast<int32_t>(x)); }
+
 // 2^x. With n = round(x) and r = x - n in [-1/2, 1/2], 2^x = 2^n * 2^r; 2^r is a polynomial of least relative error
 // with p(0) = 1: 2.8e-6 at degree 4 (ample for bfloat16), 2e-9 at degree 6 (below float32 rounding). NaN gives NaN.
 template <int Degree>

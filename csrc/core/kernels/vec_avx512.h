@@ -66,7 +66,7 @@ struct Vec {
         _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xca))};
   }
   // The bits of each lane, taken as an integer.
-  static ATTNRB_INLINE Vec bits_as_number(Vec x) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(x.v))}; }
+  friend ATTNRB_INLINE Vec bits_as_number(Vec x) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(x.v))}; }
   static ATTNRB_INLINE Vec scale_exponent(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
   ATTNRB_INLINE float sum() const { return _mm512_reduce_add_ps(v); }

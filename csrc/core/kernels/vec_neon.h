@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include "../types.h"
+#include "pack_indices.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
@@ -121,13 +122,7 @@ struct Vec {
   }
 
   static ATTNRB_INLINE int compress_indices(Mask m, const int32_t* from, int32_t except, int32_t add, int32_t* to) {
-    const uint32_t chosen = bits(m);
-    int count = 0;
-    for (int i = 0; i < width; ++i) {
-      to[count] = int32_t(uint32_t(from[i]) + uint32_t(add));  // lanes that are not chosen hold anything
-      count += int(chosen >> i & 1u) & int(from[i] != except);
-    }
-    return count;
+    return pack_indices<width>(bits(m), from, except, add, to);
   }
 
   // The first two lanes of each, and the last two.
