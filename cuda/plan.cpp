@@ -128,7 +128,7 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   const int64_t row_bytes = p.layout.stride * size;
   const int64_t value_row_bytes = (p.value_columns + unit) * size;
   plan.shared_bytes = (kTileRows + keys) * row_bytes + keys * std::max(row_bytes, value_row_bytes);
-  if (plan.task == Task::edited || plan.task == Task::biased_softmax || plan.task == Task::rest) {
+  if (may_have_bias(plan.task)) {
     p.kept = int32_t(plan.shared_bytes);
     plan.shared_bytes += kKeptWords * kThreads * int64_t(sizeof(uint32_t));
   }
@@ -139,9 +139,8 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
   check_shared("query", plan.shared_bytes, device);
   // See Note: [Two stages].
   const int64_t third = values ? keys * row_bytes : 0;
-  const bool common = plan.task != Task::edited && plan.task != Task::biased_softmax && plan.task != Task::rest &&
-                      plan.width <= 128 && size == 2;
-  p.ahead = common && (blocks_that_fit(plan.shared_bytes + third, device) >= 2 || third == 0);
+  p.ahead = has_third_buffer(plan.task, plan.width, size) &&
+            (blocks_that_fit(plan.shared_bytes + third, device) >= 2 || third == 0);
   if (p.ahead) {
     plan.shared_bytes += third;
     if (p.of_sequence != 0) p.of_sequence += int32_t(third);

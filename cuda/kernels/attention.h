@@ -28,13 +28,11 @@ class AttentionBlock {
   using Tiles = Tile<T, Width>;
   static constexpr int kKeys = Tiles::keys;
   static constexpr bool kRest = task == Task::rest, kEdited = task == Task::edited || kRest;
-  static constexpr bool kBiased = kEdited || task == Task::biased_softmax;
+  static constexpr bool kBiased = may_have_bias(task);
   static constexpr bool kValues = task != Task::softmax && task != Task::biased_softmax;
   static constexpr bool kMayEmit = kEdited || task == Task::source;
   static constexpr bool kMayBoost = kEdited || task == Task::rebalance;
-  // Whether there is code of its own for whole tiles, and a third buffer (Note: [Two stages]): what an edit keeps, sums
-  // of 256 columns, or the parts of float32 leave no registers for them. The plan knows of this.
-  static constexpr bool kCommon = !kBiased && Width <= 128 && sizeof(T) == 2;
+  static constexpr bool kCommon = has_third_buffer(task, Width, sizeof(T));
 
  public:
   ATTNRB_DEVICE AttentionBlock(const AttentionParameters& parameters, int64_t block) : p(parameters) {

@@ -34,6 +34,15 @@ struct RowLayout {
 // softmax with a key bias; and whatever an edit may ask for, under rule rest.
 enum class Task { source, rebalance, softmax, edited, biased_softmax, rest };
 
+constexpr bool may_have_bias(Task task) {
+  return task == Task::edited || task == Task::biased_softmax || task == Task::rest;
+}
+// Whether whole tiles have code of their own, and keys a third buffer (Note: [Two stages]): what an edit keeps, sums of
+// 256 columns, or the parts of float32 leave no registers for them.
+constexpr bool has_third_buffer(Task task, int width, int64_t element_bytes) {
+  return !may_have_bias(task) && width <= 128 && element_bytes == 2;
+}
+
 // Row (b, k, r) of split s has index ((b Hk + k) rows + r) splits + s.
 struct Partials {
   float* state = nullptr;         // [index, 4]: m, l, strengthened mass, 1 where a key was seen
