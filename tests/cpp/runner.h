@@ -17,8 +17,8 @@ namespace attnrb::testing {
 
 // Every kernel table to test: those that this processor runs, and the tile kernels on emulated tiles where it can.
 std::vector<const Kernels*> tested_kernels();
-// Those that serve every option of an edit. The emulated device has tests of its own for them.
-std::vector<const Kernels*> edited_kernels();
+// Those of them that have a backward: tables that differ in their forward alone share one.
+std::vector<const Kernels*> gradient_kernels();
 // The numbers of threads, beside one, on which results must have the same bits. The emulated device knows no such
 // thing; there each run takes the work in another order.
 inline std::vector<int64_t> other_threads() {

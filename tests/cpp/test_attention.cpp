@@ -45,7 +45,7 @@ TEST_P(GeneratedAttention, MatchesTheOracleOnAnyNumberOfThreads) {
 }
 
 TEST_P(GeneratedAttention, WithEveryOptionOfAnEditMatchesTheOracle) {
-  check_cases(GetParam(), case_count() / 2, generate_edited_case, edited_kernels());
+  check_cases(GetParam(), case_count() / 2, generate_edited_case, tested_kernels());
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, GeneratedAttention, ::testing::Range(0, kParts));
@@ -84,7 +84,7 @@ TEST_P(GeneratedReceived, MatchesTheOracleOnAnyNumberOfThreads) {
 }
 
 TEST_P(GeneratedReceived, WithEveryOptionOfAnEditMatchesTheOracle) {
-  check_received(GetParam(), case_count() / 8, generate_edited_case, edited_kernels());
+  check_received(GetParam(), case_count() / 8, generate_edited_case, tested_kernels());
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, GeneratedReceived, ::testing::Range(0, kParts));

@@ -27,13 +27,17 @@ class Edits : public KernelTest {
     EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
   }
 
+  // Nothing where a table has no backward.
   std::vector<unsigned char> run_gradient(GradientCase& gradient) {
+    if (kernels().gradient == nullptr) return {};
     const GradientProblem problem = gradient.problem();
     ScratchLease scratch;
     EXPECT_EQ(kernels().gradient(problem, test_pool(2), *scratch), Status::ok);
     return gradient.written();
   }
 };
+
+class GradientEdits : public Edits {};
 
 // A bias [1, 1, slots] for every key, or [1, H, slots].
 void set_bias(AttentionCase& attention, int64_t slots, bool of_heads, Random& random) {
@@ -67,7 +71,7 @@ TEST_P(Edits, BiasOfKeysThatNobodySeesReachesNothing) {
     }
 }
 
-TEST_P(Edits, BiasOfHiddenKeysReachesNoGradient) {
+TEST_P(GradientEdits, BiasOfHiddenKeysReachesNoGradient) {
   for (const bool received : {false, true}) {
     AttentionCase attention = simple_case({2, 4, 2, 150, 150, 24, 24});
     Random random(12);
@@ -111,7 +115,7 @@ TEST_P(Edits, RemovedKeysAreNeverRead) {
             attention.value.set(0, h, j, 5, double(j % 2 ? kNaN : kInfinity));
           }
       run_gradient(gradient);
-      check_gradient(kernels(), gradient, gradients);
+      if (kernels().gradient != nullptr) check_gradient(kernels(), gradient, gradients);
       ASSERT_EQ(run_attention(kernels(), attention, 2).status, Status::ok);
       int64_t ties = 0;
       EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
@@ -120,23 +124,55 @@ TEST_P(Edits, RemovedKeysAreNeverRead) {
 
 TEST_P(Edits, RowsWhoseKeysAreAllRemovedAreRowsThatSeeNone) {
   for (const Shape& shape : kShapes)
-    for (const bool sinks : {false, true}) {
+    for (const int sinks_and_head : {0, 1, 2, 3}) {  // both heads have the same keys
+      const bool sinks = sinks_and_head / 2 == 1;
+      const int64_t head = sinks_and_head % 2;
       AttentionCase attention = simple_case(shape);
       Random random(14);
       attention.role = Role::both;
       attention.rule = Rule::rest;
       add_outliers(attention, random, 5);
       set_bias(attention, shape.keys, true, random);
-      for (int64_t j = 0; j < shape.keys; ++j) attention.bias[size_t(j)] = -kInfinity;  // of head 0
+      for (int64_t j = 0; j < shape.keys; ++j) attention.bias[size_t(head * shape.keys + j)] = -kInfinity;
       if (sinks) attention.sinks.assign(size_t(shape.heads), 0.5f);
       expect_right(attention);
       for (int64_t i = 0; i < shape.queries; ++i) {
-        EXPECT_EQ(attention.lse[size_t(i)], -kInfinity);
-        EXPECT_EQ(attention.found_counts[size_t(i)], 0);
-        EXPECT_EQ(attention.output.at(0, 0, i, 0), 0.0);
-        EXPECT_NE(attention.output.at(0, 1, i, 0), 0.0);
+        EXPECT_EQ(attention.lse[size_t(head * shape.queries + i)], -kInfinity);
+        EXPECT_EQ(attention.found_counts[size_t(head * shape.queries + i)], 0);
+        EXPECT_EQ(attention.output.at(0, head, i, 0), 0.0);
+        EXPECT_NE(attention.output.at(0, 1 - head, i, 0), 0.0);
       }
     }
+}
+
+// The rows before the first query have no bias, so they see what it removes.
+TEST_P(Edits, ARemovedKeyIsReceivedFromRowsWithoutABias) {
+  for (const DType dtype : {DType::float32, DType::bfloat16}) {
+    AttentionCase attention = simple_case({2, 4, 2, 150, 150, 16, 16}, dtype);
+    Random random(19);
+    set_bias(attention, 150, true, random);
+    attention.first_query = {100, 61};
+    for (int64_t at = 0; at < 4 * 150; at += 3) attention.bias[size_t(at)] = -kInfinity;
+    std::vector<float> received;
+    const ReceivedProblem problem = attention.received_problem(received);
+    const std::vector<Bounded> truth = received_truth(problem);
+    ScratchLease scratch;
+    kernels().received_attention(problem, test_pool(2), *scratch);
+    for (size_t i = 0; i < truth.size(); ++i)
+      ASSERT_TRUE(close(kernels(), received[i], truth[i])) << i << ": " << received[i] << ", not " << truth[i].value;
+  }
+}
+
+// A bias is added to what the cap leaves of a score, so its gradient knows nothing of the cap.
+TEST_P(GradientEdits, GradientOfABiasIsThatOfTheScoreBehindTheCap) {
+  AttentionCase attention = simple_case({1, 4, 2, 60, 90, 16, 16});
+  Random random(20);
+  attention.scoring.softcap = 0.7f;  // near the scores
+  set_bias(attention, 90, true, random);
+  GradientCase gradient(attention, random, false);
+  const GradientTruth truth = gradient_truth(gradient.problem());
+  run_gradient(gradient);
+  check_gradient(kernels(), gradient, truth);
 }
 
 // Where outliers are all that a row sees, nothing can share, and the row stays plain.
@@ -162,6 +198,7 @@ TEST_P(Edits, ARowOfOutliersAloneStaysPlain) {
     Random random(15);
     GradientCase gradient(attention, random, false);
     run_gradient(gradient);
+    if (kernels().gradient == nullptr) continue;
     for (const float each : gradient.grad_gain) EXPECT_EQ(each, 0.0f);
   }
 }
@@ -251,7 +288,8 @@ TEST_P(Edits, BiasesOfAnySizeGiveNumbers) {
       }
 }
 
-INSTANTIATE_TEST_SUITE_P(Kernels, Edits, ::testing::ValuesIn(edited_kernels()), kernel_name);
+INSTANTIATE_TEST_SUITE_P(Kernels, Edits, ::testing::ValuesIn(tested_kernels()), kernel_name);
+INSTANTIATE_TEST_SUITE_P(Kernels, GradientEdits, ::testing::ValuesIn(gradient_kernels()), kernel_name);
 
 }  // namespace
 }  // namespace attnrb::testing

@@ -21,14 +21,6 @@ int64_t case_count() {
   return (text == nullptr ? 2000 : std::atoll(text)) / 4;
 }
 
-// Tables that differ in their forward alone have one backward.
-std::vector<const Kernels*> gradient_kernels() {
-  std::vector<const Kernels*> tables;
-  for (const Kernels* table : tested_kernels())
-    if (table->gradient != nullptr) tables.push_back(table);
-  return tables;
-}
-
 std::vector<unsigned char> run_gradient(const Kernels& kernels, GradientCase& gradient, int64_t threads) {
   const GradientProblem problem = gradient.problem();
   ScratchLease scratch;
@@ -62,7 +54,7 @@ TEST_P(GeneratedGradient, MatchesTheOracleOnAnyNumberOfThreads) {
 }
 
 TEST_P(GeneratedGradient, WithEveryOptionOfAnEditMatchesTheOracle) {
-  check_cases(GetParam(), case_count(), generate_edited_gradient_case, edited_kernels());
+  check_cases(GetParam(), case_count(), generate_edited_gradient_case, gradient_kernels());
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, GeneratedGradient, ::testing::Range(0, kParts));

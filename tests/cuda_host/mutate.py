@@ -1,8 +1,8 @@
 """Plants faults in the CUDA kernels, one at a time, and asks the C++ tests on the emulated device to find each.
 
 Needs the build of ``make test-cuda`` in build/cuda-host. Only the element type in which a fault shows is compiled anew,
-and the tests stop at the first failure. Prints a line for each fault and a summary; fails where more than one in twenty
-survives.
+and the tests stop at the first failure; without a fault they must pass. Prints a line for each fault and a summary;
+fails where more than one in twenty survives.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main() -> int:
     faults = MUTATIONS if options.only is None else [MUTATIONS[number] for number in options.only]
     for fault in faults:
         check(fault)
+    check_unharmed(faults, options.cases)
     with ThreadPoolExecutor(options.jobs) as pool:
         caught = list(pool.map(lambda fault: attempt(fault, options.cases), faults))
     survivors = [fault.name for fault, found in zip(faults, caught, strict=True) if not found]
@@ -59,6 +60,18 @@ def check(fault: Fault) -> None:
         raise SystemExit(f"{fault.name}: its place occurs {count} times in {fault.file}")
 
 
+def check_unharmed(faults: list[Fault], cases: int) -> None:
+    """Whether the same tests pass without a fault: else they would find whatever is planted."""
+    for unit in {fault.unit for fault in faults}:
+        folder = ROOT / "build" / "cuda-mutations" / f"unharmed-{unit}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(ROOT / "cuda", folder / "cuda")
+        found, how = run(build(unit, folder), cases)
+        shutil.rmtree(folder, ignore_errors=True)
+        if found:
+            raise SystemExit(f"the tests fail without a fault, with {unit} compiled anew: {how}")
+
+
 def place(fault: Fault) -> re.Pattern[str]:
     """Where the fault goes, however its lines are broken."""
     return re.compile(r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", fault.old))))
@@ -72,15 +85,15 @@ def attempt(fault: Fault, cases: int) -> bool:
     source = folder / "cuda" / fault.file
     text = place(fault).sub(lambda _: fault.new.strip(), source.read_text(encoding="utf-8"))
     source.write_text(text, encoding="utf-8")
-    found, how = run(build(fault, folder), cases)
+    found, how = run(build(fault.unit, folder), cases)
     print(f"{'caught' if found else 'SURVIVED'}: {fault.name} ({how})", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
-def build(fault: Fault, folder: Path) -> Path:
-    """The test program, with the sources of `folder` in the place of the one that the fault shows in."""
-    source = folder / "cuda" / fault.unit
+def build(unit: str, folder: Path) -> Path:
+    """The test program, with `unit` compiled from the sources of `folder`."""
+    source = folder / "cuda" / unit
     target, program = folder / f"{source.stem}.o", folder / "tests"
     include = [f"-I{path}" for path in (folder / "cuda", ROOT / "csrc", ROOT / "tests" / "cuda_host")]
     subprocess.run(["g++", *FLAGS, *include, "-x", "c++", "-c", source, "-o", target], check=True)

@@ -70,7 +70,7 @@ TEST(Emulation, ShowsAMissingBarrier) {
   launch<add_up_without_a_barrier>(50, 128, 512, nullptr, Counts{&sums, 50});
   int wrong = 0;
   for (const int sum : sums) wrong += sum != 127 * 128 / 2;
-  EXPECT_GT(wrong, 25);
+  EXPECT_GT(wrong, 5);  // about half of them are, by chance
 }
 
 struct CopyCheck {
