@@ -22,10 +22,11 @@ def _load() -> None:
         import torch
     except ModuleNotFoundError as error:
         raise ImportError(f"attnrb needs torch, which is not installed: {_REMEDY}") from error
-    version = str(torch.__version__)
-    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < _OLDEST_TORCH:
+    from attnrb.ops.torch_version import TORCH_VERSION
+
+    if TORCH_VERSION < _OLDEST_TORCH:
         raise ImportError(
-            f"attnrb needs torch 2.10 or newer, this is torch {version}: run `pip install 'torch>=2.10'`."
+            f"attnrb needs torch 2.10 or newer, this is torch {torch.__version__}: run `pip install 'torch>=2.10'`."
         )
 
     if not library().is_file():

@@ -21,6 +21,7 @@ from attnrb.decisions import tell
 from attnrb.ops import _native
 from attnrb.ops.edit import NO_EDIT, RULES, EditArguments
 from attnrb.ops.scores import DEFAULT_SCORES, Scores
+from attnrb.ops.torch_version import TORCH_VERSION
 from attnrb.ops.visibility import DEFAULT_VISIBILITY, VisibilityArguments, describe
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
 _under_transforms = torch._C._are_functorch_transforms_active
 
 # Older compilers cannot trace `is` between two named tuples; of this one it is known.
-_IDENTITY_IS_TRACED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+_IDENTITY_IS_TRACED = TORCH_VERSION >= (2, 13)
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*NATIVE_DTYPES, torch.float64)

@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import masking_utils
 
+from attnrb.ops.torch_version import TORCH_VERSION
+
 __all__ = ["Pattern", "recognise"]
 
 PACKED = "several texts share a row, told apart by their positions"
-_CLOSURES_IN_GRAPHS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+_CLOSURES_IN_GRAPHS = TORCH_VERSION >= (2, 11)
 
 
 class Pattern(NamedTuple):
