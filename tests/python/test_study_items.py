@@ -92,16 +92,32 @@ def test_likelihoods_from_the_prompt_s_cache_are_those_of_whole_rows(policy: Any
     assert [each for mine in found for each in mine] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_batches_hold_each_prompt_once_and_the_short_ones_first() -> None:
+@pytest.mark.parametrize("answer_tokens", [1000, 30, 1])
+def test_batches_hold_each_prompt_once_and_no_more_than_they_may(answer_tokens: int) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     prompts = [
-        [answer_row(model, tokenizer, item.prompt(tokenizer), item.answer, "item")]
-        for item in (*study_items("retrieval", 12), *study_items("conflict", 12))
+        [answer_row(model, tokenizer, item.prompt(tokenizer), " " + each, "item") for each in item.candidates]
+        for task in ("retrieval", "conflict", "instruction")
+        for item in study_items(task, 12)
     ]
-    batches = list(candidate_batches(prompts, 400))
-    order = [index for batch in batches for index in batch]
-    assert sorted(order) == list(range(24))
-    lengths = [len(prompts[index][0].prompt) for index in order]
-    assert lengths == sorted(lengths)
+    batches = list(candidate_batches(prompts, 400, answer_tokens))
+    assert sorted(index for batch in batches for index in batch) == list(range(36))
     for batch in batches:
+        answers = [len(row.answer) for index in batch for row in prompts[index] if len(row.answer) > 1]
         assert len(batch) == 1 or len(batch) * max(len(prompts[index][0].prompt) for index in batch) <= 400
+        assert len(batch) == 1 or len(answers) * max(answers, default=0) <= answer_tokens
+    assert len(batches) < 36 or answer_tokens == 1
+
+
+def test_short_prompts_with_short_answers_come_first() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = [
+        [answer_row(model, tokenizer, item.prompt(tokenizer), answer, "item")]
+        for item in (*study_items("retrieval", 8), *study_items("conflict", 8))
+        for answer in (" t", " " + 40 * "t ")
+    ]
+    order = [index for batch in candidate_batches(prompts, 400, 400) for index in batch]
+    assert all(index % 2 == 0 for index in order[:16])
+    for half in (order[:16], order[16:]):
+        lengths = [len(prompts[index][0].prompt) for index in half]
+        assert lengths == sorted(lengths)

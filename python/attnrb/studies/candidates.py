@@ -2,8 +2,9 @@
 
 Note: [One prompt, many answers]
 The first token of every answer is predicted by the prompt's last one, so one forward of the prompt scores all answers
-of one token, with one row of logits. Longer answers go on from the prompt's cache, each in a row of its own. Prompts
-are padded on the left, so that all of them end in the same slot.
+of one token, with one row of logits. Longer answers go on from the prompt's cache, each in a row of its own, with
+logits for each of its tokens: of a large vocabulary these are what takes most memory. Prompts are padded on the left,
+so that all of them end in the same slot.
 """
 
 from __future__ import annotations
@@ -24,18 +25,40 @@ from attnrb.text.spans import Spans
 __all__ = ["candidate_batches", "candidate_scores"]
 
 _WHOLE: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+_ALIKE = 8  # tokens by which answers of like length differ at most
 
 
-def candidate_batches(prompts: Sequence[Sequence[AnswerRow]], tokens: int) -> Iterator[list[int]]:
-    """The indices of prompts in batches of like length, each of at most about ``tokens`` tokens, padding included."""
+def candidate_batches(prompts: Sequence[Sequence[AnswerRow]], tokens: int, answer_tokens: int) -> Iterator[list[int]]:
+    """The indices of prompts in batches of like lengths.
+
+    Args:
+        prompts: the answers to each prompt.
+        tokens: of prompts in a batch at most, padding included.
+        answer_tokens: the same of answers that have more than one token. A prompt that has more than either is a batch
+            of its own.
+    """
     batch: list[int] = []
-    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index][0].prompt)):
-        if batch and (len(batch) + 1) * len(prompts[index][0].prompt) > tokens:
+    width = longest = rows = 0
+
+    def with_one_more(answers: Sequence[AnswerRow]) -> tuple[int, int, int]:
+        long = [len(each.answer) for each in answers if len(each.answer) > 1]
+        return max(width, len(answers[0].prompt)), max([longest, *long]), rows + len(long)
+
+    for index in sorted(range(len(prompts)), key=lambda index: _length(prompts[index])):
+        more = with_one_more(prompts[index])
+        if batch and ((len(batch) + 1) * more[0] > tokens or more[1] * more[2] > answer_tokens):
             yield batch
-            batch = []
+            batch, width, longest, rows = [], 0, 0, 0
+            more = with_one_more(prompts[index])
+        width, longest, rows = more
         batch.append(index)
     if batch:
         yield batch
+
+
+def _length(answers: Sequence[AnswerRow]) -> tuple[int, int]:
+    """What batches are of alike: the longest answer, roughly, and the prompt."""
+    return max(len(each.answer) for each in answers) // _ALIKE, len(answers[0].prompt)
 
 
 def candidate_scores(

@@ -30,6 +30,7 @@ from attnrb.text.spans import Span
 __all__ = ["Engine", "ModelEngine", "VllmEngine"]
 
 _BATCH_TOKENS = 2048
+_BATCH_LOGITS = 2**26  # of answers: 256 MiB in float32
 
 
 class Engine(Protocol):
@@ -75,8 +76,9 @@ class ModelEngine:
     ) -> list[list[float]]:
         """See `Engine.scores`."""
         found: dict[int, list[float]] = {}
+        answer_tokens = _BATCH_LOGITS // int(self.model.config.get_text_config().vocab_size)
         with adapted(self.model, adapter), self._edited(policy) as patched:
-            for batch in candidate_batches(prompts, _BATCH_TOKENS):
+            for batch in candidate_batches(prompts, _BATCH_TOKENS, answer_tokens):
                 mine = candidate_scores(self.model, [prompts[index] for index in batch], patched)
                 found |= dict(zip(batch, mine, strict=True))
         return [found[index] for index in range(len(prompts))]
