@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attnrb.studies.study_report import difference_table, markdown, profile_table, repeating_table, trials_table
+from attnrb.studies.study_report import difference_grid, markdown, profile_table, repeating_table, trials_table
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "results.md"
@@ -26,19 +26,17 @@ BLOCK = re.compile(r"<!-- study (?P<name>[\w.-]+) -->\n.*?<!-- end of study -->"
 def tables(report: Mapping[str, Any]) -> str:
     """The report of a study in Markdown."""
     settings, about = report["settings"], report["environment"]
-    seconds = sum(report["cpu_seconds"].values())
-    command = " ".join(about["command"])
     lines = [
-        f"    {command}",
+        f"    {_command(about)}",
         "",
         f"{report['answers']:,} answers, {settings['items']} held-out items of each task at most, {report['dtype']}, "
-        f"{about['processor']}, {about['cores']} cores; {seconds:,.0f} seconds of processor time.",
+        f"{about['processor']}, {about['instruction_set']}, {about['cores']} cores; "
+        f"{sum(report['cpu_seconds'].values()) / 60:,.0f} minutes of processor time.",
     ]
     if report["strength"] is not None:
         lines[-1] += f" The strength, {report['strength']:g}, was chosen on {report['chosen_on']} development items."
     lines += ["", "Right answers, in percent:", "", markdown(profile_table(report)), ""]
-    families = {pair["family"] for pair in report["differences"]} - {"transfer"}
-    lines += ["Differences from the plain model:", "", markdown(difference_table(report, sorted(families))), ""]
+    lines += ["Differences from the plain model, in points:", "", markdown(difference_grid(report)), ""]
     if (trials := trials_table(report))[1]:
         lines += ["Settings that were tried, which is no result:", "", markdown(trials), ""]
     if (repeating := repeating_table(report))[1]:
@@ -55,6 +53,14 @@ def tables(report: Mapping[str, Any]) -> str:
         rows = [[each["task"], each["what"], "yes" if each["holds"] else "no"] for each in report["requirements"]]
         lines += ["What was expected before the run:", "", markdown((["task", "expected", "found"], rows)), ""]
     return "\n".join(lines)
+
+
+def _command(about: Mapping[str, Any]) -> str:
+    """As it was typed: a launcher gives each of several processes the same one."""
+    command = " ".join(about["command"])
+    if about["processes"] > 1:
+        command = command.replace("python ", f"torchrun --nproc-per-node {about['processes']} ", 1)
+    return command
 
 
 def filled(page: str, folder: Path) -> str:

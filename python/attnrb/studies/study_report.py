@@ -11,6 +11,7 @@ from attnrb.studies.conflict import SPLITS
 from attnrb.studies.neutral import NEUTRAL_TASK, perplexity
 
 __all__ = [
+    "difference_grid",
     "difference_table",
     "make_study_report",
     "markdown",
@@ -192,6 +193,30 @@ def difference_table(
                 ]
             )
     return head, rows
+
+
+def difference_grid(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Differences in points with their intervals, a line for each arm and a column for each task: head and rows.
+
+    Bold: Holm's p is below 0.05. The head says how many items an arm is asked that is asked all of them, an arm's name
+    says which share of them it has, where that is not all.
+    """
+    pairs = {(pair["arm"], pair["task"]): pair for pair in report["differences"]}
+    tasks = list(dict.fromkeys(task for _, task in pairs))
+    items = {task: max(pair["items"] for (_, name), pair in pairs.items() if name == task) for task in tasks}
+    rows = []
+    for arm in dict.fromkeys(name for name, _ in pairs):
+        mine = {task: pairs[arm, task] for task in tasks if (arm, task) in pairs}
+        share = sum(pair["items"] for pair in mine.values()) / sum(items[task] for task in mine)
+        name = arm if share > 0.99 else f"{arm} ({100 * share:.0f} % of the items)"
+        rows.append([name, *(_with_interval(mine[task]) if task in mine else "" for task in tasks)])
+    return ["arm", *(f"{task}, n = {items[task]:,}" for task in tasks)], rows
+
+
+def _with_interval(pair: Mapping[str, Any]) -> str:
+    low, high = (f"{100 * value:+.0f}".replace("-", "−") for value in pair["bootstrap"])
+    found = f"{100 * pair['difference']:+.0f}".replace("-", "−")
+    return f"{f'**{found}**' if pair['holm'] < 0.05 else found} [{low}, {high}]"
 
 
 def repeating_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
