@@ -34,8 +34,8 @@ void check_cases(int part, int64_t count, AttentionCase (*generate)(uint64_t, co
   }
   ::testing::Test::RecordProperty("outliers", std::to_string(outliers));
   ::testing::Test::RecordProperty("ties", std::to_string(ties));
-  // Where ties are not rare, the comparison says nothing.
-  EXPECT_LE(ties * 1000, outliers) << ties << " entries near the threshold among " << outliers << " outliers";
+  // Where ties are not rare, the comparison says nothing; a few are chance in a run of few cases.
+  EXPECT_LE(ties, 3 + outliers / 1000) << ties << " entries near the threshold among " << outliers << " outliers";
 }
 
 class GeneratedAttention : public ::testing::TestWithParam<int> {};

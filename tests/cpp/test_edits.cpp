@@ -203,6 +203,29 @@ TEST_P(Edits, ARowOfOutliersAloneStaysPlain) {
   }
 }
 
+// Nothing else in its block of keys comes near the threshold.
+TEST_P(Edits, AnOutlierThatIsTakenOutIsFoundAllTheSame) {
+  for (const Shape& shape : kShapes) {
+    AttentionCase attention = simple_case(shape);
+    attention.role = Role::both;
+    attention.rule = Rule::rest;
+    attention.scoring.scale = 0.25f;
+    attention.threshold = 0.2;
+    attention.shared_rows = true;
+    attention.capacity = 1;
+    for (int64_t h = 0; h < shape.heads; ++h) {
+      attention.indices.push_back(100);
+      attention.counts.push_back(1);
+      attention.gain.push_back(0.5f);
+      for (int64_t i = 0; i < shape.queries; ++i) attention.query.set(0, h, i, 0, 8.0);
+    }
+    for (int64_t h = 0; h < shape.key_heads; ++h)
+      for (int64_t j = 0; j < shape.keys; ++j) attention.key.set(0, h, j, 0, j == 100 ? 8.0 : 0.0);
+    expect_right(attention);
+    for (int64_t row = 0; row < attention.rows(); ++row) EXPECT_EQ(attention.found_counts[size_t(row)], 1) << row;
+  }
+}
+
 // One list for all queries is as many equal lists.
 TEST_P(Edits, SharedListsAreEqualLists) {
   for (const Rule rule : {Rule::none, Rule::row, Rule::rest})

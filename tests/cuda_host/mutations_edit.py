@@ -60,10 +60,10 @@ EDIT: list[Fault] = [
         "const int64_t position = visibility.query_offset + query + 0 * batch - visibility.key_offset;",
     ),
     Fault(
-        "a list for each query where one serves all",
+        "the first head's list for all heads where one serves all queries",
         "kernels/sequences.h",
         "batch, place.head, place.query);",
-        "batch, place.head, p.problem.edit.shared_rows ? place.query % 2 : place.query);",
+        "batch, p.problem.edit.shared_rows ? 0 : place.head, place.query);",
     ),
     Fault(
         "outliers are not taken out of the others' softmax",

@@ -240,7 +240,7 @@ def markdown(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
     """A table in Markdown; columns of numbers stand to the right."""
     head, rows = table
     cells = [[row[column] for row in rows] for column in range(len(head))]
-    numbers = [all(not cell or cell[0] in "0123456789+−" for cell in column) for column in cells]
+    numbers = [all(not cell or cell.lstrip("*")[0] in "0123456789+−" for cell in column) for column in cells]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---:" if each else "---" for each in numbers) + " |"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
