@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import signal
@@ -17,8 +18,10 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("scipy", reason="studies need the package scipy")
 pytest.importorskip("statsmodels", reason="studies need the package statsmodels")
+pytest.importorskip("typer", reason="the command line needs the extra cli")
 
 import torch
+from attnrb.cli.study import render
 from attnrb.evaluation.runfile import RunFile, RunFileError
 from attnrb.policies import Emphasis, HeadProfile
 from attnrb.studies.arms import PLAIN, Arm, LeakError, Setting, check_no_leak, emphasis_arms
@@ -28,6 +31,7 @@ from attnrb.studies.plan import StudyPlan, study_tasks
 from attnrb.studies.study import Study
 from attnrb.studies.study_report import markdown, profile_table
 from attnrb.studies.study_run import check_run, default_run_file, study_report
+from rich.console import Console
 from saved_tiny_model import LAYERS, save_tiny_model, tiny_model, tiny_tokenizer
 
 PLAN = StudyPlan(items=4, examples=1, development=1, strengths=(4.0, 16.0), keep=3)
@@ -232,6 +236,18 @@ def test_tables_have_a_column_for_each_task(whole: tuple[dict[str, Any], Path]) 
     assert head == ["arm", *PLAN.tasks, "irrelevant"]
     assert all(len(row) == len(head) for row in rows)
     assert markdown((head, rows)).count("\n") == len(rows) + 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 400])
+def test_a_console_of_any_width_shows_whole_names(whole: tuple[dict[str, Any], Path], width: int) -> None:
+    text = io.StringIO()
+    render(Console(file=text, width=width), whole[0])
+    shown = text.getvalue()
+    for task in (*PLAN.tasks, "irrelevant"):
+        heads = [line for line in shown.splitlines() if line.split()[:1] == ["arm"] and task in line]
+        assert len(heads) == 1, task
+    first = [line.split()[0] for line in shown.splitlines() if line.startswith(" ") and line.strip()]
+    assert first.count("arm") == first.count("plain") >= 1  # the plain model stands in each part
 
 
 def test_the_page_of_results_shows_what_was_measured_and_nothing_else(

@@ -318,13 +318,16 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
     from attnrb.studies.study_report import profile_table
 
     head, rows = profile_table(report)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Right answers, in percent", title_justify="left")
-    table.add_column(head[0], overflow="fold")
-    for each in head[1:]:
-        table.add_column(each, justify="right")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(table)
+    console.print(Text("Right answers, in percent"))
+    for tasks in _columns(len(head) - 1, console.width):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column(head[0], overflow="fold")
+        for task in tasks:
+            table.add_column(head[task], justify="right")
+        for row in rows:
+            if any(row[task] for task in tasks):
+                table.add_row(*(Text(printable(row[column])) for column in (0, *tasks)))
+        console.print(table)
     for each in report["requirements"]:
         holds = "yes" if each["holds"] else "NO"
         console.print(Text(f"{each['task']}: {each['what']}: {holds}"), soft_wrap=True)
@@ -333,6 +336,15 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
     seconds = sum(report["cpu_seconds"].values())
     line = f"{report['answers']:,} answers in {report['run']}; {duration(seconds)} of processor time for all"
     errors().print(Text(printable(line)), soft_wrap=True)
+
+
+_ARM_WIDTH, _TASK_WIDTH = 30, 13  # of columns, in characters: enough to read names in
+
+
+def _columns(count: int, width: int) -> list[range]:
+    """The columns 1 to ``count`` of a table in parts that a console of this width has room for."""
+    fit = max(1, (width - _ARM_WIDTH) // _TASK_WIDTH)
+    return [range(first, min(first + fit, count + 1)) for first in range(1, count + 1, fit)]
 
 
 add(

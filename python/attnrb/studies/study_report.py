@@ -202,7 +202,8 @@ def difference_grid(report: Mapping[str, Any]) -> tuple[list[str], list[list[str
     says which share of them it has, where that is not all.
     """
     pairs = {(pair["arm"], pair["task"]): pair for pair in report["differences"]}
-    tasks = list(dict.fromkeys(task for _, task in pairs))
+    compared = {task for _, task in pairs}
+    tasks = [task for task in dict.fromkeys(each["task"] for each in report["results"]) if task in compared]
     items = {task: max(pair["items"] for (_, name), pair in pairs.items() if name == task) for task in tasks}
     rows = []
     for arm in dict.fromkeys(name for name, _ in pairs):
