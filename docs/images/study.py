@@ -79,7 +79,9 @@ def _title(report: Mapping[str, Any], what: str) -> str:
 def main() -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "attnrb", "svg.fonttype": "none", "font.size": 9})
     for name, draw in (("emphasis", emphasis), ("rebalancing", rebalancing)):
-        draw(json.loads((HERE.parent / "results" / f"{name}.json").read_text(encoding="utf-8")))
+        file = HERE.parent / "results" / f"{name}.json"
+        if file.is_file():
+            draw(json.loads(file.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
