@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +17,60 @@ HERE = Path(__file__).parent
 GREY, BLUE, RED, LIGHT = "#888888", "#00798c", "#d1495b", "#c9c9c9"
 
 
+Look = tuple[str, str]  # a label and a colour
+
+
 def emphasis(report: Mapping[str, Any]) -> None:
     """Right answers of a few arms, with Wilson's intervals, a group for each task."""
     strong = f"×{report['strength']:g}"
+    random = f"{strong}, random heads"
     arms = {
         "plain": ("plain", GREY),
-        f"{strong}, random heads": ("emphasis, heads drawn by chance", LIGHT),
+        random: ("emphasis, heads drawn by chance", LIGHT),
         f"{strong}, transferred heads": ("emphasis, heads found on other tasks", BLUE),
         f"{strong}, own heads, wrong span": ("emphasis on a wrong part", RED),
     }
-    found = {(each["arm"], each["task"]): each for each in report["results"]}
-    tasks = [task for arm, task in found if arm == f"{strong}, random heads"]
-    figure, panel = pyplot.subplots(figsize=(9, 3.4), layout="constrained")
-    width = 0.8 / len(arms)
-    for number, (arm, (label, colour)) in enumerate(arms.items()):
-        mine = [(place, found[arm, task]) for place, task in enumerate(tasks) if (arm, task) in found]
-        places = [place + (number - 1.5) * width for place, _ in mine]
-        heights = [100 * each["accuracy"] for _, each in mine]
-        spread = [[100 * abs(each["accuracy"] - each["wilson"][end]) for _, each in mine] for end in (0, 1)]
-        panel.bar(places, heights, width, yerr=spread, label=label, color=colour, error_kw={"linewidth": 0.8})
-    panel.set_xticks(range(len(tasks)), tasks)
+    panel = _groups(report["results"], arms, random, ("accuracy", "wilson"))
     panel.set(ylabel="right answers, %", ylim=(0, 102))
-    panel.grid(alpha=0.25, axis="y")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(_title(report, "the part that holds the answer is marked"), fontsize=9)
-    figure.savefig(HERE / "emphasis-study.svg", metadata={"Date": None})
+    _save(panel, "emphasis", _title(report, "the part that holds the answer is marked"))
 
 
 def rebalancing(report: Mapping[str, Any]) -> None:
-    """Differences from the plain model on questions, with the bootstrap's intervals."""
+    """Differences of a few arms from the plain model, with the bootstrap's intervals, a group for each task."""
     arms = {
         "alpha 0.2": ("alpha 0.2, as published", BLUE),
         "alpha 1": ("alpha 1", "#66aabb"),
         "alpha 1, rows normalised": ("alpha 1, rows normalised", "#aaccd5"),
         "alpha 1, sets drawn by chance (control)": ("alpha 1, keys drawn by chance (control)", GREY),
     }
-    found = {(each["arm"], each["task"]): each for each in report["differences"]}
-    tasks = list(dict.fromkeys(task for arm, task in found if arm == "alpha 0.2"))
-    figure, panel = pyplot.subplots(figsize=(9, 3.4), layout="constrained")
+    panel = _groups(report["differences"], arms, "alpha 0.2", ("difference", "bootstrap"))
+    panel.axhline(0.0, color=GREY, linewidth=0.8)
+    panel.set(ylabel="points more than plain")
+    _save(panel, "rebalancing", _title(report, "re-balancing, nothing is marked"))
+
+
+def _groups(figures: Sequence[Mapping[str, Any]], arms: Mapping[str, Look], asked: str, names: tuple[str, str]) -> Any:
+    """Bars of the arms, in percent with intervals, a group for each task that the arm ``asked`` is asked."""
+    value, interval = names
+    found = {(each["arm"], each["task"]): each for each in figures}
+    tasks = [task for arm, task in found if arm == asked]
+    _, panel = pyplot.subplots(figsize=(9, 3.4), layout="constrained")
     width = 0.8 / len(arms)
     for number, (arm, (label, colour)) in enumerate(arms.items()):
         mine = [(place, found[arm, task]) for place, task in enumerate(tasks) if (arm, task) in found]
-        places = [place + (number - 1.5) * width for place, _ in mine]
-        heights = [100 * each["difference"] for _, each in mine]
-        spread = [[100 * abs(each["difference"] - each["bootstrap"][end]) for _, each in mine] for end in (0, 1)]
-        panel.errorbar(places, heights, spread, fmt="o", color=colour, label=label, markersize=4, linewidth=1)
-    panel.axhline(0.0, color="#888888", linewidth=0.8)
+        places = [place + (number - (len(arms) - 1) / 2) * width for place, _ in mine]
+        heights = [100 * each[value] for _, each in mine]
+        spread = [[100 * abs(each[value] - each[interval][end]) for _, each in mine] for end in (0, 1)]
+        panel.bar(places, heights, width, yerr=spread, label=label, color=colour, error_kw={"linewidth": 0.8})
     panel.set_xticks(range(len(tasks)), tasks)
-    panel.set(ylabel="points more than plain")
     panel.grid(alpha=0.25, axis="y")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(_title(report, "re-balancing, nothing is marked"), fontsize=9)
-    figure.savefig(HERE / "rebalancing-study.svg", metadata={"Date": None})
+    return panel
+
+
+def _save(panel: Any, name: str, title: str) -> None:
+    panel.figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    panel.figure.suptitle(title, fontsize=9)
+    panel.figure.savefig(HERE / f"{name}-study.svg", metadata={"Date": None})
 
 
 def _title(report: Mapping[str, Any], what: str) -> str:
