@@ -177,16 +177,25 @@ namespace {
   return ::testing::AssertionSuccess();
 }
 
+}  // namespace
+
 ::testing::AssertionResult numbers_match(const Kernels& kernels, const char* name, const std::vector<float>& got,
                                          const std::vector<Bounded>& expected) {
-  for (size_t h = 0; h < got.size(); ++h)
-    if (!close(kernels, got[h], expected[h]))
-      return ::testing::AssertionFailure() << name << " [" << h << "]: expected " << expected[h].value << " within "
-                                           << tolerance(kernels, expected[h]) << ", got " << got[h];
+  for (size_t i = 0; i < got.size(); ++i)
+    if (!close(kernels, got[i], expected[i]))
+      return ::testing::AssertionFailure() << name << " [" << i << "]: expected " << expected[i].value << " within "
+                                           << tolerance(kernels, expected[i]) << ", got " << got[i];
   return ::testing::AssertionSuccess();
 }
 
-}  // namespace
+::testing::AssertionResult received_matches(const Kernels& kernels, const AttentionCase& attention) {
+  std::vector<float> received;
+  const ReceivedProblem problem = attention.received_problem(received);
+  const std::vector<Bounded> truth = received_truth(problem);
+  ScratchLease scratch;
+  kernels.received_attention(problem, test_pool(2), *scratch);
+  return numbers_match(kernels, "received", received, truth);
+}
 
 void check_gradient(const Kernels& kernels, const GradientCase& gradient, const GradientTruth& truth) {
   ASSERT_TRUE(array_matches(kernels, "grad_query", gradient.grad_query, truth.query));

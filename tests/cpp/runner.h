@@ -58,6 +58,13 @@ double tolerance(const Kernels& kernels, const Bounded& expected);
 // Within tolerance, or the same infinity.
 bool close(const Kernels& kernels, double got, const Bounded& expected);
 
+// Each of `got` against the truth.
+::testing::AssertionResult numbers_match(const Kernels& kernels, const char* name, const std::vector<float>& got,
+                                         const std::vector<Bounded>& expected);
+
+// The attention that keys receive, as `kernels` compute it on two threads, against the truth.
+::testing::AssertionResult received_matches(const Kernels& kernels, const AttentionCase& attention);
+
 // All that `kernels` wrote last of a backward, against the truth.
 void check_gradient(const Kernels& kernels, const GradientCase& gradient, const GradientTruth& truth);
 

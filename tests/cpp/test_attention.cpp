@@ -65,10 +65,8 @@ void check_received(int part, int64_t count, AttentionCase (*generate)(uint64_t,
       };
       run(1);
       const std::vector<float> alone = received;
-      for (size_t i = 0; i < truth.size(); ++i)
-        ASSERT_TRUE(close(*kernels, received[i], truth[i]))
-            << kernels->name << ", seed " << seed << ", element " << i << ": expected " << truth[i].value << " within "
-            << tolerance(*kernels, truth[i]) << ", got " << received[i] << "; " << attention.describe();
+      ASSERT_TRUE(numbers_match(*kernels, "received", received, truth))
+          << kernels->name << ", seed " << seed << "; " << attention.describe();
       for (const int64_t threads : other_threads()) {
         run(threads);
         ASSERT_EQ(received, alone) << kernels->name << " on " << threads << " threads, seed " << seed;

@@ -370,30 +370,13 @@ TEST_P(Edges, WideRowsAreExact) {
 }
 
 TEST_P(Edges, ReceivedAttentionOfWideRowsIsExact) {
-  for (const DType dtype : {DType::float32, DType::float16}) {
-    const AttentionCase attention = simple_case(make_shape(1, 2, 1, 150, 150, 250), dtype);
-    std::vector<float> received;
-    const ReceivedProblem problem = attention.received_problem(received);
-    const std::vector<Bounded> truth = received_truth(problem);
-    ScratchLease scratch;
-    kernels().received_attention(problem, test_pool(2), *scratch);
-    for (size_t i = 0; i < truth.size(); ++i)
-      EXPECT_TRUE(close(kernels(), received[i], truth[i]))
-          << "element " << i << ": expected " << truth[i].value << ", got " << received[i];
-  }
+  for (const DType dtype : {DType::float32, DType::float16})
+    EXPECT_TRUE(received_matches(kernels(), simple_case(make_shape(1, 2, 1, 150, 150, 250), dtype)));
 }
 
 // Queries that are taken together, of which the first end before a block of keys that the last ones see.
 TEST_P(Edges, ReceivedAttentionOfRowsThatEndBeforeABlockIsExact) {
-  const AttentionCase attention = simple_case(make_shape(1, 2, 1, 100, 300, 16));
-  std::vector<float> received;
-  const ReceivedProblem problem = attention.received_problem(received);
-  const std::vector<Bounded> truth = received_truth(problem);
-  ScratchLease scratch;
-  kernels().received_attention(problem, test_pool(2), *scratch);
-  for (size_t i = 0; i < truth.size(); ++i)
-    EXPECT_TRUE(close(kernels(), received[i], truth[i]))
-        << "element " << i << ": expected " << truth[i].value << ", got " << received[i];
+  EXPECT_TRUE(received_matches(kernels(), simple_case(make_shape(1, 2, 1, 100, 300, 16))));
 }
 
 // A normalised row of one key is the key's value, whatever its gain.

@@ -153,13 +153,7 @@ TEST_P(Edits, ARemovedKeyIsReceivedFromRowsWithoutABias) {
     set_bias(attention, 150, true, random);
     attention.first_query = {100, 61};
     for (int64_t at = 0; at < 4 * 150; at += 3) attention.bias[size_t(at)] = -kInfinity;
-    std::vector<float> received;
-    const ReceivedProblem problem = attention.received_problem(received);
-    const std::vector<Bounded> truth = received_truth(problem);
-    ScratchLease scratch;
-    kernels().received_attention(problem, test_pool(2), *scratch);
-    for (size_t i = 0; i < truth.size(); ++i)
-      ASSERT_TRUE(close(kernels(), received[i], truth[i])) << i << ": " << received[i] << ", not " << truth[i].value;
+    ASSERT_TRUE(received_matches(kernels(), attention));
   }
 }
 
