@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from fault import Fault
@@ -63,11 +64,8 @@ def check(fault: Fault) -> None:
 def check_unharmed(faults: list[Fault], cases: int) -> None:
     """Whether the same tests pass without a fault: else they would find whatever is planted."""
     for unit in {fault.unit for fault in faults}:
-        folder = ROOT / "build" / "cuda-mutations" / f"unharmed-{unit}"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(ROOT / "cuda", folder / "cuda")
-        found, how = run(build(unit, folder), cases)
-        shutil.rmtree(folder, ignore_errors=True)
+        with sources(f"unharmed-{unit}") as folder:
+            found, how = run(build(unit, folder), cases)
         if found:
             raise SystemExit(f"the tests fail without a fault, with {unit} compiled anew: {how}")
 
@@ -79,16 +77,25 @@ def place(fault: Fault) -> re.Pattern[str]:
 
 def attempt(fault: Fault, cases: int) -> bool:
     """Whether the tests find the fault."""
-    folder = ROOT / "build" / "cuda-mutations" / str(MUTATIONS.index(fault))
+    with sources(str(MUTATIONS.index(fault))) as folder:
+        source = folder / "cuda" / fault.file
+        text = place(fault).sub(lambda _: fault.new.strip(), source.read_text(encoding="utf-8"))
+        source.write_text(text, encoding="utf-8")
+        found, how = run(build(fault.unit, folder), cases)
+    print(f"{'caught' if found else 'SURVIVED'}: {fault.name} ({how})", flush=True)
+    return found
+
+
+@contextmanager
+def sources(name: str) -> Iterator[Path]:
+    """A folder with a copy of the kernels' sources, for as long as it is used."""
+    folder = ROOT / "build" / "cuda-mutations" / name
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "cuda", folder / "cuda")
-    source = folder / "cuda" / fault.file
-    text = place(fault).sub(lambda _: fault.new.strip(), source.read_text(encoding="utf-8"))
-    source.write_text(text, encoding="utf-8")
-    found, how = run(build(fault.unit, folder), cases)
-    print(f"{'caught' if found else 'SURVIVED'}: {fault.name} ({how})", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    return found
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(unit: str, folder: Path) -> Path:
