@@ -18,10 +18,13 @@ pytest.importorskip("transformers")
 
 from attnrb import LearnedGains, RebalanceConfig
 from attnrb.hosts.transformers import decoder, masks
+from attnrb.hosts.transformers.geometry import Geometry, MadeMasks, from_numbers, queries_at_tokens, to_numbers
+from attnrb.ops.visibility import Visibility
 from attnrb.policies.base import ModelShape
 from tiny_models import LAYERS, tiny, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, StaticCache
 
 META = torch.device("meta")
@@ -137,6 +140,66 @@ def test_numbers_of_a_graph_are_left_out_of_cuda_graphs(monkeypatch: pytest.Monk
     compiled = torch.compile(lambda slot: torch.zeros(3) + masks.integer(slot), backend="eager", fullgraph=True)
     assert torch.equal(compiled(torch.tensor(4)), torch.full((3,), 4.0))
     assert config.cudagraph_unsafe_unbacked_ops == ["other::op", "attnrb::integer"]
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "holes"])
+@pytest.mark.parametrize("cached", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_on_another_device_wait_for_nothing(name: str, cached: Any, padding: str) -> None:
+    """Two layers are here. The others are on a device where each gets copies of its own, as accelerate makes them."""
+    model = tiny(name)
+    for module in (*model.model.layers[2:], model.model.norm, model.lm_head):
+        module.to(META).register_forward_pre_hook(to_meta, with_kwargs=True)
+    mask = torch.tensor([[*row, 1, 1] for row in PADDINGS[padding]])
+    room = {"max_cache_len": 16} if cached is StaticCache else {}
+    cache = cached(config=model.config, **room)
+    with torch.no_grad(), attnrb.patch(model, CONFIG) as patched:
+        for first, last in ((0, 7), (7, 8), (8, 9)):
+            model(tokens(2, 9)[:, first:last], attention_mask=mask[:, :last], past_key_values=cache, use_cache=True)
+    assert patched.stats.forwards == 3
+
+
+def to_meta(_: torch.nn.Module, args: Any, options: Any) -> Any:
+    return tree_map_only(Tensor, lambda each: each.to(META), (args, options))
+
+
+def test_a_copy_of_a_mask_is_known_by_its_shape() -> None:
+    made, windows = MadeMasks(), (None, 3, 5)
+    here = torch.device("cpu")
+    start = torch.tensor([1, 0])
+    numbers = []
+    for window in windows:
+        visibility = Visibility(causal=True, query_offset=4, window=window, key_start=start, key_end=start + 9)
+        numbers.append(to_numbers(visibility, 2, here, ordinal=len(made)))
+        made.add(numbers[-1], Geometry(visibility, queries_at_tokens(visibility, 3), 7))
+    assert made.of_copy(numbers[0].clone()) is None, "a copy beside it may have been changed: it is read"
+    assert made.of_copy(torch.zeros(2, 1, 1, 30, dtype=torch.int64, device=META)) is None
+    assert made.of_copy(numbers[0][:1].to(META)) is None, "a part of the texts"
+    for mask, window in zip(numbers, windows, strict=True):
+        assert from_numbers(mask, 3).visibility.window == window
+        found = made.of_copy(mask.to(META))
+        assert found is not None
+        assert (found.visibility.window, found.visibility.query_offset, found.keys) == (window, 4, 7)
+        assert found.visibility.key_start.device == found.tokens.device == META  # type: ignore[union-attr]
+        assert made.of_copy(mask.to(META)) is found, "it is moved once for a device"
+
+
+def test_copies_of_masks_of_all_queries_and_keys_say_themselves_what_is_visible() -> None:
+    made, tokens_seen = MadeMasks(), torch.tensor([[True, False]])
+    masks_made = (0, torch.ones(1, 1, 2, 4)), (0, torch.eye(4)[None, None, :2]), (3, torch.ones(1, 1, 2, 5))
+    for key_offset, mask in masks_made:
+        visibility = Visibility(causal=False, query_offset=2, key_offset=key_offset, mask=mask.bool())
+        made.add(mask.bool(), Geometry(visibility, tokens_seen, mask.shape[-1]))
+    copy = torch.zeros(1, 1, 2, 4, dtype=torch.bool, device=META)
+    found = made.of_copy(copy)
+    assert found is not None
+    assert found.visibility.mask is copy
+    assert (found.visibility.query_offset, found.visibility.key_offset) == (2, 0)
+    assert found.tokens is not None
+    assert found.tokens.device == META
+    wider = torch.ones(1, 1, 2, 5, dtype=torch.bool)
+    made.add(wider, Geometry(Visibility(causal=False, query_offset=2, key_offset=0, mask=wider), None, 5))
+    assert made.of_copy(wider.to(META)) is None, "two of this shape begin at different slots"
 
 
 def always_unread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from attnrb.policies.base import LayerPlan, Mixture, Request, Session
 if TYPE_CHECKING:
     from attnrb.hosts.transformers.attention import Alike
     from attnrb.hosts.transformers.continuous import ContinuousStep
+    from attnrb.hosts.transformers.geometry import MadeMasks
 
 __all__ = [
     "AttentionCall",
@@ -118,6 +119,7 @@ class Forward:
         called: the layers that came by.
         found: the outliers that a layer reported last.
         settled: the layers that were left out and of which the session knows that they found nothing.
+        made: the masks that the host made for it; None where the host makes none.
         alike: what layers that share a mask have in common, for each mask.
         continuous: where the texts of a step of continuous batching lie; None in any other forward.
     """
@@ -130,6 +132,7 @@ class Forward:
         "first_slot",
         "found",
         "left_out",
+        "made",
         "module",
         "observer",
         "outer",
@@ -156,6 +159,7 @@ class Forward:
         packed: bool = False,
         unpadded: bool = False,
         left_out: Any = None,
+        made: MadeMasks | None = None,
         request: Request | None = None,
         outer: Forward | None = None,
         module: torch.nn.Module | None = None,
@@ -171,6 +175,7 @@ class Forward:
         self.packed = packed
         self.unpadded = unpadded
         self.left_out = left_out
+        self.made = made
         self.request = request
         self.outer = outer
         self.module = module

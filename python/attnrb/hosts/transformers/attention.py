@@ -320,6 +320,10 @@ def _read_mask(
         )
     from attnrb.hosts.transformers.masks import read_mask
 
+    if mask is not None and forward.made is not None and not torch.compiler.is_compiling():
+        geometry = forward.made.of_copy(mask)
+        if geometry is not None:
+            return geometry
     return read_mask(mask, forward.first_slot, query.size(2), keys)
 
 

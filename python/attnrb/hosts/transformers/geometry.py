@@ -1,11 +1,15 @@
 """What a mask says, and the numbers that carry it where the object itself cannot go.
 
 Note: [Masks in numbers]
-What attnrb hands to a model as a mask is a tensor int64 ``[B, 1, 1, 8]``, a row of numbers for each text, named by
-`Column`. The same stands as a `Geometry` in an attribute of the tensor, which layers read at no cost. Attributes do not
-survive copies to another device, re-entrant checkpointing, or the edge of a compiled graph; the numbers do. Four
+What attnrb hands to a model as a mask is a tensor int64 ``[B, 1, 1, 8 or more]``, a row of numbers for each text, named
+by `Column`. The same stands as a `Geometry` in an attribute of the tensor, which layers read at no cost. Attributes do
+not survive copies to another device, re-entrant checkpointing, or the edge of a compiled graph; the numbers do. Four
 dimensions, because transformers takes such a mask for a finished one wherever it meets it again. The first number is a
 mark: without it a tensor of integers is the user's, and no mask.
+
+A model that is spread over devices copies its mask for each layer away from the first, and to read a copy there is to
+wait for the device in each layer. So each mask in numbers of a forward is a zero wider than the one before it, and a
+copy is known by its shape (`MadeMasks`).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 
 from attnrb.ops.visibility import Visibility, describe
 
-__all__ = ["Column", "Geometry", "from_numbers", "integer", "to_numbers"]
+__all__ = ["Column", "Geometry", "MadeMasks", "from_numbers", "integer", "to_numbers"]
 
 # "attnrb" in ASCII, and a version of the columns.
 _MARK = int.from_bytes(b"attnrb", "big") << 8 | 2
@@ -71,8 +75,51 @@ class Geometry(NamedTuple):
         )
 
 
-def to_numbers(visibility: Visibility, batch: int, device: torch.device | str | None) -> torch.Tensor:
-    """A visibility without a mask, by `Note: [Masks in numbers]`: int64 ``[batch, 1, 1, 8]``."""
+class MadeMasks:
+    """The masks that one forward made, whose copies on other devices mean the same."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[torch.Tensor, dict[torch.device, Geometry]]] = []
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def add(self, mask: torch.Tensor, geometry: Geometry) -> None:
+        """Note what a mask means."""
+        self._made.append((mask, {mask.device: geometry}))
+
+    def of_copy(self, mask: torch.Tensor) -> Geometry | None:
+        """What a copy of one of them on another device means; None where it is no such copy, or may be of several."""
+        alike = [
+            geometries
+            for made, geometries in self._made
+            if made.shape == mask.shape and made.dtype == mask.dtype and made.device != mask.device
+        ]
+        if not alike:
+            return None
+        geometries, *others = alike
+        geometry = next(iter(geometries.values()))
+        if mask.dtype == torch.bool:  # it says itself what is visible; where keys begin, all must agree
+            visibility = geometry.visibility
+            if any(next(iter(each.values())).visibility.key_offset != visibility.key_offset for each in others):
+                return None
+            return geometry._replace(visibility=dataclasses.replace(visibility, mask=mask)).on(mask.device)
+        if others:
+            return None
+        if mask.device not in geometries:
+            geometries[mask.device] = geometry.on(mask.device)
+        return geometries[mask.device]
+
+
+def to_numbers(visibility: Visibility, batch: int, device: torch.device | str | None, ordinal: int = 0) -> torch.Tensor:
+    """A visibility without a mask, by `Note: [Masks in numbers]`: int64 ``[batch, 1, 1, 8 + ordinal]``.
+
+    Args:
+        visibility: what queries see.
+        batch: B.
+        device: where the mask is to be.
+        ordinal: how many masks the forward made before.
+    """
     row: dict[Column, Any] = {
         Column.MARK: _MARK,
         Column.KIND: int(bool(visibility.causal)),
@@ -90,14 +137,14 @@ def to_numbers(visibility: Visibility, batch: int, device: torch.device | str | 
     }
     bounds = {column: bound for column, bound in bounds.items() if isinstance(bound, torch.Tensor)}
     if torch.compiler.is_compiling() or device is None or torch.device(device).type == "cpu":
-        values = [[[[0 if column in bounds else row[column] for column in Column]]]]
+        values = [[[[0 if column in bounds else row[column] for column in Column] + [0] * ordinal]]]
         numbers = torch.tensor(values, dtype=torch.int64, device=device)
         if batch != 1:
             numbers = numbers.expand(batch, -1, -1, -1)
         if bounds:
             numbers = numbers.clone()
     else:  # a number at a time, as an argument of a kernel: a copy from the host would wait for the device
-        numbers = torch.zeros(batch, 1, 1, len(Column), dtype=torch.int64, device=device)
+        numbers = torch.zeros(batch, 1, 1, len(Column) + ordinal, dtype=torch.int64, device=device)
         for column, value in row.items():
             if column not in bounds and value != 0:
                 numbers[..., column].fill_(value)
@@ -116,7 +163,7 @@ def from_numbers(mask: torch.Tensor, queries: int) -> Geometry:
     Raises:
         TypeError: it is not what `to_numbers` made, so it is a mask of the user's with the wrong dtype.
     """
-    if mask.dtype != torch.int64 or mask.dim() != 4 or mask.shape[1:] != (1, 1, len(Column)):
+    if mask.dtype != torch.int64 or mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[3] < len(Column):
         raise TypeError(_integers(mask))
     numbers = mask[:, 0, 0]
     compiling = torch.compiler.is_compiling()

@@ -25,7 +25,7 @@ from transformers import masking_utils
 from attnrb.hosts.session import current_forward
 from attnrb.hosts.stats import warn_of_general_mask
 from attnrb.hosts.transformers.attention import GEOMETRY
-from attnrb.hosts.transformers.geometry import Geometry, from_numbers, integer, queries_at_tokens, to_numbers
+from attnrb.hosts.transformers.geometry import Geometry, MadeMasks, from_numbers, integer, queries_at_tokens, to_numbers
 from attnrb.hosts.transformers.patterns import Pattern, recognise
 from attnrb.ops.visibility import Visibility, describe
 
@@ -81,9 +81,9 @@ def attention_mask(
     call = _Call(batch_size, first, q_length, kv_offset, kv_length, device)
     found = _in_numbers(pattern, attention_mask, call)
     if not isinstance(found, str):
-        mask = to_numbers(found, batch_size, device)
-        setattr(mask, GEOMETRY, Geometry(found, queries_at_tokens(found, q_length), kv_length))
-        return mask
+        made = _made()
+        mask = to_numbers(found, batch_size, device, ordinal=0 if made is None else len(made))
+        return _bearing(mask, Geometry(found, queries_at_tokens(found, q_length), kv_length))
 
     if found == _UNREAD and q_length < _MANY_QUERIES:
         pass  # it is no larger than what was given
@@ -107,8 +107,22 @@ def attention_mask(
     )
     assert general is not None
     visibility = Visibility(causal=False, query_offset=first, key_offset=kv_offset, mask=general)
-    setattr(general, GEOMETRY, Geometry(visibility, _query_tokens(attention_mask, first, q_length), kv_length))
-    return general
+    return _bearing(general, Geometry(visibility, _query_tokens(attention_mask, first, q_length), kv_length))
+
+
+def _bearing(mask: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """A mask that says what it means, itself and through the forward that made it."""
+    setattr(mask, GEOMETRY, geometry)
+    made = _made()
+    if made is not None:
+        made.add(mask, geometry)
+    return mask
+
+
+def _made() -> MadeMasks | None:
+    """The masks of the forward that runs; a graph, which serves many forwards, notes none."""
+    forward = current_forward()
+    return None if forward is None or torch.compiler.is_compiling() else forward.made
 
 
 _UNREAD = "the padding of a mask is not read while a CUDA graph is recorded"

@@ -43,6 +43,7 @@ from attnrb.hosts.transformers.checkpointing import expect_backward
 from attnrb.hosts.transformers.configurations import NAME, Configurations, Hook, begin_model, end_model
 from attnrb.hosts.transformers.continuous import Continuous
 from attnrb.hosts.transformers.decoder import decoder_of, decoder_shape, find_decoder, patch_of, shard_of, whole_model
+from attnrb.hosts.transformers.geometry import MadeMasks
 from attnrb.hosts.transformers.left_out import LeftOut, end_early_exit
 from attnrb.ops import _native
 from attnrb.policies.base import Policy, Request
@@ -350,6 +351,7 @@ class Patch:
         request = self._request.current(self._plan)
         if self._plan.keeps:
             request = (request or Request()).of_sequence(self._sequences.of(cache_of(kwargs)))
+        traced = torch.compiler.is_compiling()
         forward = Forward(
             self._plan,
             self._plan.begin(request),
@@ -360,9 +362,10 @@ class Patch:
             packed=inputs.maybe_packed(),
             unpadded=unpadded,
             left_out=self._left_out if self._left_out.at_random else None,
+            made=None if traced else MadeMasks(),
             request=request,
             outer=outer_forward(decoder),
-            module=None if torch.compiler.is_compiling() else decoder,
+            module=None if traced else decoder,
             continuous=continuous,
         )
         kwargs[FORWARD] = forward
