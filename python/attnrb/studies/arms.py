@@ -167,7 +167,9 @@ def emphasis_arms(strengths: Sequence[float], tasks: Mapping[str, StudyTask], *,
         for heads in ("own", "all", "transferred", "random"):
             first = strength == strong
             family = "headline" if heads == "own" and first else "heads"
-            more = {"own": (), "random": written}.get(heads, others) if first else ()
+            more = {"own": (), "random": written}.get(heads, others)
+            if not first:  # what is too strong for a text that is written shows in no likelihood
+                more = written if heads == "transferred" else ()
             asked = (*ranked, *more)
             name, policy = f"×{strength:g}, {heads} heads", Emphasis(strength=strength)
             share = 1.0 if first else shares.strengths

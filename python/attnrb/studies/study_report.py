@@ -159,14 +159,33 @@ def _check(task: str, what: str, holds: bool) -> dict[str, Any]:
 
 
 def profile_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Accuracies in percent, a line for each arm and a column for each task: head and rows."""
+    """Accuracies in percent, a line for each arm and a column for each task: head and rows.
+
+    An arm's name says which share of the items it is asked, where that is not all.
+    """
     right = {(each["arm"], each["task"]): each for each in report["results"]}
-    tasks = list(dict.fromkeys(each["task"] for each in report["results"]))
+    tasks = list(dict.fromkeys(task for _, task in right))
+    items = _most_items(right)
     rows = []
-    for arm in dict.fromkeys(each["arm"] for each in report["results"]):
-        cells = [right.get((arm, task)) for task in tasks]
-        rows.append([arm, *("" if cell is None else f"{100 * cell['accuracy']:.0f}" for cell in cells)])
+    for arm in dict.fromkeys(name for name, _ in right):
+        mine = {task: right[arm, task] for task in tasks if (arm, task) in right}
+        cells = (f"{100 * mine[task]['accuracy']:.0f}" if task in mine else "" for task in tasks)
+        rows.append([_with_share(arm, mine, items), *cells])
     return ["arm", *tasks], rows
+
+
+def _most_items(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, int]:
+    """How many items an arm is asked that is asked all of them, for each task of (arm, task)."""
+    items: dict[str, int] = {}
+    for (_, task), each in found.items():
+        items[task] = max(items.get(task, 0), each["items"])
+    return items
+
+
+def _with_share(arm: str, mine: Mapping[str, Mapping[str, Any]], items: Mapping[str, int]) -> str:
+    """An arm's name, and which share of the items of its tasks it is asked, where that is not all."""
+    share = sum(each["items"] for each in mine.values()) / sum(items[task] for task in mine)
+    return arm if share > 0.99 else f"{arm} ({100 * share:.0f} % of the items)"
 
 
 def difference_table(
@@ -202,21 +221,20 @@ def difference_grid(report: Mapping[str, Any]) -> tuple[list[str], list[list[str
     says which share of them it has, where that is not all.
     """
     pairs = {(pair["arm"], pair["task"]): pair for pair in report["differences"]}
-    compared = {task for _, task in pairs}
-    tasks = [task for task in dict.fromkeys(each["task"] for each in report["results"]) if task in compared]
-    items = {task: max(pair["items"] for (_, name), pair in pairs.items() if name == task) for task in tasks}
+    items = _most_items(pairs)
+    tasks = [task for task in dict.fromkeys(each["task"] for each in report["results"]) if task in items]
     rows = []
     for arm in dict.fromkeys(name for name, _ in pairs):
         mine = {task: pairs[arm, task] for task in tasks if (arm, task) in pairs}
-        share = sum(pair["items"] for pair in mine.values()) / sum(items[task] for task in mine)
-        name = arm if share > 0.99 else f"{arm} ({100 * share:.0f} % of the items)"
-        rows.append([name, *(_with_interval(mine[task]) if task in mine else "" for task in tasks)])
+        cells = (_with_interval(mine[task]) if task in mine else "" for task in tasks)
+        rows.append([_with_share(arm, mine, items), *cells])
     return ["arm", *(f"{task}, n = {items[task]:,}" for task in tasks)], rows
 
 
 def _with_interval(pair: Mapping[str, Any]) -> str:
-    low, high = (f"{100 * value:+.0f}".replace("-", "−") for value in pair["bootstrap"])
-    found = f"{100 * pair['difference']:+.0f}".replace("-", "−")
+    found, low, high = (
+        f"{round(100 * value):+d}".replace("-", "−") for value in (pair["difference"], *pair["bootstrap"])
+    )
     return f"{f'**{found}**' if pair['holm'] < 0.05 else found} [{low}, {high}]"
 
 
