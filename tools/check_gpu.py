@@ -80,13 +80,13 @@ STEPS = (
     *(_by_library(kernel) for kernel in ("cudnn", "flash", "efficient")),
     Step(
         "ops",
-        50,
+        40,
         _pytest("test_accuracy_attention", "test_ops_errors", "test_paging", "test_paging_errors"),
         {"ATTNRB_TEST_DEVICE": "cuda", "ATTNRB_TEST_SAMPLE": "7", "ATTNRB_TEST_GRADIENT_SAMPLE": "11"},
     ),
     Step(
         "bench",
-        75,
+        85,
         (
             *(
                 sys.executable,
@@ -98,7 +98,7 @@ STEPS = (
                 "4096",
                 "16384",
             ),
-            *("--batches", "1", "64", "--seconds", "0.5", "--json", "{out}/bench.json"),
+            *("--batches", "1", "64", "--seconds", "0.5", "--profile", "--json", "{out}/bench.json"),
         ),
     ),
     _sanitizer("synccheck"),

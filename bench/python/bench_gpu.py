@@ -1,15 +1,15 @@
 """attnrb with re-balancing on, side by side with what PyTorch offers today, on a GPU.
 
     python bench/python/bench_gpu.py [--lengths N ...] [--batches B ...] [--kinds KIND ...] [--contenders NAME ...]
-        [--quick] [--json FILE]
+        [--quick] [--profile] [--json FILE]
 
 32 query heads on 8 key heads, 128 wide, bfloat16, causal: prefill, source layer, decoding, forward with backward.
 Beside attnrb run scaled_dot_product_attention with enable_gqa, which re-balances nothing and sets the bar; compiled
 FlexAttention with a bit for each pair; and the published eager way with a dense mask, where it fits. What does not run
 is named with its reason. Outputs are verified before they are timed. Times are those of CUDA events, the caches flushed
-before each, contenders in turn; the limit is that of the device's data sheet (H100 SXM unless said otherwise). Exit
-status 1 means that an output was wrong, or, with --strict, that a bar was missed. `--device cpu` is there to try the
-program itself without a GPU.
+before each, contenders in turn; the limit is that of the device's data sheet (H100 SXM unless said otherwise). With
+--profile the kernels of attnrb's run follow, and what each takes. Exit status 1 means that an output was wrong, or, with
+--strict, that a bar was missed. `--device cpu` is there to try the program itself without a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from figures import Figures, option_parser
 from gpu_cases import KINDS, Case, cases
 
 CONTENDERS = ("attnrb", "sdpa", "flex", "eager")
+_KERNELS = 12  # of a case, that are printed; the file has all
 _LAYOUT = "{:<28} {:>10} {:>10} {:>6} {:>8} {:<7} {:>16} {:>16} {:>10} {:>12} {:>6} {:>9} {:>7}"
 HEADER = _LAYOUT.format(
     *("case", "attnrb ms", "sdpa ms", "ratio", "bar", "", "flex ms (x)", "eager ms (x)", "GB", "10^12 flop"),
@@ -43,6 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tflops", type=float, default=989.0, help="of the device in bfloat16 (default: 989)")
     parser.add_argument("--gbps", type=float, default=3350.0, help="GB/s of its memory (default: 3350)")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 where a bar is missed")
+    parser.add_argument("--profile", action="store_true", help="the time of each kernel of attnrb's, behind each case")
     parser.add_argument("--device", default="cuda")
     return parser.parse_args(arguments)
 
@@ -90,6 +92,7 @@ def measure(case: Case, device: Any, options: argparse.Namespace) -> dict[str, A
     """Verifies one case, times it, and sets it against what the device can do."""
     import torch
     from gpu_contenders import ATTNRB, SDPA, prepare, verify, verify_gradients
+    from kernel_profile import by_kernel
 
     operands = prepare(case, device)
     with torch.set_grad_enabled(case.kind == "training"):
@@ -99,6 +102,7 @@ def measure(case: Case, device: Any, options: argparse.Namespace) -> dict[str, A
         else:
             verify(operands, runs)
         times = timed(runs, device, options.seconds / (10 if options.quick else 1))
+        kernels = by_kernel(runs[ATTNRB], device) if options.profile else []
     own = times[ATTNRB].median
     moved, ratio = case.bytes(operands.outliers_a_row), own / times[SDPA].median
     limit = max(case.flops / options.tflops / 1e12, moved / options.gbps / 1e9)
@@ -115,6 +119,7 @@ def measure(case: Case, device: Any, options: argparse.Namespace) -> dict[str, A
         "peaks": peaks,
         "missing": missing,
         "outliers_a_row": operands.outliers_a_row,
+        "kernels": [asdict(each) for each in kernels],
     }
 
 
@@ -212,7 +217,11 @@ def lines(result: dict[str, Any]) -> list[str]:
         "" if peak is None else f"{peak / 2**20:.0f}",
         f"{result['outliers_a_row']:.1f}",
     )
-    return [row.rstrip(), *(f"    {name}: {reason}" for name, reason in result["missing"].items())]
+    kernels = [
+        f"    {each['seconds'] * 1e6:9.1f} us {each['share']:6.1%}  {each['calls']:g} x {each['name']}"
+        for each in result["kernels"][:_KERNELS]
+    ]
+    return [row.rstrip(), *(f"    {name}: {reason}" for name, reason in result["missing"].items()), *kernels]
 
 
 if __name__ == "__main__":

@@ -48,6 +48,21 @@ def test_every_kind_runs_is_verified_and_stored(bench: Any, tmp_path: Path, caps
     assert compare.compare(stored, stored, 0.1) == []
 
 
+def test_a_profile_says_what_each_kernel_takes(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.json"
+    assert run(bench, "--kinds", "prefill", "--contenders", "attnrb", "sdpa", "--profile", "--json", str(path)) == 0
+    (case,) = json.loads(path.read_text())["cases"]
+    (own,) = [each for each in case["kernels"] if each["name"] == "attention"]
+    assert own["calls"] == 1
+    assert 0 < own["share"] <= 1
+    assert sum(each["share"] for each in case["kernels"]) == pytest.approx(1.0)
+    assert f"{own['share']:.1%}  1 x {own['name']}" in capsys.readouterr().out
+    short = importlib.import_module("kernel_profile").short
+    assert short("void attnrb::cuda::select_kernel<__nv_bfloat16, 128>(attnrb::Select)") == (
+        "select_kernel<__nv_bfloat16, 128>"
+    )
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("kind", "op"), [("prefill", "rebalanced"), ("source", "source"), ("training", "rebalanced")])
 def test_a_wrong_output_is_not_timed(
