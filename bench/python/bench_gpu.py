@@ -8,8 +8,8 @@ Beside attnrb run scaled_dot_product_attention with enable_gqa, which re-balance
 FlexAttention with a bit for each pair; and the published eager way with a dense mask, where it fits. What does not run
 is named with its reason. Outputs are verified before they are timed. Times are those of CUDA events, the caches flushed
 before each, contenders in turn; the limit is that of the device's data sheet (H100 SXM unless said otherwise). With
---profile the kernels of attnrb's run follow, and what each takes. Exit status 1 means that an output was wrong, or, with
---strict, that a bar was missed. `--device cpu` is there to try the program itself without a GPU.
+--profile the kernels of attnrb's run follow, and what each takes. Exit status 1 means that an output was wrong, or,
+with --strict, that a bar was missed. `--device cpu` is there to try the program itself without a GPU.
 """
 
 from __future__ import annotations

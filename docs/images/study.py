@@ -62,7 +62,7 @@ def _groups(figures: Sequence[Mapping[str, Any]], arms: Mapping[str, Look], aske
         heights = [100 * each[value] for _, each in mine]
         spread = [[100 * abs(each[value] - each[interval][end]) for _, each in mine] for end in (0, 1)]
         panel.bar(places, heights, width, yerr=spread, label=label, color=colour, error_kw={"linewidth": 0.8})
-    panel.set_xticks(range(len(tasks)), tasks)
+    panel.set_xticks(range(len(tasks)), [task.replace(" ", "\n", 1) for task in tasks])
     panel.grid(alpha=0.25, axis="y")
     return panel
 
