@@ -76,9 +76,12 @@ struct AmxEngine : RowGroups<AmxEngine<T>> {
         for (int64_t d = 0; d < columns; d += 32) {
           // A pair of components is one 32-bit element here: the keys' rows become the tile's columns.
           Vec square[16];
-          for (int i = 0; i < 16; ++i)
-            square[i].v = _mm512_castsi512_ps(
-                load_components<kPlane>(key + i < count ? keys[key + i] : nullptr, d, column_stride, width));
+          if (column_stride == 1 && key + 16 <= count && d + 32 <= width)
+            for (int i = 0; i < 16; ++i) square[i].v = _mm512_castsi512_ps(load_plane<kPlane>(keys[key + i] + d, 32));
+          else
+            for (int i = 0; i < 16; ++i)
+              square[i].v = _mm512_castsi512_ps(
+                  load_components<kPlane>(key + i < count ? keys[key + i] : nullptr, d, column_stride, width));
           Vec::transpose(square);
           store_tile(out + key / 32 * 32 * columns + d / 32 * kBlockElements + key / 16 % 2 * kTileElements, square);
         }
@@ -97,11 +100,32 @@ struct AmxEngine : RowGroups<AmxEngine<T>> {
         for (int64_t i = 0; i < 16; ++i)
           for (int64_t d = 0; d < value_columns; d += 32) {
             __m512i low, high;
-            interleave(load(key + i, d), load(key + i + 16, d), low, high);
+            if (column_stride == 1 && key + 32 <= count && d + 32 <= value_width)
+              interleave(load_plane<kPlane>(values[key + i] + d, 32), load_plane<kPlane>(values[key + i + 16] + d, 32),
+                         low, high);
+            else
+              interleave(load(key + i, d), load(key + i + 16, d), low, high);
             bfloat16* tile = out + (d / 32 * (block_keys / 32) + key / 32) * kBlockElements + i * 32;
             _mm512_storeu_si512(tile, low);
             _mm512_storeu_si512(tile + kTileElements, high);
           }
+    });
+  }
+
+  // 16 rows of queries that follow each other, as many times.
+  void pack_query_rows(void* packed, int64_t row, const T* query, int64_t row_stride, int64_t column_stride,
+                       float factor) const {
+    if (column_stride != 1 || factor != 1.0f || width != columns) {
+      for (int64_t r = 0; r < 16; ++r) pack_query_row(packed, row + r, query + r * row_stride, column_stride, factor);
+      return;
+    }
+    for_planes<T>([&](auto plane) {
+      constexpr int kPlane = decltype(plane)::value;
+      bfloat16* out = static_cast<bfloat16*>(packed) + (row / 32 * planes + kPlane) * 32 * columns + row % 32 * 32;
+      for (int64_t r = 0; r < 16; ++r)
+        for (int64_t d = 0; d < columns; d += 32)
+          _mm512_storeu_si512(out + d * (kBlockElements / 32) + r * 32,
+                              load_plane<kPlane>(query + r * row_stride + d, 32));
     });
   }
 
@@ -136,6 +160,21 @@ struct AmxEngine : RowGroups<AmxEngine<T>> {
       multiply_values<false, true>(probabilities, values, first, last, sums);
   }
 
+  // 16 rows of outputs: their sums, each row times its factor.
+  void write_rows(T* out, int64_t row_stride, const float* sums, Vec factors) const {
+    alignas(64) float factor[16];
+    factors.store(factor);
+    for (int r = 0; r < 16; ++r, out += row_stride, sums += 16) {
+      const Vec by = Vec::set(factor[r]);
+      int64_t d = 0;
+      for (; d + 32 <= value_width; d += 32) {
+        const float* const at = sums + TilePlaces::pair(d);
+        store_pair(out + d, Vec::load(at) * by, Vec::load(at + TilePlaces::second) * by);
+      }
+      if (d < value_width) write_scaled<TilePlaces>(out + d, sums + TilePlaces::pair(d), value_width - d, factor[r]);
+    }
+  }
+
   static ATTNRB_INLINE void store_probabilities(Probability* row, int64_t key, Vec a, Vec b) {
     row += key / 32 * kBlockElements;
     if constexpr (two_planes<T>) {
@@ -156,44 +195,35 @@ struct AmxEngine : RowGroups<AmxEngine<T>> {
     at[0] = from_float<bfloat16>(scaled);
     if (two_planes<T>) at[probability_plane] = from_float<bfloat16>(scaled - to_float(at[0]));
   }
-  // Of 16 rows, whose probabilities begin here: those in `rows` multiply that of one key, their lane of `keys`, by
-  // their lane of `factor`. Returns by how much they grew. A pair of probabilities is a lane of 32 bits.
-  static ATTNRB_INLINE Vec scale_probabilities(Probability* probabilities, __m512i keys, __mmask16 rows, Vec factor) {
-    const __m512i of_row = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
-    const __m512i place = _mm512_add_epi32(_mm512_add_epi32(of_row, _mm512_and_si512(keys, _mm512_set1_epi32(15))),
-                                           _mm512_slli_epi32(_mm512_srli_epi32(keys, 5), 9));
-    const __mmask16 second = _mm512_test_epi32_mask(keys, _mm512_set1_epi32(16));
-    int* const high = reinterpret_cast<int*>(probabilities);
-    const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), rows, place, high, 4);
-    Vec before = half_of(pairs, second);
-    if constexpr (two_planes<T>) {
-      int* const low = reinterpret_cast<int*>(probabilities + probability_plane);
-      const __m512i rest = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), rows, place, low, 4);
-      before = before + half_of(rest, second);
-      const Vec scaled = before * factor;
-      const __m512i rounded = put_half(pairs, second, scaled);
-      const Vec kept = half_of(rounded, second);
-      const __m512i rounded_rest = put_half(rest, second, scaled - kept);
-      _mm512_mask_i32scatter_epi32(high, rows, place, rounded, 4);
-      _mm512_mask_i32scatter_epi32(low, rows, place, rounded_rest, 4);
-      return Vec::select(rows, kept + half_of(rounded_rest, second) - before, Vec::zero());
-    } else {
-      const __m512i rounded = put_half(pairs, second, before * factor);
-      _mm512_mask_i32scatter_epi32(high, rows, place, rounded, 4);
-      return Vec::select(rows, half_of(rounded, second) - before, Vec::zero());
-    }
+  // Of the 32 probabilities that lie here, those of keys that have a bit are multiplied. Returns by how much they grew.
+  static ATTNRB_INLINE Vec scale_probabilities(Probability* row, uint32_t keys, Vec factor) {
+    Vec first, last;
+    load_probabilities(row, first, last);
+    const Vec a{_mm512_mask_mul_ps(first.v, __mmask16(keys), first.v, factor.v)};
+    const Vec b{_mm512_mask_mul_ps(last.v, __mmask16(keys >> 16), last.v, factor.v)};
+    _mm512_storeu_si512(row, alternate(split<0>(a, b)));
+    if constexpr (two_planes<T>) _mm512_storeu_si512(row + probability_plane, alternate(split<1>(a, b)));
+    Vec first_now, last_now;
+    load_probabilities(row, first_now, last_now);
+    return (first_now - first) + (last_now - last);
   }
 
  private:
-  static ATTNRB_INLINE Vec half_of(__m512i pairs, __mmask16 second) {
-    const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
-    return {_mm512_castsi512_ps(_mm512_mask_and_epi32(_mm512_slli_epi32(pairs, 16), second, pairs, high))};
+  // Of the keys 0 to 15, and 16 to 31.
+  static ATTNRB_INLINE void load_probabilities(const Probability* row, Vec& first, Vec& last) {
+    Vec::load_even_odd(row, first, last);
+    if constexpr (two_planes<T>) {
+      Vec first_low, last_low;
+      Vec::load_even_odd(row + probability_plane, first_low, last_low);
+      first = first + first_low;
+      last = last + last_low;
+    }
   }
-  static ATTNRB_INLINE __m512i put_half(__m512i pairs, __mmask16 second, Vec x) {
-    const __m512i high = _mm512_set1_epi32(int(0xffff0000u)), low = _mm512_set1_epi32(0xffff);
-    const __m512i half = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x.v));
-    return _mm512_or_si512(_mm512_and_si512(pairs, _mm512_mask_blend_epi32(second, high, low)),
-                           _mm512_mask_slli_epi32(half, second, half, 16));
+
+  static ATTNRB_INLINE void store_pair(bfloat16* out, Vec a, Vec b) { _mm512_storeu_si512(out, round_pair(a, b)); }
+  static ATTNRB_INLINE void store_pair(float16* out, Vec a, Vec b) {
+    a.store(out);
+    b.store(out + 16);
   }
 
   static ATTNRB_INLINE int64_t probability_place(int64_t key) {

@@ -387,7 +387,8 @@ class Decode : Driver<Decode<Dot>> {
           worker.merged[count] = part.found.positions[c];
         }
       }
-      rules_.marks.emit(worker.merged_scores, worker.merged, count, total.max, rules_.mass(total), total.own, index);
+      rules_.marks.emit(worker.merged_scores, worker.merged, count,
+                        rules_.marks.final_threshold(total.max, std::log2(rules_.mass(total))), total.own, index);
     }
   }
 

@@ -142,15 +142,23 @@ ATTNRB_INLINE bool is_finite(float x) { return x * 0.0f == 0.0f; }
 
 template <class T>
 bool all_finite(const T* rows, int64_t row_stride, int64_t column_stride, int64_t count, int64_t width) {
-  Vec test = Vec::zero();
+  // Sums of their own, so that none waits for the one before it.
+  Vec test = Vec::zero(), other = Vec::zero();
   float rest = 0.0f;
   for (int64_t r = 0; r < count; ++r, rows += row_stride) {
     int64_t d = 0;
     if (column_stride == 1)
-      for (; d + Vec::width <= width; d += Vec::width) test = Vec::fma(Vec::load(rows + d), Vec::zero(), test);
+      for (; d + 2 * Vec::width <= width; d += 2 * Vec::width) {
+        test = Vec::fma(Vec::load(rows + d), Vec::zero(), test);
+        other = Vec::fma(Vec::load(rows + d + Vec::width), Vec::zero(), other);
+      }
+    if (column_stride == 1 && d + Vec::width <= width) {
+      test = Vec::fma(Vec::load(rows + d), Vec::zero(), test);
+      d += Vec::width;
+    }
     for (; d < width; ++d) rest += to_float(rows[d * column_stride]) * 0.0f;
   }
-  return test.sum() + rest == 0.0f;
+  return test.sum() + other.sum() + rest == 0.0f;
 }
 
 // Of the rows [key, key + count) of a key head.

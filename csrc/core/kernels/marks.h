@@ -196,12 +196,20 @@ class MarkRules {
     found.count = kept > room_ ? cut_back(found, kept, threshold) : kept;
   }
 
+  // Above it, in base 2, scores are of outliers: of a row that has met all its keys, or of a register of rows.
+  template <class Number>
+  ATTNRB_INLINE Number final_threshold(Number max, Number log2_mass) const {
+    if constexpr (std::is_same<Number, float>::value)
+      return max + log2_mass + threshold_log2_;
+    else
+      return max + log2_mass + Number::set(threshold_log2_);
+  }
+
   // Writes the row's outliers: ascending slots, then -1. `own` is the position of its own key.
-  void emit(const float* scores, const int32_t* positions, int64_t count, float max, float mass, int64_t own,
+  void emit(const float* scores, const int32_t* positions, int64_t count, float threshold, int64_t own,
             int64_t index) const {
     const Emit& emit = problem_.emit;
     int32_t* out = emit.indices + index * emit.capacity;
-    const float threshold = max + std::log2(mass) + threshold_log2_;
     const int32_t except = own == int32_t(own) ? int32_t(own) : -1;
     int64_t kept = 0;
     for (int64_t c = 0; c < count; c += Vec::width) {

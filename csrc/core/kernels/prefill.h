@@ -1,17 +1,19 @@
 // Attention of many queries: keys and values are packed once per key head, then blocks of query rows walk over them.
+//
+// Note: [Strips in step]
+// A tile unit that has nothing to do for half a microsecond takes 0.3 to start again, and softmax of a strip of a few
+// keys lasts as long as that. So strips whose scores fit the room of one go step by step: all their products, all their
+// softmax, all their sums. Each is finished as soon as its sums are, which are in the first-level cache then.
 #pragma once
 
 #include <new>
 
 #include "driver.h"
+#include "prefill_plan.h"
 #include "rows.h"
-#include "sequences.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
-
-// Packed keys and values of a batch element take at most this much at a time, unless one element alone needs more.
-constexpr int64_t kPackedBudget = int64_t(64) << 20;
 
 template <class Engine>
 class Prefill : Driver<Prefill<Engine>> {
@@ -31,19 +33,19 @@ class Prefill : Driver<Prefill<Engine>> {
 
   // Of a ragged problem: the sequences that decode leaves.
   Status run() {
-    list_sequences(nullptr);
-    if (count_ == 0) return Status::ok;
     const int64_t block_bytes = engine_.key_block_bytes() + engine_.value_block_bytes();
+    plan_ = list_sequences<Engine>(shape_, block_bytes, nullptr);
+    if (plan_.count == 0) return Status::ok;
     this->reserve_shared([&](Carver& carver) {
-      sequences_ = carver.take<Sequence>(count_);
-      packed_ = carver.take<char>(most_packed_ * block_bytes);
-      finite_ = carver.take<uint8_t>(most_packed_);
+      sequences_ = carver.take<Sequence>(plan_.count);
+      packed_ = carver.take<char>(plan_.most_packed * block_bytes);
+      finite_ = carver.take<uint8_t>(plan_.most_packed);
     });
-    list_sequences(sequences_);
+    list_sequences<Engine>(shape_, block_bytes, sequences_);
     this->reserve_workers();
 
-    for (int64_t first = 0, last; first < count_; first = last) {
-      for (last = first + 1; last < count_ && sequences_[last].group == sequences_[first].group;) ++last;
+    for (int64_t first = 0, last; first < plan_.count; first = last) {
+      for (last = first + 1; last < plan_.count && sequences_[last].group == sequences_[first].group;) ++last;
       const Sequence* group = sequences_ + first;
       const auto of_task = [&](int64_t Sequence::* end, int64_t task) -> const Sequence& {
         return entry_of(group, last - first, end, task);
@@ -58,59 +60,6 @@ class Prefill : Driver<Prefill<Engine>> {
   }
 
  private:
-  struct Sequence {
-    int64_t batch, first_query, queries, keys;
-    // A block of rows holds many queries of one head, or all queries of several heads where queries are few.
-    int64_t queries_per_block, heads_per_block, query_blocks, head_blocks, key_blocks;
-    int64_t group;   // sequences whose packed keys and values are in memory together
-    int64_t packed;  // blocks that those before it in its group have packed: its own follow
-    // One past its last task in its group.
-    int64_t packing_end, attending_end;
-
-    int64_t attending(int64_t key_heads) const { return key_heads * query_blocks * head_blocks; }
-  };
-
-  // Fills `sequences`, or only counts them and what they need.
-  void list_sequences(Sequence* sequences) {
-    const int64_t group_heads = shape_.heads / shape_.key_heads;
-    const int64_t block_bytes = engine_.key_block_bytes() + engine_.value_block_bytes();
-    int64_t count = 0, group = 0, packed = 0, attending = 0;
-    most_packed_ = 0;
-    most_heads_ = 1;
-    each_sequence(shape_, false, [&](int64_t batch, int64_t first_query, int64_t queries, int64_t keys) {
-      Sequence each;
-      each.batch = batch;
-      each.first_query = first_query;
-      each.queries = queries;
-      each.keys = keys;
-      const int64_t rows = Engine::rows_at_once(queries, keys);
-      if (queries * 2 > rows) {
-        each.queries_per_block = smaller(queries, rows);
-        each.heads_per_block = 1;
-      } else {
-        each.queries_per_block = queries;
-        each.heads_per_block = smaller(rows / queries, group_heads);
-      }
-      each.query_blocks = (queries + each.queries_per_block - 1) / each.queries_per_block;
-      each.head_blocks = (group_heads + each.heads_per_block - 1) / each.heads_per_block;
-      each.key_blocks = (keys + Engine::block_keys - 1) / Engine::block_keys;
-      const int64_t own = shape_.key_heads * each.key_blocks;
-      if (packed > 0 && (packed + own) * block_bytes > kPackedBudget) {
-        ++group;
-        packed = attending = 0;
-      }
-      each.group = group;
-      each.packed = packed;
-      each.packing_end = packed += own;
-      each.attending_end = attending += each.attending(shape_.key_heads);
-      most_packed_ = larger(most_packed_, packed);
-      most_heads_ = larger(most_heads_, each.heads_per_block);
-      if (sequences != nullptr) sequences[count] = each;
-      ++count;
-    });
-    count_ = count;
-  }
-
   struct Worker {
     void* queries;
     float* scores;
@@ -136,8 +85,8 @@ class Prefill : Driver<Prefill<Engine>> {
     worker.marked = carver.take<float>(rules_.marks.parts() ? Engine::block_rows * engine_.value_columns : 0);
     worker.rows = carver.take<Row>(Engine::block_rows);
     worker.groups = carver.take<Group>(kGrouped ? Engine::block_rows / Group::kRows : 0);
-    worker.bias = carver.take<BiasBlock>(most_heads_);
-    worker.bias_values = carver.take<float>(rules_.bias.any() ? most_heads_ * Engine::block_keys : 0);
+    worker.bias = carver.take<BiasBlock>(plan_.most_heads);
+    worker.bias_values = carver.take<float>(rules_.bias.any() ? plan_.most_heads * Engine::block_keys : 0);
     const int64_t candidates = Engine::block_rows * rules_.marks.candidate_capacity(Engine::block_keys);
     worker.candidate_scores = carver.take<float>(candidates);
     worker.candidates = carver.take<int32_t>(candidates);
@@ -213,43 +162,9 @@ class Prefill : Driver<Prefill<Engine>> {
     engine_.pack_values(packed, EvenRows<Input>{copy, shape_.value_width}, 1, count);
   }
 
-  // Queries of one head, or all queries of several, whose rows follow each other.
-  struct RowBlock {
-    int64_t batch, key_head, first_head, heads, first_query, queries;
-    int64_t rows() const { return heads * queries; }
-
-    // Calls each(row, head, query) for the rows [first, last).
-    template <class Each>
-    ATTNRB_INLINE void each_row(int64_t first, int64_t last, Each&& each) const {
-      int64_t head = first_head + first / queries, query = first_query + first % queries;
-      for (int64_t r = first; r < last; ++r) {
-        each(r, head, query);
-        if (++query < first_query + queries) continue;
-        query = first_query;
-        ++head;
-      }
-    }
-  };
-
-  // Heads of one key head follow each other and share its packed keys; within it, long (late) queries come first.
-  RowBlock row_block(const Sequence& sequence, int64_t task) const {
-    const int64_t own = task - (sequence.attending_end - sequence.attending(shape_.key_heads));
-    const int64_t head_block = own % sequence.head_blocks,
-                  query_block = sequence.query_blocks - 1 - own / sequence.head_blocks % sequence.query_blocks;
-    const int64_t group = shape_.heads / shape_.key_heads, passed = query_block * sequence.queries_per_block;
-    RowBlock block;
-    block.batch = sequence.batch;
-    block.key_head = own / sequence.head_blocks / sequence.query_blocks;
-    block.first_head = block.key_head * group + head_block * sequence.heads_per_block;
-    block.heads = smaller(group - head_block * sequence.heads_per_block, sequence.heads_per_block);
-    block.first_query = sequence.first_query + passed;
-    block.queries = smaller(sequence.queries - passed, sequence.queries_per_block);
-    return block;
-  }
-
   void attend(const Sequence& sequence, int64_t worker_index, int64_t task) {
     const Worker worker = this->worker(worker_index);
-    const RowBlock of = row_block(sequence, task);
+    const RowBlock of = row_block(shape_, sequence, task);
     const FlushSubnormals flush;
     engine_.start_worker();
     start_rows(worker, of);
@@ -276,11 +191,10 @@ class Prefill : Driver<Prefill<Engine>> {
           worker.bias[h] = rules_.bias.block(of.batch, of.first_head + h, block * Engine::block_keys,
                                              Engine::block_keys, worker.bias_values + h * Engine::block_keys);
       const bool last = (block + 1) * Engine::block_keys >= seen.high;
-      for (int64_t r = 0; r < rows; r += Engine::strip) {
-        attend_strip(worker, sequence, of.key_head, block, r, smaller(rows - r, int64_t(Engine::strip)),
-                     fresh[r / Engine::strip]);
-        if (last) finish(r);
-      }
+      for (int64_t r = 0; r < rows;)
+        r = attend_strips(worker, sequence, of, block, r, fresh, [&](int64_t row) {
+          if (last) finish(row);
+        });
     }
     engine_.stop_worker();
   }
@@ -289,11 +203,7 @@ class Prefill : Driver<Prefill<Engine>> {
     const int64_t rows = of.rows(), padded_rows = round_up(rows, Engine::strip);
     const int64_t query_stride = problem_.query.strides[3];
     of.each_row(0, rows, [&](int64_t, int64_t head, int64_t query) { rules_.marks.prefetch(of.batch, head, query); });
-    of.each_row(0, rows, [&](int64_t r, int64_t head, int64_t query) {
-      const Input* row = row_of<Input>(problem_.query, of.batch, head, query);
-      if (query + kAhead < of.first_query + of.queries) prefetch_row(row + kAhead * problem_.query.strides[2]);
-      engine_.pack_query_row(worker.queries, r, row, query_stride, rules_.query_factor());
-    });
+    pack_queries(worker, of);
     const int64_t candidate_capacity = rules_.marks.candidate_capacity(Engine::block_keys);
     of.each_row(0, rows, [&](int64_t r, int64_t head, int64_t query) {
       // In place: a copy would read what was just written in parts.
@@ -311,6 +221,25 @@ class Prefill : Driver<Prefill<Engine>> {
     if constexpr (kGrouped)
       for (int64_t r = 0; r + Group::kRows <= rows; r += Group::kRows)
         worker.groups[r / Group::kRows].load(worker.rows + r, problem_.visibility.key_offset);
+  }
+
+  void pack_queries(const Worker& worker, const RowBlock& of) const {
+    const int64_t* strides = problem_.query.strides;
+    const int64_t rows = of.rows();
+    for (int64_t r = 0; r < rows;) {
+      const int64_t left = of.queries - r % of.queries;  // of the head
+      const Input* row =
+          row_of<Input>(problem_.query, of.batch, of.first_head + r / of.queries, of.first_query + r % of.queries);
+      for (int64_t ahead = kAhead; ahead < smaller(left, 2 * kAhead); ++ahead) prefetch_row(row + ahead * strides[2]);
+      if constexpr (kGrouped)
+        if (r % Group::kRows == 0 && left >= Group::kRows) {
+          engine_.pack_query_rows(worker.queries, r, row, strides[2], strides[3], rules_.query_factor());
+          r += Group::kRows;
+          continue;
+        }
+      for (int64_t end = r + smaller(left, kAhead); r < end; ++r, row += strides[2])
+        engine_.pack_query_row(worker.queries, r, row, strides[3], rules_.query_factor());
+    }
   }
 
   // A row of queries is asked for so many rows before its turn: blocks begin anywhere, where nothing foresees them.
@@ -345,10 +274,15 @@ class Prefill : Driver<Prefill<Engine>> {
     if (rules_.marks.parts()) scale_sums(worker.marked + r * engine_.value_columns, engine_.value_columns, factor);
   }
 
-  void attend_strip(const Worker& worker, const Sequence& sequence, int64_t key_head, int64_t block, int64_t first_row,
-                    int64_t rows, bool& fresh) {
-    const int64_t key = block * Engine::block_keys, batch = sequence.batch;
-    Row* row = worker.rows + first_row;
+  // A strip of rows as it meets a block of keys: the keys [first, last) of it, none where no row sees any. Its scores
+  // and probabilities lie `shift` keys further than those of a strip alone.
+  struct Meeting {
+    int64_t row, rows, first = 0, last = 0, shift = 0;
+    bool partial = false;
+  };
+
+  Meeting meeting(const Worker& worker, int64_t key, int64_t first_row, int64_t rows) const {
+    const Row* row = worker.rows + first_row;
     int64_t low = row[0].low, high = row[0].high, all_low = low, all_high = high;
     for (int64_t r = 1; r < rows; ++r) {
       low = row[r].low < low ? row[r].low : low;
@@ -356,19 +290,61 @@ class Prefill : Driver<Prefill<Engine>> {
       high = row[r].high > high ? row[r].high : high;
       all_high = row[r].high < all_high ? row[r].high : all_high;
     }
+    Meeting met{first_row, rows};
     const int64_t first = low > key ? (low - key) / Engine::key_granule * Engine::key_granule : 0;
     const int64_t last =
         high - key < Engine::block_keys ? round_up(high - key, Engine::key_granule) : Engine::block_keys;
     // Where no row sees anything, the block may never have been packed.
-    if (low >= high || first >= last || high <= key) return;
+    if (low >= high || first >= last || high <= key) return met;
+    met.first = first;
+    met.last = last;
+    met.partial = all_low > key + first || all_high < key + last || problem_.visibility.mask != nullptr;
+    return met;
+  }
 
-    char* keys = packed_keys(packed_block(sequence, key_head, block));
-    engine_.scores(worker.queries, first_row, rows, keys, first, last, worker.scores);
-    const bool partial = all_low > key + first || all_high < key + last || problem_.visibility.mask != nullptr;
-    const BlockOfRow of{key + first, last - first, last - first, partial};
+  // Some strips from a row on; returns the row behind them. See Note: [Strips in step]. Calls done(row) for each.
+  template <class Done>
+  ATTNRB_INLINE int64_t attend_strips(const Worker& worker, const Sequence& sequence, const RowBlock& of, int64_t block,
+                                      int64_t first_row, bool* fresh, Done&& done) {
+    constexpr int64_t kMost = kGrouped ? Engine::block_rows / Engine::strip : 1;
+    Meeting met[kMost];
+    int64_t count = 0, used = 0, row = first_row;
+    for (; row < of.rows() && count < kMost; row += Engine::strip) {
+      Meeting each = meeting(worker, block * Engine::block_keys, row, smaller(of.rows() - row, int64_t(Engine::strip)));
+      each.shift = larger(used - each.first, int64_t(0));
+      if (each.last + each.shift > Engine::block_keys) break;
+      if (each.last > 0) used = each.last + each.shift;
+      met[count++] = each;
+    }
+    const int64_t packed = packed_block(sequence, of.key_head, block);
+    const char* keys = packed_keys(packed);
+    for (const Meeting* each = met; each < met + count; ++each)
+      if (each->last > 0)
+        engine_.scores(worker.queries, each->row, each->rows, keys, each->first, each->last,
+                       worker.scores + Engine::score_row(0, each->shift));
+    for (const Meeting* each = met; each < met + count; ++each)
+      if (each->last > 0) absorb_strip(worker, *each, block * Engine::block_keys, of.batch, of.key_head);
+    for (const Meeting* each = met; each < met + count; ++each) {
+      if (each->last > 0 && shape_.value_width > 0) {
+        bool& none = fresh[each->row / Engine::strip];
+        engine_.accumulate(worker.probabilities + Engine::probability_row(0, each->shift), each->rows,
+                           keys + engine_.key_block_bytes(), each->first, each->last,
+                           worker.sums + each->row * engine_.value_columns, none);
+        none = false;
+        if (!finite_[packed]) add_not_finite(worker, *each, block * Engine::block_keys, of.batch, of.key_head);
+      }
+      done(each->row);
+    }
+    return row;
+  }
+
+  void absorb_strip(const Worker& worker, const Meeting& met, int64_t key, int64_t batch, int64_t key_head) {
+    const int64_t first_row = met.row, rows = met.rows, first = met.first, last = met.last;
+    Row* row = worker.rows + first_row;
+    const BlockOfRow of{key + first, last - first, last - first, met.partial};
     for (int64_t r = 0; r < rows; ++r) {
-      float* scores = worker.scores + Engine::score_row(r, first);
-      Probability* probabilities = worker.probabilities + Engine::probability_row(r, first);
+      float* scores = worker.scores + Engine::score_row(r, first + met.shift);
+      Probability* probabilities = worker.probabilities + Engine::probability_row(r, first + met.shift);
       if constexpr (kGrouped)
         if (rows - r >= Group::kRows) {
           Engine::absorb_group(
@@ -386,16 +362,15 @@ class Prefill : Driver<Prefill<Engine>> {
       else
         absorb_other(worker, first_row + r, of, scores, probabilities, batch, key_head);
     }
-    if (shape_.value_width == 0) return;
-    engine_.accumulate(worker.probabilities, rows, keys + engine_.key_block_bytes(), first, last,
-                       worker.sums + first_row * engine_.value_columns, fresh);
-    fresh = false;
-    if (finite_[packed_block(sequence, key_head, block)]) return;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = first; j < last; ++j) {
-        if (!rules_.visible(row[r], key + j)) continue;
-        const float weight = Engine::load_probability(worker.probabilities + Engine::probability_row(r, 0), j);
-        add_not_finite(worker.sums + engine_.sum_row(first_row + r), weight, batch, key_head, key + j);
+  }
+
+  void add_not_finite(const Worker& worker, const Meeting& met, int64_t key, int64_t batch, int64_t key_head) const {
+    for (int64_t r = 0; r < met.rows; ++r)
+      for (int64_t j = met.first; j < met.last; ++j) {
+        if (!rules_.visible(worker.rows[met.row + r], key + j)) continue;
+        const Probability* row = worker.probabilities + Engine::probability_row(r, 0);
+        add_not_finite(worker.sums + engine_.sum_row(met.row + r), Engine::load_probability(row, met.shift + j), batch,
+                       key_head, key + j);
       }
   }
 
@@ -410,11 +385,44 @@ class Prefill : Driver<Prefill<Engine>> {
   // The strip that `first_row` begins has met all its keys.
   void finish_strip(const Worker& worker, const RowBlock& of, int64_t first_row) {
     const int64_t end = smaller(first_row + Engine::strip, of.rows());
+    int64_t r = first_row;
     if constexpr (kGrouped)
-      for (int64_t r = first_row; r + Group::kRows <= end; r += Group::kRows)
+      for (; r + Group::kRows <= end; r += Group::kRows) {
+        // Of one head, rows follow each other in all that is written.
+        if (!rules_.marks.parts() && r % of.queries + Group::kRows <= of.queries) {
+          finish_group(worker, r, of.batch, of.first_head + r / of.queries, of.first_query + r % of.queries);
+          continue;
+        }
         worker.groups[r / Group::kRows].store(worker.rows + r);
-    of.each_row(first_row, end,
-                [&](int64_t r, int64_t head, int64_t query) { finish(worker, r, of.batch, head, query); });
+        finish_rows(worker, of, r, r + Group::kRows);
+      }
+    finish_rows(worker, of, r, end);
+  }
+
+  void finish_rows(const Worker& worker, const RowBlock& of, int64_t first, int64_t end) {
+    of.each_row(first, end, [&](int64_t r, int64_t head, int64_t query) { finish(worker, r, of.batch, head, query); });
+  }
+
+  void finish_group(const Worker& worker, int64_t first_row, int64_t batch, int64_t head, int64_t query) {
+    const Group& group = worker.groups[first_row / Group::kRows];
+    const Row* rows = worker.rows + first_row;
+    note(group.marks.finish());
+    const int64_t index = shape_.row(batch, head, query), step = shape_.row(batch, head, query + 1) - index;
+    group.report(problem_, index, step);
+    if (rules_.marks.emits()) {
+      float threshold[Group::kRows];
+      group.final_threshold(rules_.marks).store(threshold);
+      for (int r = 0; r < Group::kRows; ++r) emit(rows[r], threshold[r], index + r * step);
+    }
+    if (shape_.value_width == 0) return;
+    Input* out = static_cast<Input*>(problem_.output) + batch * problem_.output_strides[0] +
+                 head * problem_.output_strides[1] + query * problem_.output_strides[2];
+    engine_.write_rows(out, problem_.output_strides[2], worker.sums + engine_.sum_row(first_row),
+                       group.output_factors());
+  }
+
+  void emit(const Row& row, float threshold, int64_t index) const {
+    rules_.marks.emit(row.found.scores, row.found.positions, row.found.count, threshold, row.own, index);
   }
 
   void finish(const Worker& worker, int64_t r, int64_t batch, int64_t head, int64_t query) {
@@ -422,9 +430,7 @@ class Prefill : Driver<Prefill<Engine>> {
     note(MarkRules::finish(row.marks));
     const int64_t index = shape_.row(batch, head, query);
     rules_.report(row, index);
-    if (rules_.marks.emits())
-      rules_.marks.emit(row.found.scores, row.found.positions, row.found.count, row.max, rules_.mass(row), row.own,
-                        index);
+    if (rules_.marks.emits()) emit(row, rules_.marks.final_threshold(row.max, std::log2(rules_.mass(row))), index);
     if (shape_.value_width == 0) return;
     write_output<Input, Places>(problem_, rules_, row, worker.sums + engine_.sum_row(r),
                                 rules_.marks.parts() ? worker.marked + r * engine_.value_columns : nullptr, batch, head,
@@ -436,7 +442,7 @@ class Prefill : Driver<Prefill<Engine>> {
   const Engine engine_;
   const RowRules rules_;
   Sequence* sequences_ = nullptr;
-  int64_t count_ = 0, most_packed_ = 0, most_heads_ = 1;
+  Plan plan_;
   char* packed_ = nullptr;
   uint8_t* finite_ = nullptr;
 };

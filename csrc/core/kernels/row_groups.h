@@ -2,120 +2,86 @@
 // to block is a lane of a register, and one comparison says which rows have anything to do.
 #pragma once
 
-#include "rows.h"
+#include "group_marks.h"
 
 namespace attnrb {
 namespace ATTNRB_ISA {
 
+// log2 of numbers that are not negative, within 2 units in the last place: the exponent plus r Q(r), with 1 + r in
+// [3/4, 3/2) and a polynomial of least relative error, 4e-9. As std::log2 at zero, at infinity and of NaN.
+ATTNRB_INLINE Vec log2(Vec x) {
+  constexpr float kQ[] = {-0.0643434599f, 0.150666177f,  -0.190278307f, 0.209101081f,  -0.240148231f,
+                          0.28838402f,    -0.360674858f, 0.480900764f,  -0.721347511f, 1.44269502f};
+  const Vec one = Vec::set(1.0f);
+  const Vec m{_mm512_getmant_ps(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_nan)}, e{_mm512_getexp_ps(x.v)};
+  const Vec exponent = Vec::select(Vec::greater(one, m), e + one, e), r = m - one;
+  Vec q = Vec::set(kQ[0]);
+  for (int i = 1; i < 10; ++i) q = Vec::fma(q, r, Vec::set(kQ[i]));
+  return Vec::fma(q, r, exponent);
+}
+
 // 16 rows. While they are absorbed as a group, what is here holds, and what their Rows say of it is out of date.
-class alignas(64) RowGroup {
- public:
-  static constexpr int kRows = 16;
+struct alignas(64) RowGroup {
+  static constexpr int kRows = GroupMarks::kRows;
 
   // From the rows, and back.
   void load(const Row* rows, int64_t key_offset) {
-    key_offset_ = key_offset;
-    seen = biased = unsorted_ = 0;
+    seen = biased = 0;
     for (int r = 0; r < kRows; ++r) {
       const Row& row = rows[r];
-      const Marks& marks = row.marks;
       max[r] = row.max;
       sum[r] = row.sum;
-      mass[r] = marks.mass;
+      mass[r] = row.marks.mass;
       to_log2[r] = row.to_log2;
       seen |= uint32_t(row.seen) << r;
       biased |= uint32_t(row.bias != nullptr) << r;
-      factor_[r] = 1.0f + marks.gain;
-      const bool any = marks.key != kNoKey;
-      slot_[r] = any ? marks.slots[marks.next] : kNoSlot;
-      left_[r] = any ? marks.count - marks.next : 0;
-      place_[r] = 0;
-      if (any) read(r, marks.slots + marks.next, left_[r]);
     }
+    marks.load(rows, key_offset);
   }
   void store(Row* rows) const {
     for (int r = 0; r < kRows; ++r) {
       Row& row = rows[r];
-      Marks& marks = row.marks;
       row.max = max[r];
       row.sum = sum[r];
       row.seen = seen >> r & 1;
-      marks.mass = mass[r];
-      marks.unsorted |= bool(unsorted_ >> r & 1);
-      if (marks.key == kNoKey) continue;
-      marks.next = marks.count - left_[r];
-      marks.key = left_[r] > 0 ? slot_[r] - key_offset_ : kNoKey;
+      row.marks.mass = mass[r];
     }
+    marks.store(rows);
   }
 
-  // The next outlier of some row lies before this key.
-  ATTNRB_INLINE bool reaches(int64_t end) const { return before(end) != 0; }
-
-  // See Note: [Strengthened probabilities]. One outlier of every row that has some among the keys [key, end), as long
-  // as there are any: which rows have how many is chance, and guessing it wrong costs more than the work.
-  template <class Engine>
-  ATTNRB_INLINE void strengthen(const Row* rows, typename Engine::Probability* probabilities, int64_t key, int64_t end,
-                                bool adds_mass) {
-    uint32_t live = before(end);
-    if (live == 0) return;
-    const __m512i first = _mm512_set1_epi32(slot_of(key)), last = _mm512_set1_epi32(slot_of(end));
-    __m512i slot = _mm512_load_si512(slot_), left = _mm512_load_si512(left_), place = _mm512_load_si512(place_);
-    const Vec factor = Vec::load(factor_);
-    Vec gained = Vec::load(mass);
-    do {
-      // Slots of keys outside memory lie before all others.
-      const __mmask16 here = _mm512_mask_cmpge_epi32_mask(__mmask16(live), slot, first);
-      const Vec grown = Engine::scale_probabilities(probabilities, _mm512_sub_epi32(slot, first), here, factor);
-      if (adds_mass) gained = gained + grown;
-      const __m512i one = _mm512_set1_epi32(1);
-      left = _mm512_mask_sub_epi32(left, __mmask16(live), left, one);
-      place = _mm512_mask_add_epi32(place, __mmask16(live), place, one);
-      const __mmask16 more = _mm512_mask_cmpgt_epi32_mask(__mmask16(live), left, _mm512_setzero_si512());
-      if (const uint32_t read_up = _mm512_mask_cmpge_epi32_mask(more, place, _mm512_set1_epi32(kSlots))) {
-        _mm512_store_si512(left_, left);
-        for (uint32_t each = read_up; each != 0; each &= each - 1) {
-          const int r = __builtin_ctz(each);
-          read(r, rows[r].marks.slots + (rows[r].marks.count - left_[r]), left_[r]);
-        }
-        place = _mm512_mask_mov_epi32(place, __mmask16(read_up), _mm512_setzero_si512());
+  // What RowRules and write_output() say of a row at its end, of all of them. Not under rule rest.
+  void report(const AttentionProblem& problem, int64_t index, int64_t step) const {
+    if (problem.lse != nullptr) {
+      alignas(64) float lse[kRows];
+      const Vec sums = Vec::load(sum) + Vec::load(mass);
+      only_seen((Vec::load(max) + log2(sums)) * Vec::set(kLn2), -kInfinity).store(lse);
+      for (int r = 0; r < kRows; ++r) problem.lse[index + r * step] = lse[r];
+    }
+    if (problem.softmax != nullptr)
+      for (int r = 0; r < kRows; ++r) {
+        float* pair = problem.softmax + 2 * (index + r * step);
+        pair[0] = max[r];
+        pair[1] = seen >> r & 1 ? sum[r] : 0.0f;
       }
-      const __m512i of_row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const __m512i next = _mm512_mask_i32gather_epi32(
-          _mm512_set1_epi32(kNoSlot), more, _mm512_add_epi32(_mm512_slli_epi32(of_row, kLogSlots), place), slots_, 4);
-      unsorted_ |= _mm512_mask_cmple_epi32_mask(more, next, slot);
-      slot = _mm512_mask_mov_epi32(slot, __mmask16(live), next);
-      live = _mm512_cmplt_epi32_mask(slot, last);
-    } while (live != 0);
-    _mm512_store_si512(slot_, slot);
-    _mm512_store_si512(left_, left);
-    _mm512_store_si512(place_, place);
-    gained.store(mass);
+  }
+  Vec final_threshold(const MarkRules& rules) const {
+    return rules.final_threshold(Vec::load(max), log2(Vec::load(sum)));
+  }
+  // By which sums are multiplied: zero where a row saw no key.
+  Vec output_factors() const {
+    const Vec by = only_seen(Vec::load(sum) + Vec::load(mass), 0.0f), zero = Vec::zero();
+    const auto none = Vec::both(Vec::greater_equal(by, zero), Vec::greater_equal(zero, by));
+    return Vec::select(none, zero, Vec::set(1.0f) / by);
   }
 
   float max[kRows], sum[kRows], mass[kRows], to_log2[kRows];  // as a Row has them; mass: of its Marks
   uint32_t seen, biased;                                      // a bit of each row
+  GroupMarks marks;
 
  private:
-  static constexpr int kLogSlots = 4, kSlots = 1 << kLogSlots;
-  static constexpr int32_t kNoSlot = std::numeric_limits<int32_t>::max();
-
-  // The slot of a key, or one behind all slots.
-  ATTNRB_INLINE int32_t slot_of(int64_t key) const { return int32_t(smaller(key + key_offset_, int64_t(kNoSlot))); }
-  ATTNRB_INLINE uint32_t before(int64_t end) const {
-    return _mm512_cmplt_epi32_mask(_mm512_load_si512(slot_), _mm512_set1_epi32(slot_of(end)));
+  ATTNRB_INLINE Vec only_seen(Vec x, float otherwise) const {
+    return Vec::select(typename Vec::Mask(seen), x, Vec::set(otherwise));
   }
-  // The next slots of a row, of which `left` are left.
-  ATTNRB_INLINE void read(int r, const int32_t* slots, int32_t left) {
-    _mm512_store_si512(slots_ + r * kSlots, _mm512_maskz_loadu_epi32(Vec::first(left), slots));
-  }
-
-  // Outliers that are still to come: the slot of the next one of each row, how many are left with it, and its place
-  // among those that were read ahead.
-  alignas(64) int32_t slot_[kRows], left_[kRows], place_[kRows];
-  float factor_[kRows];  // of what is strengthened
-  int32_t slots_[kRows * kSlots];
-  int64_t key_offset_;
-  uint32_t unsorted_;
 };
 
 // The base of an engine that absorbs rows in groups. The engine says where rows of scores and of probabilities lie.
@@ -133,7 +99,7 @@ class RowGroups {
                                              float* scores, Probability* probabilities, Rescale&& rescale,
                                              Take&& take) {
     using Places = typename Engine::Places;
-    const bool lifts = rules.marks.parts() && group.reaches(of.end());
+    const bool lifts = rules.marks.parts() && group.marks.reaches(of.end());
     if (!of.partial && group.biased == 0 && !lifts) {
       for (int r = 0; r < kRows; ++r) rules.template cap<Places>(scores + Engine::score_row(r, 0), of.count);
       absorb<false>(rules, group, rows, of, scores, probabilities, rescale);
@@ -168,7 +134,7 @@ class RowGroups {
       if (Vec::bits(small) == kAll) {
         (Vec::load(group.sum) + sums).store(group.sum);
         group.seen = kAll;
-        group.template strengthen<Engine>(rows, probabilities, of.key, of.end(), rules.marks.adds_mass());
+        strengthen(rules, group, of, probabilities);
         return;
       }
       slack = Vec::select(small, slack, Vec::zero());
@@ -215,7 +181,14 @@ class RowGroups {
     l.store(group.sum);
     group.seen |= ~blank & kAll;
     if (rules.marks.emits()) collect(rules, group, rows, of, scores, largest_of, blank);
-    group.template strengthen<Engine>(rows, probabilities, of.key, of.end(), rules.marks.adds_mass());
+    strengthen(rules, group, of, probabilities);
+  }
+
+  template <class Probability>
+  static ATTNRB_INLINE void strengthen(const RowRules& rules, RowGroup& group, const BlockOfRow& of,
+                                       Probability* probabilities) {
+    group.marks.template strengthen<Engine>(probabilities, of.key, of.end(),
+                                            rules.marks.adds_mass() ? group.mass : nullptr);
   }
 
   // Weights of 16 rows, relative to the references, and their sums.
