@@ -1,5 +1,6 @@
 // What generated cases reach rarely or never: rows that see nothing, NaN and infinity, outlier rows that break the
 // rules.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -335,6 +336,33 @@ TEST_P(Edges, BrokenOutlierRowsAreReported) {
           EXPECT_EQ(run_attention(kernels(), attention, 2).status, broken.expected)
               << "slots from " << broken.slots[0] << ", gain " << gain << ", " << queries << " queries";
         }
+}
+
+// Rows that are absorbed at once read their slots in parts, and ask of each whether it ascends from the one before.
+TEST_P(Edges, ManySlotsAreReportedWhereverTheyBreak) {
+  constexpr int64_t kSlots = 40;
+  constexpr int32_t kLast = std::numeric_limits<int32_t>::max();
+  for (const int32_t first : {0, 300, 1000, -1000})  // among the keys, leaving them, behind and before all of them
+    for (const size_t at : {0, 1, 14, 15, 16, 17, 30, 31, 32, 33, 39})
+      for (const bool last : {false, true}) {
+        AttentionCase attention = simple_case(make_shape(1, 1, 1, 32, 600, 16), DType::bfloat16);
+        attention.role = Role::rebalanced;
+        attention.capacity = kSlots;
+        attention.gain = {0.5f};
+        for (int64_t i = 0; i < attention.rows() * kSlots; ++i)
+          attention.indices.push_back(first + int32_t(i % kSlots) * 10);
+        attention.counts.assign(size_t(attention.rows()), int32_t(kSlots));
+        int32_t* row = attention.indices.data() + 20 * kSlots;
+        Status expected = at == 0 ? Status::ok : Status::unsorted_outliers;
+        if (last) {  // the largest slot of all, over and over, or once at the end
+          std::fill(row + at, row + kSlots, kLast);
+          expected = at == kSlots - 1 ? Status::ok : Status::unsorted_outliers;
+        } else if (at > 0) {
+          row[at] = row[at - 1];
+        }
+        EXPECT_EQ(run_attention(kernels(), attention, 2).status, expected)
+            << "slots from " << first << ", broken at " << at << ", the largest of all: " << last;
+      }
 }
 
 TEST_P(Edges, EvenWeightsOnTheThresholdFillTheRowAtMost) {

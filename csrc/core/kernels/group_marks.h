@@ -4,7 +4,7 @@
 // The outliers of a block of keys become bits first, a word for 32 keys of a row: slot by slot, a row in each lane. How
 // many a row has there is chance, and guessing it wrong costs more than the work, so there is no branch on it. Then
 // every word that is not zero strengthens its 32 probabilities in registers. To gather and scatter single
-// probabilities, one of each row at a time, took a sixth more of a short call.
+// probabilities, one of each row at a time, took longer.
 #pragma once
 
 #include "rows.h"
