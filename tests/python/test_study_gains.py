@@ -15,11 +15,12 @@ pytest.importorskip("statsmodels", reason="studies need the package statsmodels"
 import attnrb
 import torch
 from attnrb.evaluation.runfile import RunFile
+from attnrb.policies.base import model_shape
 from attnrb.studies.adapters import Adapter, adapted, mask_heads, output_projections
 from attnrb.studies.answers import answer_row
 from attnrb.studies.arms import PLAIN, Arm, LeakError
 from attnrb.studies.candidates import candidate_scores
-from attnrb.studies.gains import ATTRIBUTED, LEARNERS, LORA, attributed, learn
+from attnrb.studies.gains import ATTRIBUTED, LEARNERS, LORA, SOME_HEADS, attributed, learn
 from attnrb.studies.material import study_items
 from attnrb.studies.plan import StudyPlan
 from attnrb.studies.study import Study, first_key_marked
@@ -58,7 +59,8 @@ def test_learnt_gains_stand_beside_controls_and_carry_what_they_saw(tmp_path: Pa
     assert report is not None
     learnt = {f"gains on {kind}, seed 0" for kind in LEARNERS} | {f"{LORA}, seed 0"}
     by_gradient = {f"outliers, heads by {ATTRIBUTED[0]}", f"outliers, heads by {ATTRIBUTED[1]}, seed 0"}
-    assert {each["arm"] for each in report["results"]} == {PLAIN, *learnt, *by_gradient}
+    some = {f"{LORA}, 3 heads {how}, seed 0" for how in SOME_HEADS} | {"gains on outliers, 3 heads ranked best, seed 0"}
+    assert {each["arm"] for each in report["results"]} == {PLAIN, *learnt, *some, *by_gradient}
     assert report["chosen_on"] == 2 * len(PLAN.tasks)
     policies = {each["arm"]: attnrb.Policy.from_dict(each["policy"]) for each in lines(path) if "policy" in each}
     outliers, control = policies["gains on outliers, seed 0"], policies["gains on every key (control), seed 0"]
@@ -89,6 +91,26 @@ def test_learning_lowers_the_loss_of_what_is_learnt_from(kind: str) -> None:
     policy = None if isinstance(learned, Adapter) else learned
     assert loss(model, items, policy, adapter, first) < loss(model, items)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [*LEARNERS, LORA])
+def test_only_chosen_heads_are_trained(kind: str) -> None:
+    model, items = tiny_model(), study_items("story", 4, split="development")
+    shape = model_shape(model)
+    scores = [[float(layer * head) for head in range(shape.heads)] for layer in range(shape.layers)]
+    heads = attnrb.HeadProfile(scores, keep=2)
+    learned = learn(model, tiny_tokenizer(), items, kind, steps=3, seed=0, heads=heads)
+    chosen = {(layer, head) for layer, mine in heads.chosen.items() for head in mine}
+    assert len(chosen) == 2
+    if isinstance(learned, Adapter):
+        moved = {
+            (layer, int(column) // (mask.numel() // shape.heads))
+            for layer, mask in learned.mask.items()
+            for column in (learned.down[str(layer)] * mask).detach().any(0).nonzero()
+        }
+    else:
+        moved = {(learned.layers[row], int(head)) for row, head in learned.gains.detach().nonzero().tolist()}
+    assert moved == chosen
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from attnrb.policies.emphasis import Emphasis
 from attnrb.policies.learnable import LearnedPerHead
 from attnrb.policies.learned import LearnedGains
 from attnrb.policies.learned_emphasis import LearnedEmphasis
+from attnrb.policies.profile import HeadProfile
 from attnrb.policies.rebalance import Rebalance
 from attnrb.studies.adapters import Adapter, adapted
 from attnrb.studies.answers import AnswerRow, answer_row, log_likelihoods
@@ -43,6 +45,8 @@ LEARNERS = ("outliers", "every key (control)", "first key", "spans")
 LORA = "LoRA, rank 1"
 ATTRIBUTED = ("largest gradients", "chance (control)")
 """How heads are chosen whose gains are set by one gradient."""
+SOME_HEADS = {"ranked best": "all", "drawn by chance (control)": "random 0"}
+"""How heads are chosen that are trained alone, and what a study calls their profile."""
 
 _STEP_ITEMS = 8
 _RATE = 0.03
@@ -69,6 +73,7 @@ def learnt_arms(study: Study) -> tuple[tuple[Arm, ...], frozenset[str]]:
     Returns:
         The arms, and the fingerprints of the items that the gains were learnt on.
     """
+    study.make_profiles()
     tasks = study.asked.ranked
     items = [item for task in tasks for item in study.asked.items(task, SPLITS[0])]
     jobs = list(_jobs(study, items))
@@ -89,10 +94,10 @@ def _jobs(study: Study, items: Sequence[StudyItem]) -> Iterator[_Job]:
     plan, model, tokenizer = study.plan, study.model, study.tokenizer
     spans = {"spans": "marked", "first key": FIRST_KEY}
 
-    def learning(name: str, kind: str, seed: int) -> Callable[[], Mapping[str, Any]]:
+    def learning(name: str, kind: str, seed: int, heads: HeadProfile | None = None) -> Callable[[], Mapping[str, Any]]:
         def job() -> Mapping[str, Any]:
             study.say(f"Learning {name}")
-            learned = learn(model, tokenizer, items, kind, steps=plan.steps, seed=seed)
+            learned = learn(model, tokenizer, items, kind, steps=plan.steps, seed=seed, heads=heads)
             return {"adapter" if kind == LORA else "policy": learned.to_dict()}
 
         return job
@@ -110,6 +115,12 @@ def _jobs(study: Study, items: Sequence[StudyItem]) -> Iterator[_Job]:
             yield _Job(name, learning(name, kind, seed), spans.get(kind, "none"), "gains")
         name = f"{LORA}, seed {seed}"
         yield _Job(name, learning(name, LORA, seed), "none", "gains")
+    kinds = {"outliers": "gains on outliers", LORA: LORA}
+    for (kind, what), (how, profile) in product(kinds.items(), SOME_HEADS.items()):
+        if kind == LORA or profile == "all":
+            heads = study.profiles[profile]
+            name = f"{what}, {heads.keep} heads {how}, seed {plan.seed}"
+            yield _Job(name, learning(name, kind, plan.seed, heads), "none", "some heads")
     chosen, chance = ATTRIBUTED
     yield _Job(f"outliers, heads by {chosen}", attributing(chosen, plan.seed), "none", "attribution")
     for seed in range(plan.seed, plan.seed + plan.seeds):
@@ -117,7 +128,14 @@ def _jobs(study: Study, items: Sequence[StudyItem]) -> Iterator[_Job]:
 
 
 def learn(
-    model: Any, tokenizer: Any, items: Sequence[StudyItem], kind: str, *, steps: int, seed: int
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[StudyItem],
+    kind: str,
+    *,
+    steps: int,
+    seed: int,
+    heads: HeadProfile | None = None,
 ) -> LearnedPerHead | Adapter:
     """Learn gains that make the right candidates of items likelier than the others.
 
@@ -131,13 +149,14 @@ def learn(
         kind: one of `LEARNERS`, or `LORA`.
         steps: how many, at least 1.
         seed: of the order of items.
+        heads: which are trained; None: all.
 
     Raises:
         ValueError: ``kind`` is none of these.
     """
     if kind not in (*LEARNERS, LORA):
         raise ValueError(f"kind: expected one of {', '.join((*LEARNERS, LORA))}, got {kind!r}")
-    learned = Adapter(model, rank=1, seed=seed) if kind == LORA else _gains(model, kind)
+    learned = Adapter(model, rank=1, heads=heads, seed=seed) if kind == LORA else _gains(model, kind, heads)
     parameters = list(learned.parameters())
     rate = _LORA_RATE if kind == LORA else _RATE
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
@@ -203,11 +222,11 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _gains(model: Any, kind: str) -> LearnedPerHead:
+def _gains(model: Any, kind: str, heads: HeadProfile | None) -> LearnedPerHead:
     shape = model_shape(model)
     if kind in ("spans", "first key"):
-        return LearnedEmphasis(shape, Emphasis(strength=1.0))
-    return LearnedGains(shape, Rebalance(alpha=0.0, boost_all=kind != LEARNERS[0]))
+        return LearnedEmphasis(shape, Emphasis(strength=1.0, heads=heads))
+    return LearnedGains(shape, Rebalance(alpha=0.0, boost_all=kind != LEARNERS[0]), heads=heads)
 
 
 def _loss(model: Any, items: Sequence[StudyItem], rows: Sequence[Sequence[AnswerRow]], patched: Any) -> torch.Tensor:
