@@ -17,7 +17,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +44,12 @@ LEARNERS = ("outliers", "every key (control)", "first key", "spans")
 LORA = "LoRA, rank 1"
 ATTRIBUTED = ("largest gradients", "chance (control)")
 """How heads are chosen whose gains are set by one gradient."""
-SOME_HEADS = {"ranked best": "all", "drawn by chance (control)": "random 0"}
-"""How heads are chosen that are trained alone, and what a study calls their profile."""
+SOME_HEADS = (
+    (LEARNERS[0], "ranked best", "all"),
+    (LORA, "ranked best", "all"),
+    (LORA, "drawn by chance (control)", "random 0"),
+)
+"""What is learnt for some heads alone, how they are chosen, and what a study calls their profile."""
 
 _STEP_ITEMS = 8
 _RATE = 0.03
@@ -115,12 +118,11 @@ def _jobs(study: Study, items: Sequence[StudyItem]) -> Iterator[_Job]:
             yield _Job(name, learning(name, kind, seed), spans.get(kind, "none"), "gains")
         name = f"{LORA}, seed {seed}"
         yield _Job(name, learning(name, LORA, seed), "none", "gains")
-    kinds = {"outliers": "gains on outliers", LORA: LORA}
-    for (kind, what), (how, profile) in product(kinds.items(), SOME_HEADS.items()):
-        if kind == LORA or profile == "all":
-            heads = study.profiles[profile]
-            name = f"{what}, {heads.keep} heads {how}, seed {plan.seed}"
-            yield _Job(name, learning(name, kind, plan.seed, heads), "none", "some heads")
+    for kind, how, profile in SOME_HEADS:
+        heads = study.profiles[profile]
+        what = kind if kind == LORA else f"gains on {kind}"
+        name = f"{what}, {heads.keep} heads {how}, seed {plan.seed}"
+        yield _Job(name, learning(name, kind, plan.seed, heads), "none", "some heads")
     chosen, chance = ATTRIBUTED
     yield _Job(f"outliers, heads by {chosen}", attributing(chosen, plan.seed), "none", "attribution")
     for seed in range(plan.seed, plan.seed + plan.seeds):

@@ -79,36 +79,35 @@ class MadeMasks:
     """The masks that one forward made, whose copies on other devices mean the same."""
 
     def __init__(self) -> None:
-        self._made: list[tuple[torch.Tensor, dict[torch.device, Geometry]]] = []
+        self._made: list[tuple[torch.Tensor, Geometry]] = []
+        self._moved: dict[tuple[int, torch.device], Geometry] = {}
 
     def __len__(self) -> int:
         return len(self._made)
 
     def add(self, mask: torch.Tensor, geometry: Geometry) -> None:
         """Note what a mask means."""
-        self._made.append((mask, {mask.device: geometry}))
+        self._made.append((mask, geometry))
 
     def of_copy(self, mask: torch.Tensor) -> Geometry | None:
         """What a copy of one of them on another device means; None where it is no such copy, or may be of several."""
         alike = [
-            geometries
-            for made, geometries in self._made
+            (number, geometry)
+            for number, (made, geometry) in enumerate(self._made)
             if made.shape == mask.shape and made.dtype == mask.dtype and made.device != mask.device
         ]
         if not alike:
             return None
-        geometries, *others = alike
-        geometry = next(iter(geometries.values()))
+        (number, geometry), *others = alike
         if mask.dtype == torch.bool:  # it says itself what is visible; where keys begin, all must agree
             visibility = geometry.visibility
-            if any(next(iter(each.values())).visibility.key_offset != visibility.key_offset for each in others):
+            if any(other.visibility.key_offset != visibility.key_offset for _, other in others):
                 return None
             return geometry._replace(visibility=dataclasses.replace(visibility, mask=mask)).on(mask.device)
-        if others:
-            return None
-        if mask.device not in geometries:
-            geometries[mask.device] = geometry.on(mask.device)
-        return geometries[mask.device]
+        key = number, mask.device
+        if key not in self._moved:
+            self._moved[key] = geometry.on(mask.device)
+        return self._moved[key]
 
 
 def to_numbers(visibility: Visibility, batch: int, device: torch.device | str | None, ordinal: int = 0) -> torch.Tensor:
