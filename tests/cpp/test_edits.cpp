@@ -169,6 +169,35 @@ TEST_P(GradientEdits, GradientOfABiasIsThatOfTheScoreBehindTheCap) {
   check_gradient(kernels(), gradient, truth);
 }
 
+// A key counts as seen by the rows before the first query alone, where the bias removes it from the rest.
+TEST_P(GradientEdits, ARemovedKeyIsSharedAmongRowsWithoutABias) {
+  AttentionCase attention = simple_case({2, 4, 2, 150, 150, 16, 16});
+  Random random(21);
+  set_bias(attention, 150, true, random);
+  attention.first_query = {100, 61};
+  for (int64_t at = 0; at < 4 * 150; at += 3) attention.bias[size_t(at)] = -kInfinity;
+  GradientCase gradient(attention, random, true);
+  const GradientTruth truth = gradient_truth(gradient.problem());
+  run_gradient(gradient);
+  check_gradient(kernels(), gradient, truth);
+}
+
+// What a sink holds is part of what outliers give to, or take from.
+TEST_P(GradientEdits, ASinkIsOneOfTheOthers) {
+  for (const bool shared : {false, true}) {
+    AttentionCase attention = simple_case({1, 4, 2, 60, 90, 16, 16});
+    Random random(22);
+    attention.rule = Rule::rest;
+    attention.shared_rows = shared;
+    attention.sinks = {3.0f, 4.0f, 5.0f, -kInfinity};  // near a row's log-sum-exp, and above
+    add_outliers(attention, random, 5);
+    GradientCase gradient(attention, random, false);
+    const GradientTruth truth = gradient_truth(gradient.problem());
+    run_gradient(gradient);
+    check_gradient(kernels(), gradient, truth);
+  }
+}
+
 // Where outliers are all that a row sees, nothing can share, and the row stays plain.
 TEST_P(Edits, ARowOfOutliersAloneStaysPlain) {
   for (const Shape& shape : kShapes) {
