@@ -74,6 +74,27 @@ TEST_P(Edges, FarMoreKeysThanQueries) {
     }
 }
 
+// Threads that are as many as key heads, or divide them, may take whole key heads; others may not. Rows of several
+// heads and blocks, some of which see nothing of a block of keys, have the same bits either way.
+TEST_P(Edges, WholeKeyHeadsAreTakenAsPartsAre) {
+  for (const DType dtype : kDTypes)
+    for (const Shape& shape : {make_shape(1, 8, 2, 50, 150, 16), make_shape(1, 8, 2, 150, 650, 40),
+                               make_shape(2, 4, 1, 130, 400, 16), make_shape(1, 2, 2, 700, 700, 24)}) {
+      AttentionCase attention = simple_case(shape, dtype);
+      Random random(23);
+      attention.role = Role::both;
+      add_outliers(attention, random, 9);
+      attention.visibility.window = shape.queries > 500 ? 150 : 0;
+      attention.value.set(0, 0, shape.keys - 5, 1, kInfinity);
+      const AttentionTruth truth = attention_truth(attention.problem());
+      const Written alone = run_attention(kernels(), attention, 1);
+      int64_t ties = 0;
+      EXPECT_TRUE(matches(kernels(), attention, truth, &ties)) << attention.describe();
+      for (const int64_t threads : other_threads())
+        EXPECT_TRUE(run_attention(kernels(), attention, threads) == alone) << threads << ": " << attention.describe();
+    }
+}
+
 TEST_P(Edges, LargeScoresDoNotOverflow) {
   for (const int64_t queries : {1, 40}) {
     AttentionCase attention = simple_case(make_shape(1, 2, 1, queries, 90, 8));

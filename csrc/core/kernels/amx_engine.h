@@ -45,6 +45,12 @@ struct AmxEngine : RowGroups<AmxEngine<T>> {
   static int64_t rows_at_once(int64_t queries, int64_t keys) {
     return keys >= 4 * queries ? block_rows : block_rows / 2;
   }
+  // Rows whose queries and sums find room in the second-level cache beside a block of keys (Note: [Keys packed in
+  // passing]): half of 2 MB.
+  int64_t rows_together() const {
+    constexpr int64_t kBytes = int64_t(1) << 20;
+    return kBytes / (planes * columns * 2 + value_columns * 4);
+  }
 
   int64_t key_plane() const { return block_keys * columns; }
   int64_t value_plane() const { return block_keys * value_columns; }

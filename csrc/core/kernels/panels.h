@@ -95,6 +95,7 @@ struct RowByRow {
   static constexpr bool starts_fresh = false;  // whether sums need not be zeros before the first block
   using Group = NoGroup;                       // of rows that are absorbed at once
   static int64_t rows_at_once(int64_t /*queries*/, int64_t /*keys*/) { return block_rows; }
+  static int64_t rows_together() { return 0; }  // keys are always packed beforehand
 
   // Where rows of a strip begin, at the key `first`.
   static constexpr int64_t score_row(int64_t r, int64_t first) { return r * block_keys + first; }
