@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <utility>
 
 namespace attnrb {
 
@@ -37,6 +38,44 @@ void for_each_task(const ThreadPool& pool, int64_t count, Task&& task) {
         Context& shared = *static_cast<Context*>(opaque);
         for (int64_t index; (index = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;)
           (*shared.task)(worker, index);
+      },
+      &context);
+}
+
+// The same, but each worker begins with a share of its own, of tasks that follow each other, and then helps with what
+// is left of the others' shares: a core finds in its caches what its last task left there. Tasks must not wait for
+// each other.
+template <class Task>
+void for_each_task_by_shares(const ThreadPool& pool, int64_t count, Task&& task) {
+  constexpr int64_t kMostShares = 64;
+  if (pool.workers <= 1 || pool.workers > kMostShares || count <= pool.workers || pool.run == nullptr) {
+    for_each_task(pool, count, std::forward<Task>(task));
+    return;
+  }
+  struct Share {
+    alignas(64) std::atomic<int64_t> next;
+    int64_t end;
+  };
+  struct Context {
+    Share shares[kMostShares];
+    int64_t workers;
+    Task* task;
+  } context;
+  context.workers = pool.workers;
+  context.task = &task;
+  for (int64_t w = 0; w < pool.workers; ++w) {
+    context.shares[w].next = count * w / pool.workers;
+    context.shares[w].end = count * (w + 1) / pool.workers;
+  }
+  pool.run(
+      pool.workers,
+      [](void* opaque, int64_t worker) {
+        Context& all = *static_cast<Context*>(opaque);
+        for (int64_t step = 0; step < all.workers; ++step) {
+          Share& share = all.shares[(worker + step) % all.workers];
+          for (int64_t index; (index = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+            (*all.task)(worker, index);
+        }
       },
       &context);
 }

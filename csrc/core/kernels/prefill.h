@@ -56,12 +56,12 @@ class Prefill : Driver<Prefill<Engine>> {
       const auto of_task = [&](int64_t Sequence::* end, int64_t task) -> const Sequence& {
         return entry_of(group, last - first, end, task);
       };
-      for_each_task(pool_, group[last - first - 1].packing_end, [&](int64_t worker, int64_t task) {
+      for_each_task_by_shares(pool_, group[last - first - 1].packing_end, [&](int64_t worker, int64_t task) {
         const Sequence& sequence = of_task(&Sequence::packing_end, task);
         const int64_t own = task - sequence.packed;
         pack(sequence, own / sequence.key_blocks, own % sequence.key_blocks, worker);
       });
-      for_each_task(pool_, group[last - first - 1].attending_end, [&](int64_t worker, int64_t task) {
+      for_each_task_by_shares(pool_, group[last - first - 1].attending_end, [&](int64_t worker, int64_t task) {
         attend(of_task(&Sequence::attending_end, task), worker, task);
       });
     }
