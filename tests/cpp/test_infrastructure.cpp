@@ -86,16 +86,45 @@ TEST(ScratchLease, SurvivesManyThreads) {
 }
 
 TEST(ForEachTask, RunsEveryTaskOnceOnAWorkerThatExists) {
-  for (const int64_t workers : {1, 2, 4, 9})
-    for (const int64_t count : {0, 1, 2, 7, 500}) {
-      std::vector<std::atomic<int>> runs(static_cast<size_t>(count));
-      for_each_task(test_pool(workers), count, [&](int64_t worker, int64_t index) {
-        EXPECT_GE(worker, 0);
-        EXPECT_LT(worker, workers);
-        ++runs[size_t(index)];
-      });
-      for (const std::atomic<int>& run : runs) EXPECT_EQ(run.load(), 1);
-    }
+  for (const bool by_shares : {false, true})
+    for (const int64_t workers : {1, 2, 4, 9, 70})
+      for (const int64_t count : {0, 1, 2, 7, 500}) {
+        std::vector<std::atomic<int>> runs(static_cast<size_t>(count));
+        const auto task = [&](int64_t worker, int64_t index) {
+          EXPECT_GE(worker, 0);
+          EXPECT_LT(worker, workers);
+          ++runs[size_t(index)];
+        };
+        if (by_shares)
+          for_each_task_by_shares(test_pool(workers), count, task);
+        else
+          for_each_task(test_pool(workers), count, task);
+        for (const std::atomic<int>& run : runs) EXPECT_EQ(run.load(), 1);
+      }
+}
+
+TEST(ForEachTask, SharesBeginWithTasksThatFollowEachOther) {
+  // Workers run after each other, the last one first.
+  const ThreadPool backwards{3, [](int64_t workers, ThreadPool::Body body, void* context) {
+                               for (int64_t worker = workers - 1; worker >= 0; --worker) body(context, worker);
+                             }};
+  std::vector<int64_t> order;
+  for_each_task_by_shares(backwards, 10, [&](int64_t worker, int64_t index) {
+    EXPECT_EQ(worker, 2) << "it helps with all that is left";
+    order.push_back(index);
+  });
+  EXPECT_EQ(order, (std::vector<int64_t>{6, 7, 8, 9, 0, 1, 2, 3, 4, 5}));
+}
+
+TEST(ForEachTask, OthersHelpWithTheShareOfASlowWorker) {
+  constexpr int64_t kCount = 40;
+  std::atomic<int> done{0};
+  for_each_task_by_shares(test_pool(2), kCount, [&](int64_t, int64_t index) {
+    if (index == 0)
+      while (done.load() < kCount - 1) std::this_thread::yield();
+    ++done;
+  });
+  EXPECT_EQ(done.load(), kCount);
 }
 
 TEST(ForEachTask, NeedsNoPool) {
@@ -104,7 +133,8 @@ TEST(ForEachTask, NeedsNoPool) {
     EXPECT_EQ(worker, 0);
     sum += index;
   });
-  EXPECT_EQ(sum, 45);
+  for_each_task_by_shares(ThreadPool(), 10, [&](int64_t, int64_t index) { sum += index; });
+  EXPECT_EQ(sum, 90);
 }
 
 TEST(Dispatch, ThePortableTableIsTheLowestAndAlwaysThere) {
