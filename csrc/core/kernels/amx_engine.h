@@ -46,10 +46,10 @@ struct AmxEngine : RowGroups<AmxEngine<T>> {
     return keys >= 4 * queries ? block_rows : block_rows / 2;
   }
   // Rows whose queries and sums find room in the second-level cache beside a block of keys (Note: [Keys packed in
-  // passing]): half of 2 MB.
+  // passing]): half of 2 MB. More narrow rows than 1,024 gain nothing, and lose where what they collect needs room too.
   int64_t rows_together() const {
-    constexpr int64_t kBytes = int64_t(1) << 20;
-    return kBytes / (planes * columns * 2 + value_columns * 4);
+    constexpr int64_t kBytes = int64_t(1) << 20, kMost = 1024;
+    return smaller(kMost, kBytes / (planes * columns * 2 + value_columns * 4));
   }
 
   int64_t key_plane() const { return block_keys * columns; }
