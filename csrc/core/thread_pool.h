@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 namespace attnrb {
@@ -27,7 +28,7 @@ void for_each_task(const ThreadPool& pool, int64_t count, Task&& task) {
   struct Context {
     std::atomic<int64_t> next{0};
     int64_t count;
-    Task* task;
+    std::remove_reference_t<Task>* task;
   } context;
   context.count = count;
   context.task = &task;
@@ -59,7 +60,7 @@ void for_each_task_by_shares(const ThreadPool& pool, int64_t count, Task&& task)
   struct Context {
     Share shares[kMostShares];
     int64_t workers;
-    Task* task;
+    std::remove_reference_t<Task>* task;
   } context;
   context.workers = pool.workers;
   context.task = &task;
