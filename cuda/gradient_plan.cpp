@@ -71,7 +71,7 @@ GradientPlan plan_gradient(const GradientProblem& problem, const Device& device,
   const int64_t widest = std::max(shape.width, shape.value_width), size = element_size(problem.dtype);
   const Edit& edit = problem.edit;
   plan.edited = edit.key_bias != nullptr || (edit.indices != nullptr && edit.rule == Rule::rest);
-  plan.width = widest <= 64 && problem.grad_received == nullptr && !plan.edited ? 64 : 128;
+  plan.width = widest <= 64 && problem.grad_received == nullptr && !plan.edited && size == 2 ? 64 : 128;
   g.chunks = int32_t(divide_up(widest, plan.width));
   p.columns = int32_t(round_up(std::min<int64_t>(shape.width, plan.width), 16));
   p.value_columns = int32_t(round_up(std::min<int64_t>(shape.value_width, plan.width), 16));

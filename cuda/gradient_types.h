@@ -21,10 +21,10 @@ struct TypeGradients {
     launch<gradient_kernel<T, Width, which, Edited>>(blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
   }
 
-  // Edited rows have no kernels of their own for narrow operands.
+  // Neither edited rows nor float32 have kernels of their own for narrow operands.
   template <GradientTask which>
   static void start_of(const GradientPlan& plan, int64_t blocks, void* stream) {
-    constexpr bool kNarrow = which == GradientTask::queries || which == GradientTask::keys;
+    constexpr bool kNarrow = (which == GradientTask::queries || which == GradientTask::keys) && sizeof(T) == 2;
     if (plan.edited) return start<128, which, true>(plan, blocks, stream);
     if constexpr (kNarrow)
       if (plan.width == 64) return start<64, which, false>(plan, blocks, stream);

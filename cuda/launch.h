@@ -21,7 +21,7 @@ struct AttentionPlan {
   AttentionParameters parameters;
   int64_t blocks = 0;
   int64_t shared_bytes = 0;
-  int width = 64;  // class of widths
+  int width = 64;  // width_class()
   Task task = Task::rebalance;
   int64_t workspace_bytes = 0;  // device memory the caller has to lend until the work is done
 };

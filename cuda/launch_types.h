@@ -16,22 +16,15 @@ struct TypeLaunches {
     launch<attention_kernel<T, Width, task>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
   }
 
+  // Of the widths that width_class() knows.
   template <Task task>
   static void attention_of_width(const AttentionPlan& plan, void* stream) {
-    if (plan.width == 64)
-      attention_of<64, task>(plan, stream);
-    else if (plan.width == 128)
-      attention_of<128, task>(plan, stream);
-    else
-      attention_of<256, task>(plan, stream);
-  }
-
-  template <Task task>
-  static void softmax_of_width(const AttentionPlan& plan, void* stream) {
-    if (plan.width == 256)
-      attention_of<256, task>(plan, stream);
-    else
-      attention_of<128, task>(plan, stream);
+    constexpr auto has = [](int width) { return width_class(task, width, sizeof(T), false) == width; };
+    if constexpr (has(64))
+      if (plan.width == 64) return attention_of<64, task>(plan, stream);
+    if constexpr (has(128))
+      if (plan.width == 128) return attention_of<128, task>(plan, stream);
+    if constexpr (has(256)) attention_of<256, task>(plan, stream);
   }
 
   static void attention(const AttentionPlan& plan, void* stream) {
@@ -43,12 +36,11 @@ struct TypeLaunches {
       case Task::edited:
         return attention_of_width<Task::edited>(plan, stream);
       case Task::rest:
-        return plan.width == 64 ? attention_of<64, Task::rest>(plan, stream)
-                                : attention_of<256, Task::rest>(plan, stream);
+        return attention_of_width<Task::rest>(plan, stream);
       case Task::softmax:
-        return softmax_of_width<Task::softmax>(plan, stream);
+        return attention_of_width<Task::softmax>(plan, stream);
       case Task::biased_softmax:
-        return softmax_of_width<Task::biased_softmax>(plan, stream);
+        return attention_of_width<Task::biased_softmax>(plan, stream);
     }
   }
 

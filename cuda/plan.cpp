@@ -21,8 +21,6 @@ const RaggedLaunches& ragged_launches(DType dtype) {
                                     : ragged_float16_launches;
 }
 
-int width_class(int64_t width) { return width <= 64 ? 64 : width <= 128 ? 128 : 256; }
-
 // Keys in a tile: Tile<T, Width>::keys.
 int64_t tile_keys(DType dtype, int width) {
   if (dtype == DType::float32) return width <= 128 ? Tile<float, 128>::keys : Tile<float, 256>::keys;
@@ -115,11 +113,7 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const Device& devi
 
   const int64_t size = element_size(problem.dtype), unit = 16 / size;
   const int64_t value_width = values ? shape.value_width : 0;
-  plan.width = width_class(std::max(shape.width, value_width));
-  // Both softmaxes and sums of 128 columns are too much for registers: there are slices of 64.
-  if (plan.task == Task::rest && plan.width == 128) plan.width = 64;
-  // Narrow rows have no ragged kernel of their own: that of 128 has registers to spare for them, and no more work.
-  if (shape.ragged() && plan.task != Task::rest) plan.width = std::max(plan.width, 128);
+  plan.width = width_class(plan.task, std::max(shape.width, value_width), size, shape.ragged());
   p.slices = int32_t(std::max<int64_t>(1, divide_up(value_width, plan.width)));
   p.columns = int32_t(round_up(shape.width, 2 * unit));
   p.value_columns = int32_t(round_up(std::clamp<int64_t>(value_width, 1, plan.width), 16));

@@ -13,26 +13,25 @@ struct RaggedTypeLaunches {
     launch<ragged_attention_kernel<T, Width, task>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
   }
 
+  // Of the widths that width_class() knows.
   template <Task task>
   static void attention_of_width(const AttentionPlan& plan, void* stream) {
-    if (plan.width == 256)
-      attention_of<256, task>(plan, stream);
-    else
-      attention_of<128, task>(plan, stream);
+    constexpr auto has = [](int width) { return width_class(task, width, sizeof(T), true) == width; };
+    if constexpr (has(64))
+      if (plan.width == 64) return attention_of<64, task>(plan, stream);
+    if constexpr (has(128))
+      if (plan.width == 128) return attention_of<128, task>(plan, stream);
+    if constexpr (has(256)) attention_of<256, task>(plan, stream);
   }
 
   // Of the tasks these three, which serve every edit: see plan.cpp.
   static void attention(const AttentionPlan& plan, void* stream) {
-    if (plan.task == Task::rest) {
-      if (plan.width == 64)
-        attention_of<64, Task::rest>(plan, stream);
-      else
-        attention_of<256, Task::rest>(plan, stream);
-    } else if (plan.task == Task::edited) {
+    if (plan.task == Task::rest)
+      attention_of_width<Task::rest>(plan, stream);
+    else if (plan.task == Task::edited)
       attention_of_width<Task::edited>(plan, stream);
-    } else {
+    else
       attention_of_width<Task::rebalance>(plan, stream);
-    }
   }
 
   static void merge(const AttentionPlan& plan, void* stream) {

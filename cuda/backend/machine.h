@@ -107,6 +107,13 @@ ATTNRB_DEVICE float fast_exp2(float x) {
   return y;
 }
 
+// 1 / x within 2^-23, relatively; 0 for infinity.
+ATTNRB_DEVICE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two numbers in one word, the first in the low half.
 template <class T>
 ATTNRB_DEVICE uint32_t pack(float low, float high);

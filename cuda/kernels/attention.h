@@ -305,10 +305,10 @@ class AttentionBlock {
   ATTNRB_DEVICE bool finish_scores(float (&s)[Tiles::score_tiles][4], int first) {
     bool partial = rows.partial(p, first, first + kKeys);
     if (!kBiased || !has_bias()) {
-      rows.finish_scores(p, s, first, partial);
+      rows.template finish_scores<T>(p, s, first, partial);
       return partial;
     }
-    rows.scale_scores(p, s);
+    rows.template scale_scores<T>(p, s);
     const uint32_t removed = kept_bias().add(p, batch, key_head, int(KeptWords(p).first_in_group()), s, first);
     partial = partial || any(removed != 0);
     rows.hide_scores(p, s, first, partial, removed);
@@ -343,7 +343,7 @@ class AttentionBlock {
           const float before = s[n][2 * i + e];
           s[n][2 * i + e] *= 1.0f + gain;
           // What the output really gains: rounded probabilities must not be divided by exact ones.
-          if (p.problem.edit.rule == Rule::row) rows.boosted[i] += to_float(from_float<T>(s[n][2 * i + e])) - before;
+          if (p.problem.edit.rule == Rule::row) rows.boosted[i] += widen(narrow<T>(s[n][2 * i + e])) - before;
         }
     }
   }
@@ -473,8 +473,8 @@ class AttentionBlock {
       const int left = int(problem.shape.value_width) - (first_column + 8 * n + column);
       if (left <= 0) continue;
       T* at = out + 8 * n + column;
-      at[0] = from_float<T>(sums[n][2 * i] * by);
-      if (left > 1) at[1] = from_float<T>(sums[n][2 * i + 1] * by);
+      at[0] = narrow<T>(sums[n][2 * i] * by);
+      if (left > 1) at[1] = narrow<T>(sums[n][2 * i + 1] * by);
     }
   }
 
@@ -493,14 +493,13 @@ class AttentionBlock {
   }
   ATTNRB_DEVICE void write_sums(int i, float* all_sums) {
     if (!rows.valid[i]) return;
-    const int64_t width = p.problem.shape.value_width;
-    const int column = lane % 4 * 2, first_column = slice * Width;
-    float* out = all_sums + partial_index(first_row() + 8 * i) * width + first_column;
+    const int width = int(p.problem.shape.value_width), column = slice * Width + lane % 4 * 2, left = width - column;
+    float* out = all_sums + partial_index(first_row() + 8 * i) * width + column;
 #pragma unroll
     for (int n = 0; n < Tiles::value_tiles; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        if (first_column + 8 * n + column + e < width) out[8 * n + column + e] = sums[n][2 * i + e];
+        if (8 * n + e < left) out[8 * n + e] = sums[n][2 * i + e];
   }
 
   ATTNRB_DEVICE bool is_broken(int i) const { return kMayBoost && ((broken >> (lane / 4 + 8 * i)) & 1u) != 0; }

@@ -15,9 +15,10 @@ namespace attnrb::cuda {
 // than what 2^x bears. Weights of 1 and 0 come of it either way.
 constexpr float kFarBias = 5e8f;
 
+// Infinity and NaN stay what they are.
 ATTNRB_DEVICE float bounded_bias(float bias) {
-  if (bias == minus_infinity() || bias == -minus_infinity()) return bias;
-  return bias < -kFarBias ? -kFarBias : bias > kFarBias ? kFarBias : bias;
+  const float bounded = fminf(fmaxf(bias, -kFarBias), kFarBias);
+  return bias - bias == 0.0f ? bounded : bias;
 }
 
 // One row of the bias, indexed by key position.
@@ -93,16 +94,21 @@ struct BiasPair {
       return 0;
     }
     uint32_t removed = 0;
+    const int64_t stride = p.problem.edit.bias_strides[2];
+    const float* at[2] = {row[0].first + column * stride, row[1].first + column * stride};  // of the next score tile
 #pragma unroll
     for (int n = 0; n < Tiles; ++n) {
       keep_loads_apart();
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float bias = row[e / 2].of(p, column + 8 * n + e % 2);
+        const int key = column + 8 * n + e % 2;
+        const float bias = key < row[e / 2].limit ? bounded_bias(at[e / 2][e % 2 * stride]) : 0.0f;
         const bool removes = bias == minus_infinity();
         removed |= uint32_t(removes) << (4 * n + e);
         s[n][e] = removes ? minus_infinity() : fmaf(bias, kLog2E, s[n][e]);
       }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) at[i] += 8 * stride;
     }
     return removed;
   }

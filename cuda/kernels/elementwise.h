@@ -39,7 +39,7 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads) outlier_mask_kernel(ATTNRB_PAR
     const U unit = load_unit(weights, j, strides[3], keys, p.aligned);
 #pragma unroll
     for (int i = 0; i < U::size; ++i)
-      if (j + i < keys) out[j + i] = to_float(unit.element[i]) > p.bound && j + i != own;
+      if (j + i < keys) out[j + i] = widen(unit.element[i]) > p.bound && j + i != own;
   }
 }
 
@@ -59,7 +59,7 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads) rebalance_kernel(ATTNRB_PARAME
   T* out = static_cast<T*>(p.problem.output) + row * keys;
   const float gain = p.problem.gain == nullptr ? p.gain : p.problem.gain[head * p.gain_stride];
   const auto strengthened = [&](T weight, int64_t j) {
-    return to_float(weight) * (mask[j * mask_strides[3]] ? 1.0f + gain : 1.0f);
+    return widen(weight) * (mask[j * mask_strides[3]] ? 1.0f + gain : 1.0f);
   };
   const int64_t first = thread_index() % 32 * U::size;
   float scale = 1.0f;
@@ -79,7 +79,7 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads) rebalance_kernel(ATTNRB_PARAME
     U unit = load_unit(weights, j, strides[3], keys, p.aligned);
 #pragma unroll
     for (int i = 0; i < U::size; ++i)
-      if (j + i < keys) unit.element[i] = from_float<T>(strengthened(unit.element[i], j + i) * scale);
+      if (j + i < keys) unit.element[i] = narrow<T>(strengthened(unit.element[i], j + i) * scale);
     if (p.aligned) {
       *reinterpret_cast<U*>(out + j) = unit;
       continue;

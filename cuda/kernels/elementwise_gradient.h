@@ -42,11 +42,11 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads)
 #pragma unroll
     for (int i = 0; i < U::size; ++i) {
       if (j + i >= keys) continue;
-      found = found || to_float(dy.element[i]) != 0.0f;
+      found = found || widen(dy.element[i]) != 0.0f;
       if (!problem.normalize) continue;
-      const double boosted = double(mask[(j + i) * mask_stride] ? strength : 1.0f) * double(to_float(w.element[i]));
+      const double boosted = double(mask[(j + i) * mask_stride] ? strength : 1.0f) * double(widen(w.element[i]));
       sum += boosted;
-      along += boosted * double(to_float(dy.element[i]));
+      along += boosted * double(widen(dy.element[i]));
     }
   }
   // A row whose gradient is zero is left out, whatever its weights hold.
@@ -66,9 +66,9 @@ ATTNRB_KERNEL void ATTNRB_BLOCK_THREADS(kThreads)
       for (int i = 0; i < U::size; ++i) {
         if (j + i >= keys) continue;
         const bool marked = mask[(j + i) * mask_stride];
-        const double error = (double(to_float(dy.element[i])) - mean) * scale;
-        if (marked) gain += error * double(to_float(w.element[i]));
-        unit.element[i] = from_float<T>(float(error * double(marked ? strength : 1.0f)));
+        const double error = (double(widen(dy.element[i])) - mean) * scale;
+        if (marked) gain += error * double(widen(w.element[i]));
+        unit.element[i] = narrow<T>(float(error * double(marked ? strength : 1.0f)));
       }
     }
     if (p.aligned) {

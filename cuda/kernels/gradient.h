@@ -304,7 +304,7 @@ class GradientBlock {
     bool finite = true;
     for (int r = 0; r < kInner; ++r)
       for (int column = lane; column < columns; column += 32) {
-        const float x = to_float(tile[r * stride + column]);
+        const float x = widen(tile[r * stride + column]);
         finite = finite && x - x == 0.0f;
       }
     return !any(!finite);
@@ -330,7 +330,7 @@ class GradientBlock {
         if (n * 8 >= columns) break;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float x = to_float(tile[r * stride + 8 * n + lane % 4 * 2 + e]);
+          const float x = widen(tile[r * stride + 8 * n + lane % 4 * 2 + e]);
           if (x - x == 0.0f) continue;
           if (meets & 1u) sums[n][e] += factor[0] * x;
           if (meets & 4u) sums[n][2 + e] += factor[1] * x;
@@ -424,7 +424,7 @@ class GradientBlock {
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) scores[n][e] = tanhf(scores[n][e] * p.inner);
+        for (int e = 0; e < 4; ++e) scores[n][e] = Engine<T>::tanh(scores[n][e] * p.inner);
     }
     const float factor = capped ? p.cap : p.factor;
     const bool masked = p.problem.visibility.mask != nullptr;
@@ -559,7 +559,7 @@ class GradientBlock {
     for (int n = 0; n < kSumTiles; ++n) {
       const int64_t left = width - (first_column + 8 * n);
       if (left <= 0) continue;
-      const Pair both{from_float<T>(sums[n][2 * i] * factor), from_float<T>(sums[n][2 * i + 1] * factor)};
+      const Pair both{narrow<T>(sums[n][2 * i] * factor), narrow<T>(sums[n][2 * i + 1] * factor)};
       if (pairs && left > 1) {
         *reinterpret_cast<Pair*>(out + 8 * n) = both;
       } else {

@@ -56,8 +56,8 @@ ATTNRB_DEVICE float dot_output(const GradientParameters& parameters, int64_t bat
     const U y = load_unit(output_row, column, output.strides[3], output.width, output.aligned);
 #pragma unroll
     for (int i = 0; i < U::size; ++i) {
-      const float x = to_float(g.element[i]);
-      sum += x * to_float(y.element[i]);
+      const float x = widen(g.element[i]);
+      sum += x * widen(y.element[i]);
       found = found || x != 0.0f;
     }
   }

@@ -37,6 +37,16 @@ enum class Task { source, rebalance, softmax, edited, biased_softmax, rest };
 constexpr bool may_have_bias(Task task) {
   return task == Task::edited || task == Task::biased_softmax || task == Task::rest;
 }
+// Columns of values that a block of threads sums up, for which its kernel is compiled. Where registers are to spare
+// (float32, whose tiles have half as many keys, keys in blocks, the softmax alone) the kernel for 128 takes narrow rows
+// too, with no more work. Under rule rest both softmaxes and sums of 128 columns are too much for registers.
+constexpr int width_class(Task task, int64_t width, int64_t element_bytes, bool ragged) {
+  const bool half = element_bytes == 2;
+  if (task == Task::rest) return width > 128 && half ? 256 : 64;
+  if (width > 128) return 256;
+  const bool softmax_alone = task == Task::softmax || task == Task::biased_softmax;
+  return width <= 64 && half && !ragged && !softmax_alone ? 64 : 128;
+}
 // Whether whole tiles have code of their own, and keys a third buffer (Note: [Two stages]): what an edit keeps, sums of
 // 256 columns, or the parts of float32 leave no registers for them.
 constexpr bool has_third_buffer(Task task, int width, int64_t element_bytes) {

@@ -25,7 +25,7 @@ ATTNRB_DEVICE void leave_without_keys(const AttentionParameters& p, int64_t key_
     if (!broken && p.skipped != Skipped::cleared) continue;
     T* out = static_cast<T*>(problem.output) + place.head * problem.output_strides[1] +
              place.query * problem.output_strides[2];
-    for (int64_t d = lane; d < problem.shape.value_width; d += 32) out[d] = from_float<T>(broken ? nan : 0.0f);
+    for (int64_t d = lane; d < problem.shape.value_width; d += 32) out[d] = narrow<T>(broken ? nan : 0.0f);
   }
 }
 

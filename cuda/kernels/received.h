@@ -104,7 +104,7 @@ class ReceivedBlock {
       }
     }
     const bool partial = rows.partial(p, first_key, first_key + kKeys);
-    rows.scale_scores(p, s);
+    rows.template scale_scores<T>(p, s);
     uint32_t removed = 0;
     if (Biased) {
       BiasPair bias;

@@ -112,13 +112,13 @@ struct RowPair {
   }
 
   // Products become scores in base 2.
-  template <int Tiles>
+  template <class T, int Tiles>
   static ATTNRB_DEVICE void scale_scores(const AttentionParameters& p, float (&s)[Tiles][4]) {
     if (p.cap != 0.0f) {
 #pragma unroll
       for (int n = 0; n < Tiles; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[n][e] = p.cap * tanhf(s[n][e] * p.inner);
+        for (int e = 0; e < 4; ++e) s[n][e] = p.cap * Engine<T>::tanh(s[n][e] * p.inner);
     } else {
 #pragma unroll
       for (int n = 0; n < Tiles; ++n)
@@ -136,21 +136,52 @@ struct RowPair {
       seen[0] = seen[1] = true;
       return;
     }
+    // As visible() says of each key; bits like those of `removed`.
+    uint32_t hidden = removed;
+    unsigned span[2];  // visible keys of the interval,
+    int before[2];     // and those of this lane before it
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      before[i] = low[i] - column;
+      span[i] = high[i] > low[i] ? unsigned(high[i] - low[i]) : 0u;
+    }
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        hidden |= uint32_t(unsigned(8 * n + e % 2 - before[e / 2]) >= span[e / 2]) << (4 * n + e);
+    if (p.problem.visibility.mask != nullptr) {
+      // Something is loaded for every key, for a hidden one what there certainly is: so no load waits for a branch, and
+      // sixteen are under way together.
+      const bool* const first_of_all = p.problem.visibility.mask;
+      const int64_t stride = p.problem.visibility.mask_strides[3];
+      const uint32_t outside = hidden;
+#pragma unroll 4
+      for (int n = 0; n < Tiles; ++n) {
+        uint32_t of_tile = 0;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int64_t at = (column + 8 * n + e % 2) * stride;
+          const bool* shows = (outside >> (4 * n + e)) & 1u ? first_of_all : mask[e / 2] + at;
+          of_tile |= uint32_t(!*shows) << e;
+        }
+        hidden |= of_tile << (4 * n);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < Tiles; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (visible(p, e / 2, column + 8 * n + e % 2) && !((removed >> (4 * n + e)) & 1u))
-          seen[e / 2] = true;
-        else
-          s[n][e] = minus_infinity();
+        const bool shown = !((hidden >> (4 * n + e)) & 1u);
+        seen[e / 2] = seen[e / 2] || shown;
+        s[n][e] = shown ? s[n][e] : minus_infinity();
       }
   }
 
   // Both of them.
-  template <int Tiles>
+  template <class T, int Tiles>
   ATTNRB_DEVICE void finish_scores(const AttentionParameters& p, float (&s)[Tiles][4], int first, bool partial_tile) {
-    scale_scores(p, s);
+    scale_scores<T>(p, s);
     hide_scores(p, s, first, partial_tile);
   }
 

@@ -45,7 +45,7 @@ class SelectBlock {
         clear(s);
         multiply_rows<T, 128>(s, queries + 16 * (thread_index() / 32) * p.layout.stride, keys(which), p.layout,
                               p.columns);
-        rows.finish_scores(p, s, first, rows.partial(p, first, first + kKeys));
+        rows.template finish_scores<T>(p, s, first, rows.partial(p, first, first + kKeys));
         if (any(above(s))) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) take(s, i, first);

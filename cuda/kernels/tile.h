@@ -40,8 +40,10 @@ ATTNRB_DEVICE void load_tile(T* tile, int count, int columns, const Operand& ope
         copy_async(target, from, valid);
         continue;
       }
-      for (int i = 0; i < kUnit; ++i)
-        target[i] = valid && column + i < left ? source[int64_t(first_column + column + i) * operand.strides[3]] : T{};
+      int64_t at = int64_t(first_column + column) * operand.strides[3];
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i, at += operand.strides[3])
+        target[i] = valid && column + i < left ? source[at] : T{};
     }
   }
 }

@@ -79,7 +79,7 @@ struct ValueTile {
       for (int key = 0; key < kKeys; ++key)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float value = to_float(values[key * stride + 8 * n + lane % 4 * 2 + e]);
+          const float value = widen(values[key * stride + 8 * n + lane % 4 * 2 + e]);
           if (value - value == 0.0f) continue;
           if ((sees[0] >> key) & 1) sums[n][e] += value;
           if ((sees[1] >> key) & 1) sums[n][2 + e] += value;
@@ -92,7 +92,7 @@ struct ValueTile {
     bool finite = true;
     for (int key = 0; key < kKeys; ++key)
       for (int column = lane; column < columns; column += 32) {
-        const float value = to_float(values[key * stride + column]);
+        const float value = widen(values[key * stride + column]);
         finite = finite && value - value == 0.0f;
       }
     return !any(!finite);

@@ -109,6 +109,8 @@ inline float fast_exp2(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+inline float fast_reciprocal(float x) { return 1.0f / x; }
+
 template <class T>
 uint32_t pack(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;

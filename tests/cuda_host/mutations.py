@@ -211,14 +211,26 @@ FORWARD: list[Fault] = [
     Fault(
         "a 32-bit column offset",
         "kernels/tile.h",
-        "source[int64_t(first_column + column + i) * operand.strides[3]]",
-        "source[int32_t(uint32_t(first_column + column + i) * uint32_t(operand.strides[3]))]",
+        "int64_t at = int64_t(first_column + column) * operand.strides[3];",
+        "int64_t at = int32_t(uint32_t(first_column + column) * uint32_t(operand.strides[3]));",
     ),
     Fault(
         "a 32-bit offset into the mask",
         "kernels/rows.h",
-        "mask[i][int64_t(key) * p.problem.visibility.mask_strides[3]]",
-        "mask[i][int32_t(uint32_t(key) * uint32_t(p.problem.visibility.mask_strides[3]))]",
+        "const int64_t at = (column + 8 * n + e % 2) * stride;",
+        "const int32_t at = int32_t(uint32_t(column + 8 * n + e % 2) * uint32_t(stride));",
+    ),
+    Fault(
+        "the last visible key of a partial tile is hidden",
+        "kernels/rows.h",
+        ">= span[e / 2]) << (4 * n + e)",
+        "+ 1 >= span[e / 2]) << (4 * n + e)",
+    ),
+    Fault(
+        "keys that the mask hides are found in the other row's",
+        "kernels/rows.h",
+        "first_of_all : mask[e / 2] + at",
+        "first_of_all : mask[mask[1] == nullptr ? 0 : 1] + at",
     ),
     Fault(
         "a 32-bit offset into the output",
@@ -289,8 +301,8 @@ FORWARD: list[Fault] = [
     Fault(
         "softcap with a slightly wrong inner scale",
         "kernels/rows.h",
-        "p.cap * tanhf(s[n][e] * p.inner)",
-        "p.cap * tanhf(s[n][e] * p.inner * 0.99f)",
+        "p.cap * Engine<T>::tanh(s[n][e] * p.inner)",
+        "p.cap * Engine<T>::tanh(s[n][e] * p.inner * 0.99f)",
     ),
     Fault(
         "no barrier before the only stage of queries is filled again",
@@ -301,7 +313,7 @@ FORWARD: list[Fault] = [
     Fault(
         "normalised rows are divided by exact probabilities",
         "kernels/attention.h",
-        "rows.boosted[i] += to_float(from_float<T>(s[n][2 * i + e])) - before;",
+        "rows.boosted[i] += widen(narrow<T>(s[n][2 * i + e])) - before;",
         "rows.boosted[i] += s[n][2 * i + e] - before;",
         "bfloat16.cu",
     ),

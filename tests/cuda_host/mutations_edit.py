@@ -44,8 +44,8 @@ EDIT: list[Fault] = [
     Fault(
         "a key that a bias removes is seen",
         "kernels/rows.h",
-        "&& !((removed >> (4 * n + e)) & 1u))",
-        "&& removed == removed)",
+        "uint32_t hidden = removed;",
+        "uint32_t hidden = 0 * removed;",
     ),
     Fault(
         "a removed key counts as seen in received attention",
