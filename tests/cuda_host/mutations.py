@@ -211,8 +211,8 @@ FORWARD: list[Fault] = [
     Fault(
         "a 32-bit column offset",
         "kernels/tile.h",
-        "int64_t at = int64_t(first_column + column) * operand.strides[3];",
-        "int64_t at = int32_t(uint32_t(first_column + column) * uint32_t(operand.strides[3]));",
+        "++i, at += operand.strides[3])",
+        "++i, at = int32_t(uint32_t(at + operand.strides[3])))",
     ),
     Fault(
         "a 32-bit offset into the mask",

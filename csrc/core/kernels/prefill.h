@@ -59,7 +59,8 @@ class Prefill : Driver<Prefill<Engine>> {
       for_each_task_by_shares(pool_, group[last - first - 1].packing_end, [&](int64_t worker, int64_t task) {
         const Sequence& sequence = of_task(&Sequence::packing_end, task);
         const int64_t own = task - sequence.packed;
-        pack(sequence, own / sequence.key_blocks, own % sequence.key_blocks, worker);
+        const int64_t key_head = own / sequence.key_blocks, block = own % sequence.key_blocks;
+        pack(sequence, key_head, block, packed_block(sequence, key_head, block, worker), this->worker(worker));
       });
       for_each_task_by_shares(pool_, group[last - first - 1].attending_end, [&](int64_t worker, int64_t task) {
         attend(of_task(&Sequence::attending_end, task), worker, task);
@@ -127,8 +128,8 @@ class Prefill : Driver<Prefill<Engine>> {
     return packed_ + packed_block * (engine_.key_block_bytes() + engine_.value_block_bytes());
   }
 
-  void pack(const Sequence& sequence, int64_t key_head, int64_t block, int64_t worker_index) {
-    const int64_t packed = packed_block(sequence, key_head, block, worker_index);
+  // Of a key head, a block of keys to the packed block `packed`.
+  void pack(const Sequence& sequence, int64_t key_head, int64_t block, int64_t packed, const Worker& worker) {
     const int64_t batch = sequence.batch, key = block * Engine::block_keys;
     const int64_t count = smaller(sequence.keys - key, int64_t(Engine::block_keys));
     const Interval seen = visible_interval(problem_.visibility, batch, sequence.first_query,
@@ -136,7 +137,6 @@ class Prefill : Driver<Prefill<Engine>> {
     if (key >= seen.high || key + count <= seen.low) return;
 
     const KeyRows &keys = problem_.key, &values = problem_.value;
-    const Worker worker = this->worker(worker_index);
     if (!keys.in_blocks()) {
       pack_keys(packed, keys.template rows<Input>(batch, key_head, key), count);
       if (shape_.value_width > 0)
@@ -188,10 +188,20 @@ class Prefill : Driver<Prefill<Engine>> {
 
   // One block of rows, or all of a key head: see Note: [Keys packed in passing].
   void attend(const Sequence& sequence, int64_t worker_index, int64_t task) {
-    const Worker worker = this->worker(worker_index);
     const FlushSubnormals flush;
     engine_.start_worker();
-    const int64_t first = first_row_block(shape_, sequence, task), count = sequence.together();
+    const int64_t first = first_row_block(shape_, sequence, task);
+    int64_t blocks_packed = 0;
+    for (int64_t i = 0; i < sequence.of_task(); i += sequence.together())
+      attend_together(sequence, worker_index, first + i, blocks_packed);
+    engine_.stop_worker();
+  }
+
+  // The blocks of rows that are under way together, from `first` on. The first so many blocks of keys, of what is packed
+  // in passing, are packed already.
+  void attend_together(const Sequence& sequence, int64_t worker_index, int64_t first, int64_t& blocks_packed) {
+    const Worker worker = this->worker(worker_index);
+    const int64_t count = sequence.together();
     int64_t low = sequence.keys, high = 0;
     for (int64_t i = 0; i < count; ++i) {
       Carver carver(worker.state_room + i * state_bytes_);
@@ -202,12 +212,15 @@ class Prefill : Driver<Prefill<Engine>> {
       low = smaller(low, state.seen.low);
       high = larger(high, state.seen.high);
     }
+    const int64_t key_head = worker.states->of.key_head;
     for (int64_t block = low / Engine::block_keys; block * Engine::block_keys < high; ++block) {
-      const int64_t packed = packed_block(sequence, worker.states->of.key_head, block, worker_index);
-      if (sequence.in_passing) pack(sequence, worker.states->of.key_head, block, worker_index);
+      const int64_t packed = packed_block(sequence, key_head, block, worker_index);
+      if (sequence.in_passing && block >= blocks_packed) {
+        pack(sequence, key_head, block, packed, worker);
+        blocks_packed = block + 1;
+      }
       for (int64_t i = 0; i < count; ++i) attend_block(worker, worker.states[i], block, packed);
     }
-    engine_.stop_worker();
   }
 
   // Rows that see no key are finished at once.

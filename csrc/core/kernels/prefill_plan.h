@@ -27,15 +27,17 @@ struct Sequence {
   // One past its last task in its group.
   int64_t packing_end, attending_end;
 
-  int64_t row_blocks() const { return query_blocks * head_blocks; }   // of a key head
-  int64_t together() const { return in_passing ? row_blocks() : 1; }  // of these, in one task
-  int64_t attending(int64_t key_heads) const { return key_heads * (row_blocks() / together()); }
+  int64_t row_blocks() const { return query_blocks * head_blocks; }  // of a key head
+  int64_t of_task() const { return in_passing ? row_blocks() : 1; }  // of these
+  // And of those under way at a time: where there is one block of keys, they meet it one after the other.
+  int64_t together() const { return key_blocks == 1 ? 1 : of_task(); }
+  int64_t attending(int64_t key_heads) const { return key_heads * (row_blocks() / of_task()); }
 };
 
 struct Plan {
   int64_t count = 0;        // of sequences
   bool in_passing = false;  // some are
-  // Packed blocks that are in memory together, heads of a block of rows, and such blocks in one task, at most.
+  // Packed blocks that are in memory together, heads of a block of rows, and such blocks under way together, at most.
   int64_t most_packed = 0, most_heads = 1, most_together = 1;
 };
 
@@ -118,9 +120,9 @@ struct RowBlock {
   }
 };
 
-// Which of a sequence's blocks of rows come first in one of its tasks; together() of them do it.
+// Which of a sequence's blocks of rows comes first in one of its tasks, which has of_task() of them.
 inline int64_t first_row_block(const Shape& shape, const Sequence& sequence, int64_t task) {
-  return (task - (sequence.attending_end - sequence.attending(shape.key_heads))) * sequence.together();
+  return (task - (sequence.attending_end - sequence.attending(shape.key_heads))) * sequence.of_task();
 }
 
 // Heads of one key head follow each other and share its packed keys; within it, long (late) queries come first.
