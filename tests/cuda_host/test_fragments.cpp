@@ -43,8 +43,7 @@ TEST(Fragments, WhatIsNotFiniteCountsAsZero) {
 
 // The launches start the kernel of a class where the class is its own (launch_types.h, ragged_types.h).
 TEST(Widths, EveryClassHasAKernel) {
-  for (const Task task :
-       {Task::source, Task::rebalance, Task::softmax, Task::edited, Task::biased_softmax, Task::rest})
+  for (const Task task : {Task::source, Task::rebalance, Task::softmax, Task::edited, Task::biased_softmax, Task::rest})
     for (const int64_t element_bytes : {2, 4})
       for (const bool ragged : {false, true})
         for (int64_t width = 1; width <= 512; ++width) {

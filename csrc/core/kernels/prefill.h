@@ -197,8 +197,8 @@ class Prefill : Driver<Prefill<Engine>> {
     engine_.stop_worker();
   }
 
-  // The blocks of rows that are under way together, from `first` on. The first so many blocks of keys, of what is packed
-  // in passing, are packed already.
+  // The blocks of rows that are under way together, from `first` on. The first so many blocks of keys, of what is
+  // packed in passing, are packed already.
   void attend_together(const Sequence& sequence, int64_t worker_index, int64_t first, int64_t& blocks_packed) {
     const Worker worker = this->worker(worker_index);
     const int64_t count = sequence.together();

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnrb.ops import training
 from attnrb.ops.attention import attend_unchecked, attention_fake, dispatch, gradients
 from attnrb.ops.edit import NO_EDIT, RULES, EditArguments, gain_tensor
-from attnrb.ops.operands import check_threshold, native, operands, records_gradient
+from attnrb.ops.operands import check_threshold, op_first, operands
 from attnrb.ops.outliers import Outliers
 from attnrb.ops.scores import OLDER_OPTIONS, promoted, score_arguments
 from attnrb.ops.visibility import Visibility, describe, visibility_arguments
@@ -102,17 +102,23 @@ def rebalanced_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or numbers do not fit, or a row of ``outliers`` does not ascend.
     """
-    query, key, value = operands(query, key, value)
     # A lone tensor would unpack too, along its first axis.
     if not isinstance(outliers, tuple) or len(outliers) != 2:
         raise TypeError(f"outliers: expected a tuple (indices, counts), got {describe(outliers)}")
     indices, counts = outliers
-    gain = gain_tensor(gain, query.device, promoted(query.dtype))
-    edit = EditArguments(indices, counts, gain, RULES.index("row" if normalize else "none"))
+    rule = RULES.index("row" if normalize else "none")
     seeing, scoring = visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
-    if native(query) and not (torch.compiler.is_compiling() or records_gradient(query, key, value, gain, sinks)):
-        # A decoded token is so short a call that the log-sum-exp, and options by name, would show.
-        return attend_unchecked(query, key, value, edit, None, seeing, *scoring)[0].transpose(1, 2)
+    try:
+        if not isinstance(gain, Tensor):
+            gain = gain_tensor(gain, query.device, promoted(query.dtype))
+        if op_first(query, key, value, gain, sinks):
+            edit = EditArguments(indices, counts, gain, rule)
+            # The log-sum-exp, and options by name, would show in so short a call.
+            return attend_unchecked(query, key, value, edit, None, seeing, *scoring)[0].transpose(1, 2)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        pass  # see Note: [Short calls]
+    query, key, value = operands(query, key, value)
+    edit = EditArguments(indices, counts, gain_tensor(gain, query.device, promoted(query.dtype)), rule)
     return dispatch(query, key, value, edit, None, seeing, scoring).output
 
 
