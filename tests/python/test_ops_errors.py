@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attnrb import Outliers, Visibility, functional
+from attnrb.ops import rebalancing
 from attnrb.ops.refusals import REFUSAL
 from torch import Tensor
 
@@ -381,3 +382,32 @@ def test_on_the_meta_device_results_have_shapes() -> None:
             torch.zeros_like(query, device="cpu"), torch.zeros_like(key, device="cpu")
         ).shape
     )
+
+
+# ------------------------------------------------------------------------------------------------------ short calls
+
+
+@pytest.mark.parametrize(
+    "gain",
+    [0.1, [0.1] * HEADS, torch.tensor(0.1), torch.full((HEADS,), 0.1), torch.full((1,), 0.1, dtype=torch.float64)],
+    ids=["number", "list", "no dimension", "heads", "float64"],
+)
+def test_a_gain_of_any_form_is_the_same(gain: Any) -> None:
+    given = operands() | {"outliers": functional.source_attention(**operands())[2]}
+    wanted = functional.rebalanced_attention(**given, gain=torch.full((1,), 0.1))
+    assert torch.equal(functional.rebalanced_attention(**given, gain=gain), wanted)
+
+
+def test_what_the_op_serves_is_not_looked_at_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = operands() | {"outliers": functional.source_attention(**operands())[2], "gain": torch.full((1,), 0.1)}
+    wanted = functional.rebalanced_attention(**given)
+
+    def looked_at(*_: Any) -> Any:
+        raise AssertionError("operands were looked at")
+
+    monkeypatch.setattr(rebalancing, "operands", looked_at)
+    assert torch.equal(functional.rebalanced_attention(**given), wanted)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="looked at"):
+        functional.rebalanced_attention(**given)
+    with pytest.raises(AssertionError, match="looked at"):
+        functional.rebalanced_attention(**given | {"query": given["query"].requires_grad_()})

@@ -109,7 +109,7 @@ def rebalanced_attention(
     rule = RULES.index("row" if normalize else "none")
     seeing, scoring = visibility_arguments(visibility), score_arguments(scale, softcap, sinks)
     try:
-        if not isinstance(gain, Tensor):
+        if not (isinstance(gain, Tensor) and gain.dtype is torch.float32 and gain.dim() == 1):
             gain = gain_tensor(gain, query.device, promoted(query.dtype))
         if op_first(query, key, value, gain, sinks):
             edit = EditArguments(indices, counts, gain, rule)
