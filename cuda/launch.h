@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/problem.h"
 #include "kernels/parameters.h"
@@ -48,6 +49,17 @@ void start_received(ReceivedPlan& plan, void* workspace, void* stream);
 void start_outlier_mask(const OutlierMaskProblem& problem, void* stream);
 // One gain for all heads, `gain`, where problem.gain is null.
 void start_rebalance(const RebalanceProblem& problem, int gain_stride, float gain, void* stream);
+
+// Calls start(width) with a plan's width as a constant, of those that width_class() gives the task.
+template <Task task, int64_t element_bytes, bool ragged, class Start>
+void start_of_width(int width, Start&& start) {
+  constexpr auto has = [](int of) { return width_class(task, of, element_bytes, ragged) == of; };
+  if constexpr (has(64))
+    if (width == 64) return start(std::integral_constant<int, 64>());
+  if constexpr (has(128))
+    if (width == 128) return start(std::integral_constant<int, 128>());
+  if constexpr (has(256)) start(std::integral_constant<int, 256>());
+}
 
 // What each dtype's translation unit defines (launch_types.h).
 struct Launches {

@@ -13,15 +13,10 @@ struct RaggedTypeLaunches {
     launch<ragged_attention_kernel<T, Width, task>>(plan.blocks, kThreads, plan.shared_bytes, stream, plan.parameters);
   }
 
-  // Of the widths that width_class() knows.
   template <Task task>
   static void attention_of_width(const AttentionPlan& plan, void* stream) {
-    constexpr auto has = [](int width) { return width_class(task, width, sizeof(T), true) == width; };
-    if constexpr (has(64))
-      if (plan.width == 64) return attention_of<64, task>(plan, stream);
-    if constexpr (has(128))
-      if (plan.width == 128) return attention_of<128, task>(plan, stream);
-    if constexpr (has(256)) attention_of<256, task>(plan, stream);
+    start_of_width<task, sizeof(T), true>(
+        plan.width, [&](auto width) { attention_of<decltype(width)::value, task>(plan, stream); });
   }
 
   // Of the tasks these three, which serve every edit: see plan.cpp.

@@ -41,7 +41,7 @@ TEST(Fragments, WhatIsNotFiniteCountsAsZero) {
   finite_part_is_right<float16>();
 }
 
-// The launches start the kernel of a class where the class is its own (launch_types.h, ragged_types.h).
+// The launches start the kernel of a class where the class is its own (launch.h).
 TEST(Widths, EveryClassHasAKernel) {
   for (const Task task : {Task::source, Task::rebalance, Task::softmax, Task::edited, Task::biased_softmax, Task::rest})
     for (const int64_t element_bytes : {2, 4})
