@@ -94,6 +94,19 @@ void emit_nothing(Attended& attended, const Operand& query) {
   Device::clear(*attended.counts);
 }
 
+inline void refuse_emit(const Options& options) {
+  if (options.emit) refuse("emit", "expected none where only the output is returned, got ", *options.emit);
+}
+
+template <class Device>
+Tensor attention_output_heads_first(Arguments& arguments) {
+  const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>();
+  const Options options = read_options(arguments);
+  arguments.finish();
+  refuse_emit(options);
+  return *attend<Device>({query, key, value}, options, false).output;
+}
+
 // The twin of `attention` that has a gradient: no paging.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_training(Arguments& arguments) {

@@ -76,6 +76,7 @@ struct Processor {
 STABLE_TORCH_LIBRARY_IMPL(attnrb, CPU, library) {
   library.impl("attention", &boxed<&attention<Processor>>);
   library.impl("attention.output", &boxed<&attention_output<Processor>>);
+  library.impl("attention.output_heads_first", &boxed<&attention_output_heads_first<Processor>>);
   library.impl("attention.into", &boxed<&attention_into<Processor>>);
   library.impl("attention.output_into", &boxed<&attention_output_into<Processor>>);
   library.impl("write_keys", &boxed<&write_keys<Processor>>);

@@ -68,6 +68,10 @@ STABLE_TORCH_LIBRARY(attnrb, library) {
   // options may stand by position here.
   library.def("attention.output(Tensor query, Tensor key, Tensor value, " ATTNRB_OPTIONS ", *, " ATTNRB_PAGING
               ") -> Tensor");
+  // The same as [B, H, M, Dv], without blocks: to transpose it costs a short call behind a large kernel 20
+  // microseconds. (Overloads must differ in arguments or types: torch's registry forgets the name of an overload, and
+  // reads a freed operator when the process ends.)
+  library.def("attention.output_heads_first(Tensor query, Tensor key, Tensor value, " ATTNRB_OPTIONS ") -> Tensor");
   // Both with a block_table, into `out` [T, H, Dv], whose last axis is contiguous: rows of skipped sequences are left
   // as they are.
   library.def("attention.into(Tensor query, Tensor key, Tensor value, *, " ATTNRB_OPTIONS ", " ATTNRB_PAGING

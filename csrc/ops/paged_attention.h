@@ -89,7 +89,7 @@ Attended attend_anywhere(Arguments& arguments, bool with_out, bool with_lse) {
   OptionalTensor out;
   if (with_out) out = arguments.next<Tensor>();
   arguments.finish();
-  if (options.emit && !with_lse) refuse("emit", "expected none where only the output is returned, got ", *options.emit);
+  if (!with_lse) refuse_emit(options);
   if (!options.paging.given()) {
     if (with_out) refuse("block_table", "expected a tensor where there is out, got None");
     Attended attended = attend<Device>({query, key, value, !with_lse}, options, with_lse);
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Arguments& arguments) {
           std::move(*attended.counts)};
 }
 
-// Rows first: [B, M, H, Dv] or [T, H, Dv].
+// Rows first: [B, M, H, Dv], or [T, H, Dv] with blocks.
 template <class Device>
 Tensor attention_output(Arguments& arguments) {
   return *attend_anywhere<Device>(arguments, false, false).output;

@@ -114,6 +114,7 @@ struct CudaDevice {
 STABLE_TORCH_LIBRARY_IMPL(attnrb, ATTNRB_CUDA_KEY, library) {
   library.impl("attention", &boxed<&attention<CudaDevice>>);
   library.impl("attention.output", &boxed<&attention_output<CudaDevice>>);
+  library.impl("attention.output_heads_first", &boxed<&attention_output_heads_first<CudaDevice>>);
   library.impl("attention.into", &boxed<&attention_into<CudaDevice>>);
   library.impl("attention.output_into", &boxed<&attention_output_into<CudaDevice>>);
   library.impl("write_keys", &boxed<&write_keys<CudaDevice>>);

@@ -66,6 +66,11 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     learnt = {n: each.requires_grad_() for n, each in options.items() if n in ("gain", "key_bias", "sinks")}
     leaves = [each.requires_grad_() for each in operands]
     torch.library.opcheck(ops.attention_training.default, leaves, options | learnt)
+    options.pop("emit", None)
+    for op in (ops.attention.output, ops.attention.output_heads_first):
+        torch.library.opcheck(
+            op, operands, {name: each.detach() if isinstance(each, Tensor) else each for name, each in options.items()}
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,6 +100,27 @@ def test_fakes_tell_the_truth(name: str, queries: int, keys: int) -> None:
         assert told.stride() == came.stride()
 
 
+@pytest.mark.parametrize("name", option_sets())
+@pytest.mark.parametrize(("queries", "keys"), [(7, 12), (0, 12), (7, 0)])
+def test_overloads_lay_the_same_output_out(name: str, queries: int, keys: int) -> None:
+    operands, options = tensors(queries=queries, keys=keys), option_sets()[name]
+    options.pop("emit", None)
+    if "mask" in options:
+        options["mask"] = torch.ones(queries, keys, dtype=torch.bool)
+    if queries == 0 and name == "rows":
+        options |= {key: each[:, :, :0] for key, each in lists(7).items()}
+    wanted = ops.attention(*operands, **options)[0]
+    meta = {key: each.to("meta") if isinstance(each, Tensor) else each for key, each in options.items()}
+    for op, expected in (
+        (ops.attention.output_heads_first, wanted),
+        (ops.attention.output, wanted.transpose(1, 2)),
+    ):
+        came, told = op(*operands, **options), op(*(each.to("meta") for each in operands), **meta)
+        assert torch.equal(came, expected)
+        assert told.shape == came.shape == expected.shape
+        assert told.stride() == came.stride() == expected.stride()
+
+
 def test_the_schema_can_grow() -> None:
     """Options are by name and have defaults; the structures of Python have them in the same order."""
     arguments = ops.attention.default._schema.arguments
@@ -106,13 +132,31 @@ def test_the_schema_can_grow() -> None:
     assert [each.name for each in training] == [each.name for each in arguments]
     assert [each.default_value for each in training] == [each.default_value for each in arguments]
     assert not any(each.kwarg_only for each in training)
+    heads_first = ops.attention.output_heads_first._schema.arguments
+    assert [(each.name, each.default_value) for each in heads_first] == [
+        (each.name, each.default_value) for each in training
+    ]
+
+
+def test_overloads_differ_in_more_than_their_name() -> None:
+    """Torch's registry looks operators up by their types and arguments, without the name of the overload."""
+    signatures: dict[object, str] = {}
+    for each in torch._C._dispatch_get_all_op_names():
+        if each.startswith("attnrb::"):
+            name, _, overload = each.partition(".")
+            schema = torch._C._get_schema(name, overload)
+            arguments = tuple((each.name, str(each.type), each.kwarg_only) for each in schema.arguments)
+            returns = tuple(str(each.type) for each in schema.returns)
+            assert signatures.setdefault((name, arguments, returns), each) == each
+    assert len(signatures) > 15
 
 
 def test_inference_stays_free_of_autograd() -> None:
     """A kernel for gradients costs every call several microseconds: what decodes tokens has none."""
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert not registered("attnrb::attention.output", "Autograd")
-    assert not registered("attnrb::attention.output", "ADInplaceOrView")
+    for overload in ("output", "output_heads_first"):
+        assert not registered(f"attnrb::attention.{overload}", "Autograd")
+        assert not registered(f"attnrb::attention.{overload}", "ADInplaceOrView")
     assert registered("attnrb::attention", "Autograd")
     assert registered("attnrb::attention_training", "Autograd")
 

@@ -297,6 +297,8 @@ def test_overloads_agree() -> None:
     assert torch.equal(out[served], output[served]) and bool((out[4:] == 5).all())
     with pytest.raises(REFUSAL, match="emit: expected none where only the output is returned"):
         ops.attention.output(*given, **options, emit=0.1)
+    with pytest.raises(REFUSAL, match="emit: expected none where only the output is returned"):
+        ops.attention.output_heads_first(*given, emit=0.1)
 
 
 def test_compiles() -> None:

@@ -240,6 +240,7 @@ def raw_ops() -> dict[
     return {
         "attention": (lambda q, k, v: ops.attention(q, k, v, **lists)[0], rebalanced),
         "output": (lambda q, k, v: ops.attention.output(q, k, v, **lists).transpose(1, 2), rebalanced),
+        "output_heads_first": (lambda q, k, v: ops.attention.output_heads_first(q, k, v, **lists), rebalanced),
         "training": (lambda q, k, v: ops.attention_training(q, k, v, **lists)[0], rebalanced),
         "source": (
             lambda q, k, v: ops.source_attention(q, k, v, 0.15, *OLDER)[0],
@@ -276,7 +277,7 @@ def test_ops_by_their_own_names(name: str) -> None:
         torch.testing.assert_close(transformed.double(), wanted, **LIKE)
     torch.testing.assert_close(jvp(of, (query,), (along,))[1].double(), slope, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(vmap(op)(query[None], key[None], value[None])[0], op(query, key, value), **LIKE)
-    if name == "output":  # decodes tokens: it has no gradient outside of transforms, as its page says
+    if name.startswith("output"):  # they serve short calls, without a gradient outside of transforms
         return
     leaf = query.clone().requires_grad_()
     torch.testing.assert_close(torch.autograd.grad(of(leaf), leaf)[0].double(), wanted, **LIKE)

@@ -46,6 +46,7 @@ __all__ = [
 # Looked up once: torch.ops resolves overloads at every call.
 _attention = native_op(torch.ops.attnrb.attention.default)
 _attention_output = native_op(torch.ops.attnrb.attention.output)
+_attention_output_heads_first = native_op(torch.ops.attnrb.attention.output_heads_first)
 _attention_training = native_op(torch.ops.attnrb.attention_training.default)
 _attention_backward = native_op(torch.ops.attnrb.attention_backward.default)
 _unrecorded = torch._C._AutoDispatchBelowAutograd
@@ -151,10 +152,10 @@ def attend_unchecked(
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
+    *,
+    rows_first: bool = True,
 ) -> tuple[Tensor, Outliers | None]:
     """`attend` for layers that are called once a token: nothing is checked here that the op checks itself.
-
-    The output is ``[B, M, H, Dv]``, as a model's next projection takes it.
 
     Args:
         query: ``[B, H, M, D]`` of a dtype that the native op takes; nobody wants a gradient or a cast.
@@ -166,15 +167,18 @@ def attend_unchecked(
         scale: as `attention` has it, like the rest.
         softcap: likewise.
         sinks: likewise.
+        rows_first: whether the output is ``[B, M, H, Dv]``, as a model's next projection takes it, or
+            ``[B, H, M, Dv]``.
     """
     if emit is None:
+        op = _attention_output if rows_first else _attention_output_heads_first
         if visibility is DEFAULT_VISIBILITY and scale is None and not softcap and sinks is None:
-            return _attention_output(query, key, value, *edit), None  # each argument costs a quarter of a microsecond
-        return _attention_output(query, key, value, *edit, None, *visibility, scale, softcap or 0.0, sinks), None
+            return op(query, key, value, *edit), None  # each argument costs a quarter of a microsecond
+        return op(query, key, value, *edit, None, *visibility, scale, softcap or 0.0, sinks), None
     options = given(edit, emit, visibility, Scores(scale, softcap or 0.0, sinks))
     with _unrecorded():
         output, _, indices, counts = _attention(query, key, value, **options)
-    return output.transpose(1, 2), Outliers(indices, counts)
+    return output.transpose(1, 2) if rows_first else output, Outliers(indices, counts)
 
 
 def unchecked_arguments(edit: Edit | None) -> EditArguments | None:
@@ -297,6 +301,10 @@ def _output_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **
     return output.transpose(1, 2) if output.dim() == 4 else output
 
 
+def _output_heads_first_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> Tensor:
+    return attention_fake(query, key, value, *positional, **keywords)[0]
+
+
 def _into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
     """The rest of them."""
     return attention_fake(query, key, value, **keywords)[1:]
@@ -374,6 +382,7 @@ def gradients(
 
 torch.library.register_fake("attnrb::attention", attention_fake)
 torch.library.register_fake("attnrb::attention.output", _output_fake)
+torch.library.register_fake("attnrb::attention.output_heads_first", _output_heads_first_fake)
 torch.library.register_fake("attnrb::attention.into", _into_fake)
 torch.library.register_fake("attnrb::attention.output_into", _output_into_fake)
 torch.library.register_fake("attnrb::attention_training", attention_fake)

@@ -7,7 +7,7 @@ from ops that have a gradient registered. Left alone, torch would take tangents 
 word.
 
 What serves transforms costs no other call anything. What serves gradients and dual tensors costs some microseconds, so
-the overload ``attention.output``, which decodes tokens, does without.
+the overloads ``attention.output`` and ``attention.output_heads_first``, which serve short calls, do without.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__: list[str] = []
 
 _TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
 _VIEWS = "ADInplaceOrView"  # where torch keeps account of views; what comes after gradients and has the tangents
+_FOR_INFERENCE = ("attention.output", "attention.output_heads_first")
 _library: Any = torch.library.Library("attnrb", "IMPL")  # type: ignore[no-untyped-call]
 
 
@@ -126,7 +127,7 @@ def _differentiable(name: str, twin: Callable[..., Any] | None, plain: Callable[
     for part in (*name.split("."), *([] if "." in name else ["default"])):
         op = getattr(op, part)
     _library.impl(name, plain, _TRANSFORMS)
-    if name == "attention.output":
+    if name in _FOR_INFERENCE:
         return
 
     def checked(keys: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -167,6 +168,7 @@ def _received_twin(*arguments: Any, **keywords: Any) -> Any:
 
 _differentiable("attention", _attention_twin, _attention)
 _differentiable("attention.output", None, _output_rows_first)
+_differentiable("attention.output_heads_first", None, _output)
 _differentiable("attention_training", None, _attention)
 _differentiable("source_attention", None, _source)
 _differentiable("rebalanced_attention", None, _rebalanced)

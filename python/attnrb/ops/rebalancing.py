@@ -114,7 +114,7 @@ def rebalanced_attention(
         if op_first(query, key, value, gain, sinks):
             edit = EditArguments(indices, counts, gain, rule)
             # The log-sum-exp, and options by name, would show in so short a call.
-            return attend_unchecked(query, key, value, edit, None, seeing, *scoring)[0].transpose(1, 2)
+            return attend_unchecked(query, key, value, edit, None, seeing, *scoring, rows_first=False)[0]
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         pass  # see Note: [Short calls]
     query, key, value = operands(query, key, value)
