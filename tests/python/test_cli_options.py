@@ -258,6 +258,27 @@ class TestProgress:
         assert re.fullmatch(r"4 of 16 answers, direct, plain; \d+ s so far", reminded)
         assert last == "16 of 16 answers, done"
 
+    def test_the_time_left_is_that_of_the_questions_at_hand(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What came before the first of them, and what other questions took, tells nothing of their speed."""
+        pytest.importorskip("lm_eval")
+        from attnrb.cli import running
+        from attnrb.evaluation.runner import Progress
+
+        clock = [1000.0]
+        monkeypatch.setattr(running.time, "monotonic", lambda: clock[0])
+        left = running._TimeLeft()
+
+        def after(seconds: float, state: Progress) -> str:
+            clock[0] += seconds
+            return left(state)
+
+        assert after(0, Progress(0, 1, 0, 1, "Ranking heads")) == ""
+        assert after(600, Progress(4, 16, 40, 160, "Starting")) == ""
+        assert after(30, Progress(5, 16, 50, 160, "plain")) == f"{running.duration(330)} left"
+        assert after(30, Progress(16, 16, 160, 160, "plain")) == "done"
+        assert after(5, Progress(0, 8, 0, 80, "Starting")) == ""
+        assert after(2, Progress(4, 8, 40, 80, "plain")) == f"{running.duration(2)} left"
+
     def test_analyze_says_how_much_is_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from attnrb.analysis import Progress
         from attnrb.cli import analyze

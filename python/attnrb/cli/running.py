@@ -184,19 +184,28 @@ def run_errors(place: Sequence[Path]) -> Iterator[None]:
             stop(f": finished items are in {place[0]}, and the same command continues" if exists else "")
 
 
+class _TimeLeft:
+    """How long the questions at hand still take, by how fast they went since they were told first."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, int, float] | None = None  # all work, what was done of it, when
+
+    def __call__(self, state: Progress) -> str:
+        now = time.monotonic()
+        if self._first is None or self._first[0] != state.work:  # other questions than before, with a speed of theirs
+            self._first = state.work, state.work_done, now
+        if state.done >= state.total:
+            return "done"
+        _, before, start = self._first
+        done = state.work_done - before
+        return f"{duration((now - start) * (state.work - state.work_done) / done)} left" if done > 0 else ""
+
+
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with the time left on a terminal, a line now and then elsewhere."""
     console = errors()
-    start = time.monotonic()
-    first: list[int] = []
-
-    def left(state: Progress) -> str:
-        first[:] = first or [state.work_done]
-        done, elapsed = state.work_done - first[0], time.monotonic() - start
-        if state.done >= state.total:
-            return "done"
-        return f"{duration(elapsed * (state.work - state.work_done) / done)} left" if done > 0 else ""
+    left = _TimeLeft()
 
     if not is_first_process():
         yield lambda _: None

@@ -213,6 +213,7 @@ class Study:
         total, work = len(questions), sum(each.work for each in questions)
         waiting = [each for each in questions if each.key not in self.file.records]
         done, work_done = total - len(waiting), work - sum(each.work for each in waiting)
+        self._progress(Progress(done, total, work_done, work, "Starting"))
         blocks = [
             (setting, block)
             for setting, mine in settings.items()
