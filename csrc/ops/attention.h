@@ -98,6 +98,7 @@ inline void refuse_emit(const Options& options) {
   if (options.emit) refuse("emit", "expected none where only the output is returned, got ", *options.emit);
 }
 
+// [B, H, M, Dv]; no paging.
 template <class Device>
 Tensor attention_output_heads_first(Arguments& arguments) {
   const Tensor query = arguments.next<Tensor>(), key = arguments.next<Tensor>(), value = arguments.next<Tensor>();

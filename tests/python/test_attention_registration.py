@@ -63,14 +63,11 @@ def option_sets() -> dict[str, dict[str, Any]]:
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     operands, options = tensors(dtype), option_sets()[name]
     torch.library.opcheck(ops.attention.default, operands, options)
+    for op in (ops.attention.output, ops.attention.output_heads_first):
+        torch.library.opcheck(op, operands, {name: each for name, each in options.items() if name != "emit"})
     learnt = {n: each.requires_grad_() for n, each in options.items() if n in ("gain", "key_bias", "sinks")}
     leaves = [each.requires_grad_() for each in operands]
     torch.library.opcheck(ops.attention_training.default, leaves, options | learnt)
-    options.pop("emit", None)
-    for op in (ops.attention.output, ops.attention.output_heads_first):
-        torch.library.opcheck(
-            op, operands, {name: each.detach() if isinstance(each, Tensor) else each for name, each in options.items()}
-        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,17 +81,26 @@ def test_opcheck_backward(name: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.attention_backward.default, arguments, options)
 
 
-@pytest.mark.parametrize("name", option_sets())
-@pytest.mark.parametrize(("queries", "keys"), [(7, 12), (0, 12), (7, 0)])
-def test_fakes_tell_the_truth(name: str, queries: int, keys: int) -> None:
+def sized(name: str, queries: int, keys: int) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """Operands with so many queries and keys, and a set of options that fits them."""
     operands, options = tensors(queries=queries, keys=keys), option_sets()[name]
     if "mask" in options:
         options["mask"] = torch.ones(queries, keys, dtype=torch.bool)
     if queries == 0 and name == "rows":
         options |= {key: each[:, :, :0] for key, each in lists(7).items()}
+    return operands, options
+
+
+def on_meta(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: each.to("meta") if isinstance(each, Tensor) else each for name, each in options.items()}
+
+
+@pytest.mark.parametrize("name", option_sets())
+@pytest.mark.parametrize(("queries", "keys"), [(7, 12), (0, 12), (7, 0)])
+def test_fakes_tell_the_truth(name: str, queries: int, keys: int) -> None:
+    operands, options = sized(name, queries, keys)
     real = ops.attention(*operands, **options)
-    meta = {key: each.to("meta") if isinstance(each, Tensor) else each for key, each in options.items()}
-    fake = ops.attention(*(each.to("meta") for each in operands), **meta)
+    fake = ops.attention(*(each.to("meta") for each in operands), **on_meta(options))
     for told, came in zip(fake, real, strict=True):
         assert (told.device.type, told.shape, told.dtype) == ("meta", came.shape, came.dtype)
         assert told.stride() == came.stride()
@@ -103,19 +109,14 @@ def test_fakes_tell_the_truth(name: str, queries: int, keys: int) -> None:
 @pytest.mark.parametrize("name", option_sets())
 @pytest.mark.parametrize(("queries", "keys"), [(7, 12), (0, 12), (7, 0)])
 def test_overloads_lay_the_same_output_out(name: str, queries: int, keys: int) -> None:
-    operands, options = tensors(queries=queries, keys=keys), option_sets()[name]
+    operands, options = sized(name, queries, keys)
     options.pop("emit", None)
-    if "mask" in options:
-        options["mask"] = torch.ones(queries, keys, dtype=torch.bool)
-    if queries == 0 and name == "rows":
-        options |= {key: each[:, :, :0] for key, each in lists(7).items()}
     wanted = ops.attention(*operands, **options)[0]
-    meta = {key: each.to("meta") if isinstance(each, Tensor) else each for key, each in options.items()}
     for op, expected in (
         (ops.attention.output_heads_first, wanted),
         (ops.attention.output, wanted.transpose(1, 2)),
     ):
-        came, told = op(*operands, **options), op(*(each.to("meta") for each in operands), **meta)
+        came, told = op(*operands, **options), op(*(each.to("meta") for each in operands), **on_meta(options))
         assert torch.equal(came, expected)
         assert told.shape == came.shape == expected.shape
         assert told.stride() == came.stride() == expected.stride()

@@ -278,6 +278,8 @@ class TestProgress:
         assert after(30, Progress(16, 16, 160, 160, "plain")) == "done"
         assert after(5, Progress(0, 8, 0, 80, "Starting")) == ""
         assert after(2, Progress(4, 8, 40, 80, "plain")) == f"{running.duration(2)} left"
+        assert after(90, Progress(0, 8, 0, 80, "Starting")) == ""  # as many once more
+        assert after(3, Progress(4, 8, 40, 80, "plain")) == f"{running.duration(3)} left"
 
     def test_analyze_says_how_much_is_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from attnrb.analysis import Progress

@@ -188,17 +188,19 @@ class _TimeLeft:
     """How long the questions at hand still take, by how fast they went since they were told first."""
 
     def __init__(self) -> None:
-        self._first: tuple[int, int, float] | None = None  # all work, what was done of it, when
+        self._first: Progress | None = None  # of the questions at hand
+        self._start = 0.0
+        self._work_done = 0
 
     def __call__(self, state: Progress) -> str:
-        now = time.monotonic()
-        if self._first is None or self._first[0] != state.work:  # other questions than before, with a speed of theirs
-            self._first = state.work, state.work_done, now
+        others = self._first is None or state.work != self._first.work or state.work_done < self._work_done
+        if self._first is None or others:
+            self._first, self._start = state, time.monotonic()
+        self._work_done = state.work_done
         if state.done >= state.total:
             return "done"
-        _, before, start = self._first
-        done = state.work_done - before
-        return f"{duration((now - start) * (state.work - state.work_done) / done)} left" if done > 0 else ""
+        done, elapsed = state.work_done - self._first.work_done, time.monotonic() - self._start
+        return f"{duration(elapsed * (state.work - state.work_done) / done)} left" if done > 0 else ""
 
 
 @contextlib.contextmanager

@@ -295,14 +295,15 @@ def attention_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, 
     )
 
 
-def _output_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> Tensor:
-    """The output of `attention_fake`, ``[B, M, H, Dv]`` or ``[T, H, Dv]``."""
-    output = attention_fake(query, key, value, *positional, **keywords)[0]
-    return output.transpose(1, 2) if output.dim() == 4 else output
-
-
 def _output_heads_first_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> Tensor:
+    """The output of `attention_fake`, ``[B, H, M, Dv]`` or ``[T, H, Dv]``."""
     return attention_fake(query, key, value, *positional, **keywords)[0]
+
+
+def _output_fake(query: Tensor, key: Tensor, value: Tensor, *positional: Any, **keywords: Any) -> Tensor:
+    """The same as ``[B, M, H, Dv]`` or ``[T, H, Dv]``."""
+    output = _output_heads_first_fake(query, key, value, *positional, **keywords)
+    return output.transpose(1, 2) if output.dim() == 4 else output
 
 
 def _into_fake(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
